@@ -1,0 +1,90 @@
+"""The embedded default: handwritten arithmetic, from nothing to a report on two CPU cores.
+
+``digits.py`` is the run that makes claims; ``digits.py:smoke`` walks the same path in a minute or two and makes none.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg not in ("", "smoke"):
+        raise ValueError(f"digits.py takes no argument or :smoke, not :{arg}")
+    config = ConfigDict()
+    config.seed = 0
+    config.mesh = (-1, 1, 1)  # devices along data, fsdp, tensor; -1: what is left
+
+    config.data = ConfigDict()
+    config.data.folder = ""  # a folder with {train,dev,test,sft}.jsonl and tokenizer.json; "": generate the digits
+    config.data.train = 2000
+    config.data.dev = 300
+    config.data.test = 600
+    config.data.demonstrations = 4000
+    config.data.transcriptions = 4000
+    config.data.text_only = 4000
+    config.data.habit = 0.5
+    config.data.bracket = 0.7
+
+    config.model = ConfigDict()
+    config.model.vision = ConfigDict(
+        dict(image_size=24, patch_size=4, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128,
+             layer_norm_eps=1e-6, layer_scale_init=1.0)
+    )  # fmt: skip
+    config.model.decoder = ConfigDict(
+        dict(hidden_size=64, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=128,
+             rms_norm_eps=1e-5, rope_theta=1e4)
+    )  # fmt: skip
+    config.model.downsample = 2
+    config.model.remat = False
+
+    config.sft = ConfigDict()
+    config.sft.steps = 600
+    config.sft.batch_size = 64
+    config.sft.learning_rate = 3e-3
+    config.sft.max_length = 52
+    config.sft.checkpoint_every = 100
+    config.sft.log_every = 10
+
+    config.annotate = ConfigDict()
+    config.annotate.num_rollouts = 8
+    config.annotate.max_searches = 16
+    config.annotate.rollout_budget = 96
+    config.annotate.c_puct = 0.125
+    config.annotate.alpha = 0.5
+    config.annotate.beta = 0.9
+    config.annotate.length_scale = 500.0
+    config.annotate.temperature = 1.0
+    config.annotate.top_k = 50
+    config.annotate.top_p = 0.95
+    config.annotate.max_new_tokens = 40
+    config.annotate.rows = 128
+    config.annotate.trees_per_shard = 256
+
+    config.train_prm = ConfigDict()
+    config.train_prm.label = "soft"  # soft: k / n; hard: 1 where k / n > threshold
+    config.train_prm.threshold = 0.0
+    config.train_prm.max_paths = 16  # solutions per problem
+    config.train_prm.balance = False
+    config.train_prm.steps = 600
+    config.train_prm.batch_size = 64
+    config.train_prm.learning_rate = 2e-3
+    config.train_prm.max_length = 60
+    config.train_prm.checkpoint_every = 100
+    config.train_prm.log_every = 10
+
+    config.evaluate = ConfigDict()
+    config.evaluate.n = 16
+    config.evaluate.temperature = 1.0
+    config.evaluate.top_k = 50
+    config.evaluate.top_p = 0.95
+    config.evaluate.max_new_tokens = 40
+    config.evaluate.rows = 64
+    config.evaluate.score_rows = 256
+
+    if arg == "smoke":
+        config.data.update(train=64, dev=16, test=32, demonstrations=256, transcriptions=256, text_only=256)
+        config.model.decoder.num_layers = 2
+        config.sft.update(steps=60, checkpoint_every=20)
+        config.annotate.update(num_rollouts=4, max_searches=4, rollout_budget=24, rows=32, trees_per_shard=16)
+        config.train_prm.update(steps=40, checkpoint_every=20)
+        config.evaluate.update(rows=16, score_rows=64)
+    return config

@@ -1,0 +1,83 @@
+"""Records to the fixed-length rows that training and scoring read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from mmprm_jax.data import images
+from mmprm_jax.data.prompts import policy_prompt
+from mmprm_jax.models import tokenizer as tok
+from mmprm_jax.models.config import VLMConfig
+from mmprm_jax.models.tokenizer import Tokenizer
+from mmprm_jax.records import SFTExample, StepExample, UserError
+from mmprm_jax.training.trainer import Dataset
+
+
+def prompt_ids(tokenizer: Tokenizer, cfg: VLMConfig, question: str, has_image: bool) -> list[int]:
+    """The policy prompt of a problem as ids."""
+    return tokenizer.encode(policy_prompt(question, cfg.tokens_per_tile if has_image else 0))
+
+
+def prm_ids(tokenizer: Tokenizer, prompt: list[int], segments: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The prompt and the segments with ``<prm>`` after each, and where the markers stand."""
+    ids, marks = list(prompt), []
+    for segment in segments:
+        ids += tokenizer.encode(segment)
+        marks.append(len(ids))
+        ids.append(tokenizer.id(tok.PRM))
+    return ids, marks
+
+
+def pad_rows(rows: Sequence[Sequence[int]], length: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded tokens int32 [N, length] and their validity. Raises UserError naming the first row too long."""
+    tokens, valid = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        if len(row) > length:
+            raise UserError(f"{what} {i}: {len(row)} tokens; the limit (max_length) is {length}")
+        tokens[i, : len(row)] = row
+        valid[i, : len(row)] = True
+    return tokens, valid
+
+
+def load_pixels(folder: epath.PathLike, names: Sequence[str | None], cfg: VLMConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct images of ``names`` and, for each name, its index among them."""
+    distinct = sorted(set(names), key=str)
+    index = {name: i for i, name in enumerate(distinct)}
+    return np.array([index[name] for name in names], np.int32), images.load_images(folder, distinct, cfg.vision.image_size)
+
+
+def sft_dataset(
+    examples: Sequence[SFTExample], folder: epath.PathLike, tokenizer: Tokenizer, cfg: VLMConfig, length: int
+) -> Dataset:
+    """Rows for ``policy_loss``: prompt, response, end of turn."""
+    rows, starts = [], []
+    end = tokenizer.id(tok.TURN_END)
+    for example in examples:
+        prompt = prompt_ids(tokenizer, cfg, example.question, example.image is not None)
+        rows.append([*prompt, *tokenizer.encode(example.response), end])
+        starts.append(len(prompt))
+    tokens, valid = pad_rows(rows, length, "SFT example")
+    response = valid & (np.arange(length) >= np.array(starts)[:, None])
+    image, pixels = load_pixels(folder, [e.image for e in examples], cfg)
+    return Dataset({"tokens": tokens, "valid": valid, "response": response}, image, pixels)
+
+
+def step_dataset(
+    examples: Sequence[StepExample], folder: epath.PathLike, tokenizer: Tokenizer, cfg: VLMConfig, length: int
+) -> Dataset:
+    """Rows for ``prm_loss``: counts k, n at the ``<prm>`` markers, 0 elsewhere."""
+    rows, marks = [], []
+    for example in examples:
+        prompt = prompt_ids(tokenizer, cfg, example.question, example.image is not None)
+        ids, where = prm_ids(tokenizer, prompt, example.segments)
+        rows.append(ids)
+        marks.append(where)
+    tokens, valid = pad_rows(rows, length, "step example")
+    k, n = np.zeros_like(tokens), np.zeros_like(tokens)
+    for i, (example, where) in enumerate(zip(examples, marks, strict=True)):
+        k[i, where], n[i, where] = example.k, example.n
+    image, pixels = load_pixels(folder, [e.image for e in examples], cfg)
+    return Dataset({"tokens": tokens, "valid": valid, "k": k, "n": n}, image, pixels)

@@ -1,0 +1,43 @@
+"""Making a model on a mesh: abstract, random, restored, and grown by a token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from mmprm_jax.models.config import VLMConfig
+from mmprm_jax.models.vlm import VLM
+from mmprm_jax.sharding import parameter_shardings
+
+
+def abstract(cfg: VLMConfig, image_token: int, mesh: Any) -> tuple[Any, Any]:
+    """The graph definition and the parameters as ShapeDtypeStructs with their shardings (nothing is allocated)."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: VLM(cfg, image_token, nnx.Rngs(0))))
+    shapes = nnx.to_pure_dict(state)
+    shardings = parameter_shardings(shapes, mesh)
+    return graphdef, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def initialise(cfg: VLMConfig, image_token: int, seed: int, mesh: Any) -> tuple[Any, Any]:
+    """The graph definition and random parameters, made shard by shard; the same on every mesh."""
+    graphdef, shapes = abstract(cfg, image_token, mesh)
+
+    def init() -> Any:
+        params = nnx.to_pure_dict(nnx.state(VLM(cfg, image_token, nnx.Rngs(seed))))
+        return jax.tree.map(lambda x, s: jax.sharding.reshard(x, s.sharding.spec), params, shapes)
+
+    return graphdef, jax.jit(init)()
+
+
+def add_token(params: Any, mesh: Any) -> Any:
+    """Parameters with one more vocabulary entry: the mean of the old ones, as the original adds ``<prm>``."""
+    decoder = dict(params["decoder"])
+    for name, axis in (("embed", 0), ("lm_head", 1)):
+        whole = jax.sharding.reshard(decoder[name], P())  # a sharded axis cannot grow by one
+        decoder[name] = jnp.concatenate([whole, whole.mean(axis=axis, keepdims=True)], axis=axis)
+    params = {**params, "decoder": decoder}
+    return jax.device_put(params, parameter_shardings(params, mesh))

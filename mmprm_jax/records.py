@@ -1,0 +1,182 @@
+"""The records that cross the borders between stages, and their files.
+
+Every stage reads JSONL files of one record type and writes JSONL files of the next, so each stage can run alone, on
+another machine or on somebody else's data. A solution is a tuple of *segments*: the verbatim text of each
+``<step>…</step>`` and, last, of the ``<answer>…</answer>``. A *prefix* is the first j segments of a solution.
+Images are stored as paths relative to the file that names them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from etils import epath
+
+
+class UserError(Exception):
+    """A failure the user can mend. Shown as one line, without a traceback."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A question with a verifiable answer."""
+
+    id: str
+    question: str
+    answer: str
+    image: str | None = None  # path of the image file, relative to the problem file; None: text only
+    source: str = ""  # which data set it comes from
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTExample:
+    """One demonstration for supervised fine-tuning of the policy."""
+
+    id: str
+    question: str
+    response: str  # the whole assistant turn
+    image: str | None = None
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One sampled completion of a prefix. ``segments`` holds only what follows the prefix."""
+
+    segments: tuple[str, ...]  # empty: nothing could be parsed
+    correct: bool  # the final answer was verified against the problem's answer
+    logprob: float  # sum of the token log-probabilities under the sampling model at temperature 1, in nats
+    n_tokens: int  # sampled tokens, the stop token included
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A prefix whose value was estimated: k of n rollouts from it reached the right answer."""
+
+    parent: int  # index into Tree.nodes; -1 for the root
+    segments: tuple[str, ...]  # what this node adds to its parent's prefix; empty for the root
+    k: int
+    n: int
+    visits: int  # how often a rollout of this node was selected
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """The finished search tree of one problem. Parents come before their children."""
+
+    problem: Problem
+    nodes: tuple[Node, ...]
+    searches: tuple[tuple[int, int], ...]  # (node, index of the rollout in it) in the order of selection
+
+    def prefix(self, node: int) -> tuple[str, ...]:
+        """All segments from the root to ``node``."""
+        parts: list[tuple[str, ...]] = []
+        while node >= 0:
+            parts.append(self.nodes[node].segments)
+            node = self.nodes[node].parent
+        return tuple(segment for part in reversed(parts) for segment in part)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepExample:
+    """A solution with Monte Carlo counts per step: k[i] of n[i] rollouts from segments[: i + 1] were right."""
+
+    id: str
+    problem_id: str
+    question: str
+    segments: tuple[str, ...]
+    k: tuple[int, ...]
+    n: tuple[int, ...]  # 0: this prefix was not estimated and carries no label
+    image: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One of the N sampled solutions of a problem."""
+
+    problem_id: str
+    segments: tuple[str, ...]
+    answer: str | None  # the extracted final answer; None: there is none
+    correct: bool
+    logprob: float
+    n_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredCandidate:
+    """A candidate with one PRM score in [0, 1] per segment."""
+
+    candidate: Candidate
+    scores: tuple[float, ...]
+
+
+Record = TypeVar("Record")
+_NESTED = {"problem": Problem, "candidate": Candidate, "rollouts": Rollout, "nodes": Node}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def from_dict(cls: type[Record], row: dict[str, Any]) -> Record:
+    """Builds a record from its JSON object. Raises ValueError naming missing and unknown keys."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(row) - set(fields))
+    missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in row)
+    if unknown or missing:
+        raise ValueError(f"not a {cls.__name__}: missing keys {missing}, unknown keys {unknown}")
+    values = {}
+    for name, value in row.items():
+        nested = _NESTED.get(name)
+        if nested and isinstance(value, list):
+            values[name] = tuple(from_dict(nested, v) for v in value)
+        elif nested:
+            values[name] = from_dict(nested, value)
+        else:
+            values[name] = _tuples(value)
+    return cls(**values)
+
+
+def to_json(record: Any) -> str:
+    """One line of JSON; equal records give equal bytes."""
+    return json.dumps(dataclasses.asdict(record), ensure_ascii=False, separators=(",", ":"))
+
+
+def write(path: epath.PathLike, records: Iterable[Any]) -> int:
+    """Writes a JSONL file atomically (a temporary file, then a rename). Returns the number of records."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [to_json(r) + "\n" for r in records]
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text("".join(lines))
+    temporary.replace(path)
+    return len(lines)
+
+
+def read(path: epath.PathLike, cls: type[Record]) -> Iterator[Record]:
+    """Yields the records of a JSONL file. Raises UserError naming the file and the line of the first bad one."""
+    path = epath.Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; the stage that writes it has not run, or the path is wrong")
+    for number, line in enumerate(path.read_text().split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+            yield from_dict(cls, row)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+
+
+def read_all(path: epath.PathLike, cls: type[Record]) -> list[Record]:
+    """All records of a file that must not be empty. Raises UserError."""
+    records = list(read(path, cls))
+    if not records:
+        raise UserError(f"{path}: holds no {cls.__name__} record")
+    return records

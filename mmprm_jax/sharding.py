@@ -1,0 +1,108 @@
+"""Where every array lives: mesh axes, one rule table for parameters, and helpers for activations.
+
+The mesh has three Explicit axes: ``data`` (replicas), ``fsdp`` (parameters and batch) and ``tensor`` (heads and hidden
+units). Batches are split over data x fsdp. An axis that does not divide a dimension is dropped for that dimension, so
+that small models run on any mesh.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from mmprm_jax.records import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# First match wins; paths are joined by "/". A leading layer axis, where there is one, is never split.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"decoder/embed$", P("tensor", "fsdp")),
+    (r"decoder/lm_head$", P("fsdp", "tensor")),
+    (r"decoder/layers/attention/[qkv]$", P(None, "fsdp", "tensor")),
+    (r"decoder/layers/attention/o$", P(None, "tensor", None, None, "fsdp")),
+    (r"decoder/layers/mlp/(gate|up)$", P(None, "fsdp", "tensor")),
+    (r"decoder/layers/mlp/down$", P(None, "tensor", "fsdp")),
+    (r"vision/layers/attention/qkv$", P(None, "fsdp", None, "tensor")),
+    (r"vision/layers/attention/proj$", P(None, "tensor", None, "fsdp")),
+    (r"vision/layers/mlp/fc1$", P(None, "fsdp", "tensor")),
+    (r"vision/layers/mlp/fc2$", P(None, "tensor", "fsdp")),
+    (r"projector/fc[12]$", P("fsdp", "tensor")),
+    (r".*", P()),
+)
+
+
+def make_mesh(shape: Mapping[str, int]) -> Mesh:
+    """A mesh of all devices. ``shape`` gives the size of each axis; at most one may be -1 (what is left)."""
+    sizes = [int(shape.get(axis, 1)) for axis in AXES]
+    devices = jax.device_count()
+    if -1 in sizes:
+        rest = math.prod(s for s in sizes if s != -1)
+        if devices % rest:
+            raise UserError(f"mesh {dict(shape)}: {devices} devices are not divisible by {rest}")
+        sizes[sizes.index(-1)] = devices // rest
+    if math.prod(sizes) != devices:
+        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices; there are {devices}")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def fit_spec(shape: tuple[int, ...], axes: tuple[Any, ...], mesh: Any = None) -> P:
+    """The PartitionSpec ``axes`` without the axes that do not divide their dimension of ``shape``."""
+    sizes = dict((mesh or jax.sharding.get_abstract_mesh()).shape)
+    kept = []
+    for size, axis in zip(shape, tuple(axes) + (None,) * (len(shape) - len(axes)), strict=True):
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        kept.append(axis if names and size % math.prod(sizes.get(n, 1) for n in names) == 0 else None)
+    return P(*kept)
+
+
+def dot(equation: str, a: jax.Array, b: jax.Array, *axes: Any) -> jax.Array:
+    """``jnp.einsum`` whose result is sharded as ``axes`` (one mesh axis or None for each dimension)."""
+    inputs, output = equation.split("->")
+    sizes: dict[str, int] = {}
+    for letters, operand in zip(inputs.split(","), (a, b), strict=True):
+        sizes.update(zip(letters, operand.shape, strict=True))
+    spec = fit_spec(tuple(sizes[letter] for letter in output), axes)
+    return jnp.einsum(equation, a, b, out_sharding=spec)
+
+
+def reshape(x: jax.Array, shape: tuple[int, ...], *axes: Any) -> jax.Array:
+    """``x.reshape(shape)`` with the result sharded as ``axes``."""
+    return jnp.reshape(x, shape, out_sharding=fit_spec(shape, axes))
+
+
+def take_rows(table: jax.Array, indices: tuple[jax.Array, ...] | jax.Array, *axes: Any) -> jax.Array:
+    """``table[indices]`` with the result sharded as ``axes``."""
+    first = indices[0] if isinstance(indices, tuple) else indices
+    used = len(indices) if isinstance(indices, tuple) else 1
+    shape = jnp.broadcast_shapes(*[i.shape for i in (indices if isinstance(indices, tuple) else (first,))])
+    return table.at[indices].get(out_sharding=fit_spec(shape + table.shape[used:], axes), mode="clip")
+
+
+def parameter_shardings(abstract: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of every leaf of a parameter (or optimizer) tree, by RULES on its path."""
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+        name = re.sub(r"/value$", "", name)
+        spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+        if len(spec) > len(leaf.shape):
+            spec = P()
+        return NamedSharding(mesh, fit_spec(leaf.shape, tuple(spec), mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts host arrays on the mesh, split along their first dimension."""
+    return {
+        name: jax.device_put(array, NamedSharding(mesh, fit_spec(array.shape, (BATCH,), mesh)))
+        for name, array in batch.items()
+    }

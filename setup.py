@@ -1,0 +1,43 @@
+"""Packaging of mmprm_jax."""
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=9"]
+
+setup(
+    name="mmprm_jax",
+    version="0.1.0",
+    description="Process reward models for multimodal mathematics, in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mmprm_jax", "mmprm_jax.*"]),
+    include_package_data=True,
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.8",
+        "etils[epath]>=1.12",
+        "flax>=0.12",
+        "grain>=0.2.15",
+        "importlib_resources>=6.0",  # tensorflow-datasets needs it and does not say so
+        "jax>=0.10",
+        "matplotlib>=3.9",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "pillow>=11.0",
+        "scikit-learn>=1.5",  # its handwritten digits are the embedded data set
+        "sympy>=1.13",
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers>=0.22",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "gcs": ["etils[epath-gcs]>=1.12"],  # gs:// paths
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.12"],
+    },
+    entry_points={"console_scripts": ["mmprm = mmprm_jax.main:run"]},
+)

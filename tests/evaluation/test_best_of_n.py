@@ -1,0 +1,218 @@
+"""Best-of-N against hand counts, closed forms and a policy and PRM of known accuracy."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmprm_jax.evaluation import best_of_n as bon
+from mmprm_jax.evaluation.aggregate import AGGREGATORS
+from mmprm_jax.records import Candidate, ScoredCandidate
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "bon"
+
+
+def scored(answer, correct, text="", logprob=0.0, scores=(0.5,)):
+    segments = (text,) if text is not None else ()
+    return ScoredCandidate(Candidate("p", segments, answer, correct, logprob, 1), tuple(scores))
+
+
+def accuracy(candidates, n=16):
+    """Per-problem accuracies of a single problem, as floats."""
+    result = bon.per_problem([candidates], n)
+    return {
+        key: {k: float(v[0]) for k, v in value.items()} if isinstance(value, dict) else float(value[0])
+        for key, value in result.items()
+    }
+
+
+def test_hand_counted_problem():
+    # texts A A B C D; answers 7 7 8 8 -; the right answer is 7
+    candidates = [
+        scored("7", True, "A", -3.0, (0.9, 0.6)),
+        scored("7", True, "A", -3.0, (0.9, 0.6)),
+        scored("8", False, "B", -2.0, (0.5, 0.8)),
+        scored("8", False, "C", -4.0, (0.4, 0.7)),
+        scored(None, False, "D", -5.0, (0.1, 0.1)),
+    ]
+    a = accuracy(candidates)
+    assert a["random"] == pytest.approx(2 / 5)
+    assert a["unique"] == pytest.approx(1 / 4)
+    assert a["majority"] == pytest.approx(1 / 2)  # two votes each
+    assert a["policy_logprob"] == 0
+    assert a["oracle"] == 1
+    assert a["prm"]["min"] == 1 and a["prm"]["max"] == 1 and a["prm"]["last"] == 0
+    # weights, 7 against 8: min 1.2 : 0.9; last 1.2 : 1.5
+    assert a["prm_weighted_majority"]["min"] == 1 and a["prm_weighted_majority"]["last"] == 0
+    assert accuracy(candidates, 1)["random"] == 1  # only the first candidate counts
+
+
+def test_ties_of_three_candidates_count_with_their_expectation():
+    a = accuracy(
+        [scored("1", True, "A"), scored("2", False, "B"), scored("2", False, "C"), scored("3", False, "D", -1)]
+    )
+    assert a["policy_logprob"] == pytest.approx(1 / 3)
+    assert a["prm"]["mean"] == pytest.approx(1 / 4)
+
+
+def test_tied_answers_count_once_whatever_their_size():
+    """2 x 0.3 = 3 x 0.2: two tied answers, so 1/2, although 2 of 5 candidates are right."""
+    right = [scored("1", True, scores=(0.3,))] * 2
+    wrong = [scored("2", False, scores=(0.2,))] * 3
+    a = accuracy(right + wrong)
+    assert a["majority"] == 0
+    for name in AGGREGATORS:
+        assert a["prm_weighted_majority"][name] == pytest.approx(1 / 2)
+
+
+def test_votes_need_an_answer():
+    silent = [scored(None, False), scored(None, False)]
+    assert accuracy(silent)["majority"] == 0
+    assert accuracy(silent)["prm_weighted_majority"]["mean"] == 0
+    assert accuracy([*silent, scored("1", True)])["majority"] == 1
+
+
+def test_an_empty_candidate_loses_under_every_aggregator():
+    a = accuracy([scored("1", True, None, scores=()), scored("2", False, "A", scores=(0.0,))])
+    assert set(a["prm"].values()) == {0.0}
+    assert set(a["prm_weighted_majority"].values()) <= {0.0, 0.5}  # a weight of exactly 0 ties with no steps
+
+
+def test_only_empty_candidates_are_a_tie():
+    a = accuracy([scored(None, False, None, scores=()), scored(None, False, None, scores=())])
+    assert set(a["prm"].values()) == {0.0}
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_scores_of_zero_and_one(name):
+    a = accuracy([scored("1", False, "A", scores=(0.0, 0.0)), scored("2", True, "B", scores=(1.0, 1.0))])
+    assert a["prm"][name] == 1 and a["prm_weighted_majority"][name] == 1
+
+
+def test_no_candidates_and_too_few():
+    problems = [[], [scored("1", True)], [scored("1", True), scored("2", False)]]
+    result = bon.per_problem(problems, 2)
+    for key in ("random", "unique", "majority", "policy_logprob"):
+        np.testing.assert_allclose(result[key], [0, 1, 0.5], atol=1e-12)
+    np.testing.assert_array_equal(result["oracle"], [0, 1, 1])
+    np.testing.assert_allclose(result["prm"]["min"], [0, 1, 0.5])
+
+
+def test_order_of_the_candidates_does_not_matter():
+    rng = np.random.default_rng(0)
+    candidates = [
+        scored(str(a), bool(a == 1), str(i % 5), -float(rng.integers(3)), rng.integers(0, 3, 4) / 2)
+        for i, a in enumerate(rng.integers(0, 3, 12))
+    ]
+    want = accuracy(candidates)
+    for _ in range(5):
+        got = accuracy([candidates[i] for i in rng.permutation(12)])
+        for key, value in want.items():
+            assert got[key] == pytest.approx(value, abs=1e-12)
+
+
+def test_simulation_of_known_accuracy():
+    """Policy right with p = 0.4, perfect PRM, blind log-probs, wrong answers all different."""
+    rng, p, count = np.random.default_rng(1), 0.4, 1000
+    problems = []
+    for _ in range(count):
+        right = rng.random(8) < p
+        problems.append(
+            [
+                scored("y" if r else f"n{j}", bool(r), str(j), float(rng.normal()), (0.5, 0.9 if r else 0.1))
+                for j, r in enumerate(right)
+            ]
+        )
+    result = bon.best_of_n(problems)
+    assert list(result) == ["1", "2", "4", "8"]
+    for n in (1, 2, 4, 8):
+        row = result[str(n)]
+        any_right = 1 - (1 - p) ** n
+        one_right = n * p * (1 - p) ** (n - 1)
+        # two right answers outvote singletons; a single right one ties with n - 1 others
+        majority = any_right - one_right * (1 - 1 / n)
+        for got, want in [
+            (row["random"], p), (row["unique"], p), (row["policy_logprob"], p), (row["prm"]["last"], any_right),
+            (row["prm"]["min"], any_right), (row["oracle"], any_right), (row["majority"], majority),
+        ]:  # fmt: skip
+            assert abs(got["accuracy"] - want) < 4.5 * max(got["stderr"], 1e-3)
+        assert row["oracle"]["stderr"] == pytest.approx(math.sqrt(any_right * (1 - any_right) / count), rel=0.1)
+
+
+def test_sizes_stop_at_the_number_of_candidates():
+    assert bon.sizes([[scored("1", True)] * 16, []]) == [1, 2, 4, 8, 16]
+    assert bon.sizes([[scored("1", True)] * 6]) == [1, 2, 4, 6]
+    assert bon.sizes([[]]) == [1]
+
+
+def test_paired_difference():
+    got = bon.paired(np.array([1, 1, 0, 1.0]), np.array([0, 1, 0, 0.0]))
+    assert got["difference"] == 0.5
+    assert got["stderr"] == pytest.approx(math.sqrt(1 / 3) / 2)  # differences 1 0 0 1: variance 1/3
+    assert got["ci95"] == pytest.approx([0.5 - 1.96 * got["stderr"], 0.5 + 1.96 * got["stderr"]], abs=1e-4)
+
+
+def test_one_problem_has_no_standard_error():
+    assert math.isnan(bon.best_of_n([[scored("1", True)]])["1"]["random"]["stderr"])
+
+
+def test_misuse_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        bon.per_problem([[scored("1", True)]], 0)
+    with pytest.raises(ValueError, match="no problems"):
+        bon.best_of_n([])
+    with pytest.raises(ValueError, match="equal shapes"):
+        bon.paired(np.zeros(3), np.zeros(1))
+    with pytest.raises(ValueError, match="one truth per score"):
+        bon.step_auc([0.1, 0.2], [True])
+
+
+def test_select_aggregator():
+    only_last = [[scored("1", False, "A", scores=(0.9, 0.3)), scored("2", True, "B", scores=(0.1, 0.4))]]
+    assert bon.select_aggregator(only_last) == "last"
+    assert bon.select_aggregator([[scored("1", True)]]) == "min"  # all tied: the first
+
+
+@pytest.mark.parametrize(
+    ("scores", "truths", "expected"),
+    [
+        ([0.1, 0.4, 0.35, 0.8], [False, False, True, True], 0.75),
+        ([0.1, 0.2, 0.8, 0.9], [False, False, True, True], 1.0),
+        ([0.9, 0.1], [False, True], 0.0),
+        ([0.5, 0.5, 0.5], [True, False, True], 0.5),
+        ([0.5, 0.5, 0.9], [False, True, True], 0.75),  # one tie, one win
+    ],
+)
+def test_step_auc_by_hand(scores, truths, expected):
+    assert bon.step_auc(scores, truths) == expected
+
+
+def test_step_auc_counts_pairs():
+    rng = np.random.default_rng(2)
+    scores, truths = rng.integers(0, 10, 60) / 10, rng.random(60) < 0.4
+    pairs = [(s > t) + 0.5 * (s == t) for s in scores[truths] for t in scores[~truths]]
+    assert bon.step_auc(scores, truths) == pytest.approx(np.mean(pairs), rel=1e-12)
+
+
+def test_step_auc_of_one_class_is_nan():
+    assert math.isnan(bon.step_auc([0.1], [True])) and math.isnan(bon.step_auc([], []))
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason="tests/golden/bon is not there")
+def test_golden_choices_of_the_original():
+    """60 problems scored by the original code; its log of the product is our product.
+
+    In problem 9 no candidate has a step: a tie with 13 of 16 right, where the original takes the first one (right).
+    """
+    expected = json.loads((GOLDEN / "expected.json").read_text())["deterministic"]
+    problems = [
+        [scored(str(j), bool(r), str(j), scores=s) for j, (r, s) in enumerate(zip(*pair, strict=True))]
+        for pair in ((row["labels"], row["prm_scores"]) for row in json.loads((GOLDEN / "results.json").read_text()))
+    ]
+    got = bon.per_problem(problems, 16)
+    names = {"mean": "average", "sum_log_odds": "sum_logit", "mean_odds": "mean_odd"}
+    for name, values in got["prm"].items():
+        assert values.sum() == pytest.approx(expected[names.get(name, name)]["correct"] - 1 + 13 / 16), name
+    assert got["random"].sum() == pytest.approx(27.425) and got["oracle"].sum() == 57

@@ -1,0 +1,111 @@
+"""The record types and their files."""
+
+import json
+
+import pytest
+
+from mmprm_jax import records
+from mmprm_jax.records import (
+    Candidate,
+    Node,
+    Problem,
+    Rollout,
+    ScoredCandidate,
+    SFTExample,
+    StepExample,
+    Tree,
+    UserError,
+)
+
+PROBLEM = Problem("p1", "What is ½ of 4?\nSay.", "2", image="images/p1.png", source="digits")
+ROLLOUTS = (Rollout(("s2", "2"), True, -1.5, 9), Rollout((), False, -0.25, 3))
+NODES = (
+    Node(-1, (), 1, 2, 1, ROLLOUTS),
+    Node(0, ("s1", "s2"), 0, 1, 0, (Rollout(("3",), False, -2.0, 4),)),
+    Node(1, ("s3",), 0, 0, 0, ()),
+)
+CANDIDATE = Candidate("p1", ("s1", "2"), "2", True, -3.0, 12)
+ALL = [
+    PROBLEM,
+    Problem("p2", "q", "a"),
+    SFTExample("e1", "q", "<step>\u2028</step>"),
+    ROLLOUTS[0],
+    NODES[0],
+    Tree(PROBLEM, NODES, ((0, 1), (1, 0))),
+    StepExample("x", "p1", "q", ("s1", "2"), (3, 0), (4, 0)),
+    CANDIDATE,
+    Candidate("p1", (), None, False, 0.0, 0),
+    ScoredCandidate(CANDIDATE, (0.5, 0.125)),
+]
+
+
+@pytest.mark.parametrize("record", ALL, ids=lambda r: type(r).__name__)
+def test_round_trip(tmp_path, record):
+    path = tmp_path / "sub" / "r.jsonl"
+    assert records.write(path, [record, record]) == 2
+    assert records.read_all(path, type(record)) == [record, record]
+    hash(records.read_all(path, type(record))[0])  # tuples all the way down
+    before = path.read_bytes()
+    records.write(path, records.read(path, type(record)))
+    assert path.read_bytes() == before
+
+
+def test_prefix_joins_the_path_from_the_root():
+    tree = Tree(PROBLEM, NODES, ())
+    assert [tree.prefix(i) for i in range(3)] == [(), ("s1", "s2"), ("s1", "s2", "s3")]
+
+
+def message(path, cls):
+    with pytest.raises(UserError) as caught:
+        records.read_all(path, cls)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    "bad, wanted",
+    [
+        ({"id": "a", "question": "q"}, "missing keys ['answer']"),
+        ({"id": "a", "question": "q", "answer": "1", "anwser": "1"}, "unknown keys ['anwser']"),
+        ([1], "expected a JSON object, found list"),
+    ],
+)
+def test_bad_row_names_file_and_line(tmp_path, bad, wanted):
+    path = tmp_path / "p.jsonl"
+    path.write_text(records.to_json(PROBLEM) + "\n\n" + json.dumps(bad) + "\n")
+    text = message(path, Problem)
+    assert text.startswith(f"{path}, line 3: ") and wanted in text
+
+
+def test_bad_nested_row_names_the_nested_type(tmp_path):
+    row = json.loads(records.to_json(ALL[5]))
+    del row["nodes"][1]["rollouts"][0]["logprob"]
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(row))
+    assert message(path, Tree).startswith(f"{path}, line 1: not a Rollout: missing keys ['logprob']")
+
+
+def test_invalid_json_empty_and_missing_files(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": ')
+    assert message(path, Problem).startswith(f"{path}, line 1: ")
+    path.write_text("\n")
+    assert message(path, Problem) == f"{path}: holds no Problem record"
+    assert list(records.read(path, Problem)) == []
+    assert "no such file" in message(tmp_path / "none.jsonl", Problem)
+
+
+def test_write_is_atomic(tmp_path):
+    path = tmp_path / "p.jsonl"
+    records.write(path, [PROBLEM])
+
+    def breaks():
+        yield Problem("p2", "q", "a")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        records.write(path, breaks())
+    assert records.read_all(path, Problem) == [PROBLEM]
+    records.write(path, [])
+    assert path.read_text() == "" and [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
