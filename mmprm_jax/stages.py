@@ -227,7 +227,7 @@ def evaluate(run: Run) -> Figures:
     cfg = run.model(tokenizer)
     candidates = {s: sample_candidates(run, s, policy_tokenizer, run.model(policy_tokenizer)) for s in ("dev", "test")}
     graphdef, params = run.load("train_prm", tokenizer, cfg)
-    scorer = Scorer(graphdef, params, run.mesh, tokenizer, cfg, rows=c.score_rows, max_length=run.config.train_prm.max_length)
+    scorer = Scorer(graphdef, params, run.mesh, tokenizer, cfg, rows=c.score_rows)
 
     def scored(split: str, change: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> Scored:
         problems = run.problems(split)
@@ -270,7 +270,10 @@ def compare(run: Run, results: Mapping[str, Scored]) -> Figures:
     for name in ("blank_image", "shuffled_image"):
         blind = best_of_n.per_problem(results[name], n)["prm"][selected]
         difference = best_of_n.paired(blind, each["random"])
-        figures["controls"][name] = best_of_n.mean_and_stderr(blind) | {
+        accuracy, stderr = best_of_n.mean_and_stderr(blind)
+        figures["controls"][name] = {
+            "accuracy": accuracy,
+            "stderr": stderr,
             "difference_to_random": difference["difference"],
             "difference_stderr": difference["stderr"],
         }

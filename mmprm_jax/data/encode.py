@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from mmprm_jax.data import images
@@ -68,16 +69,23 @@ def sft_dataset(
 def step_dataset(
     examples: Sequence[StepExample], folder: epath.PathLike, tokenizer: Tokenizer, cfg: VLMConfig, length: int
 ) -> Dataset:
-    """Rows for ``prm_loss``: counts k, n at the ``<prm>`` markers, 0 elsewhere."""
-    rows, marks = [], []
+    """Rows for ``prm_loss``: counts k, n at the ``<prm>`` markers, 0 elsewhere.
+
+    Solutions longer than ``length`` tokens are left out: a rambling policy must not stop the training.
+    """
+    rows, marks, kept = [], [], []
     for example in examples:
         prompt = prompt_ids(tokenizer, cfg, example.question, example.image is not None)
         ids, where = prm_ids(tokenizer, prompt, example.segments)
-        rows.append(ids)
-        marks.append(where)
+        if len(ids) <= length:
+            rows.append(ids)
+            marks.append(where)
+            kept.append(example)
+    if len(kept) < len(examples):
+        logging.warning("%d of %d step examples are longer than %d tokens: left out", len(examples) - len(kept), len(examples), length)
     tokens, valid = pad_rows(rows, length, "step example")
     k, n = np.zeros_like(tokens), np.zeros_like(tokens)
-    for i, (example, where) in enumerate(zip(examples, marks, strict=True)):
+    for i, (example, where) in enumerate(zip(kept, marks, strict=True)):
         k[i, where], n[i, where] = example.k, example.n
-    image, pixels = load_pixels(folder, [e.image for e in examples], cfg)
+    image, pixels = load_pixels(folder, [e.image for e in kept], cfg)
     return Dataset({"tokens": tokens, "valid": valid, "k": k, "n": n}, image, pixels)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -33,11 +32,11 @@ class Scorer:
     """Scores solutions ``rows`` at a time; equal solutions of a problem are scored once."""
 
     def __init__(
-        self, graphdef: Any, params: Any, mesh: Any, tokenizer: Tokenizer, cfg: VLMConfig, *, rows: int, max_length: int
+        self, graphdef: Any, params: Any, mesh: Any, tokenizer: Tokenizer, cfg: VLMConfig, *, rows: int, bucket: int = 16
     ):
         self._graphdef, self._params, self._mesh = graphdef, params, mesh
         self._tokenizer, self._cfg = tokenizer, cfg
-        self._rows, self._length = rows, max_length
+        self._rows, self._bucket = rows, bucket
 
     def score(
         self, problems: Sequence[Problem], solutions: Sequence[tuple[str, ...]], pixels: Sequence[np.ndarray]
@@ -51,7 +50,7 @@ class Scorer:
             if segments:
                 wanted.setdefault((problem.id, segments), i)
         found: dict[tuple[str, tuple[str, ...]], tuple[float, ...]] = {}
-        items = list(wanted.items())
+        items = sorted(wanted.items(), key=lambda item: len(item[0][1]))  # similar lengths share a batch
         for start in range(0, len(items), self._rows):
             part = items[start : start + self._rows]
             rows, marks = [], []
@@ -66,7 +65,8 @@ class Scorer:
         return [found.get((p.id, s), ()) for p, s in zip(problems, solutions, strict=True)]
 
     def _batch(self, rows: list[list[int]], pixels: np.ndarray) -> np.ndarray:
-        tokens, valid = pad_rows(rows, self._length, "solution")
+        width = -(-max(len(row) for row in rows) // self._bucket) * self._bucket
+        tokens, valid = pad_rows(rows, width, "solution")
         fill = self._rows - len(rows)
         valid = np.pad(valid, [(0, fill), (0, 0)])
         valid[len(rows) :, 0] = True
@@ -76,6 +76,5 @@ class Scorer:
             "pixels": normalise(np.pad(pixels, [(0, fill)] + [(0, 0)] * (pixels.ndim - 1))),
         }
         yes, no = self._tokenizer.id(tok.YES), self._tokenizer.id(tok.NO)
-        return np.asarray(
-            jnp.asarray(_scores(self._params, put_batch(batch, self._mesh), graphdef=self._graphdef, yes=yes, no=no))
-        )
+        scores = _scores(self._params, put_batch(batch, self._mesh), graphdef=self._graphdef, yes=yes, no=no)
+        return np.asarray(jax.device_get(scores))

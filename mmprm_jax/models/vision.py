@@ -44,10 +44,10 @@ class VisionLayer(nnx.Module):
     def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs):
         self.norm1 = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
         self.attention = VisionAttention(cfg, rngs)
-        self.ls1 = nnx.Param(jnp.full((cfg.hidden_size,), cfg.layer_scale_init))
+        self.ls1 = nnx.Param(jnp.full((cfg.hidden_size,), cfg.layer_scale_init, jnp.float32))
         self.norm2 = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
         self.mlp = VisionMLP(cfg, rngs)
-        self.ls2 = nnx.Param(jnp.full((cfg.hidden_size,), cfg.layer_scale_init))
+        self.ls2 = nnx.Param(jnp.full((cfg.hidden_size,), cfg.layer_scale_init, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.attention(self.norm1(x)) * self.ls1[...]

@@ -126,4 +126,4 @@ def histogram(examples: Iterable[StepExample]) -> dict[str, Any]:
         for k, n in zip(example.k, example.n, strict=True):
             if n > 0:
                 bins[min(9, 10 * k // n)] += 1
-    return {"bins": bins, "steps": sum(bins), "examples": count, "problems": len(problems)}
+    return {"histogram": bins, "steps": sum(bins), "examples": count, "problems": len(problems)}

@@ -70,6 +70,16 @@ def batches(data: Dataset, s: Settings) -> grain.DatasetIterator:
     return iter(dataset.random_map(assemble).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
 
 
+def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: Any) -> Any:
+    """The optimizer's state, laid out by the rules of the parameters."""
+
+    def init(params: Any) -> Any:
+        opt = optimizer.init(params)
+        return jax.tree.map(lambda x, s: jax.sharding.reshard(x, s.spec), opt, parameter_shardings(opt, mesh))
+
+    return jax.jit(init)(params)
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "loss_fn", "optimizer"), donate_argnames=("state",))
 def train_step(state: Any, batch: Any, *, graphdef: Any, loss_fn: Loss, optimizer: Any) -> tuple[Any, dict[str, jax.Array]]:
     """One update of ``state`` = {params, opt}."""
@@ -94,8 +104,7 @@ def fit(
     if not len(data.image):
         raise UserError(f"{name}: the training set is empty")
     optimizer = make_optimizer(s)
-    opt = jax.jit(optimizer.init)(params)
-    opt = jax.device_put(opt, parameter_shardings(opt, mesh))
+    opt = init_optimizer(optimizer, params, mesh)
     state = {"params": params, "opt": opt}
     source = batches(data, s)
     with Checkpoints(folder / "checkpoints") as checkpoints:

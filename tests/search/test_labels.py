@@ -164,12 +164,12 @@ def test_histogram():
     found = labels.histogram(
         [example("a", (0, 8, 1, 0), (8, 8, 10, 0)), example("a", (7, 9), (10, 10)), example("b", (), ())]
     )
-    assert found == {"bins": [1, 1, 0, 0, 0, 0, 0, 1, 0, 2], "steps": 5, "examples": 3, "problems": 2}
+    assert found == {"histogram": [1, 1, 0, 0, 0, 0, 0, 1, 0, 2], "steps": 5, "examples": 3, "problems": 2}
     assert json.loads(json.dumps(found)) == found
-    assert labels.histogram([]) == {"bins": [0] * 10, "steps": 0, "examples": 0, "problems": 0}
+    assert labels.histogram([]) == {"histogram": [0] * 10, "steps": 0, "examples": 0, "problems": 0}
 
 
 def test_histogram_of_the_hand_made_tree():
     examples = labels.step_examples(TREE, ALL, 0)
     values = collections.Counter(min(9, int(10 * k / n)) for e in examples for k, n in zip(e.k, e.n, strict=True) if n)
-    assert labels.histogram(examples)["bins"] == [values[b] for b in range(10)]
+    assert labels.histogram(examples)["histogram"] == [values[b] for b in range(10)]
