@@ -37,9 +37,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.remat = False
 
     config.sft = ConfigDict()
-    config.sft.steps = 600
+    config.sft.steps = 500
     config.sft.batch_size = 64
-    config.sft.learning_rate = 3e-3
+    config.sft.optimizer = ConfigDict(dict(name="muon", learning_rate=1e-2, warmup=0.05, weight_decay=0.01, clip=1.0))
+    config.sft.shift = 1  # augmentation: pixels
+    config.sft.noise = 8.0  # augmentation: standard deviation, 0-255
     config.sft.max_length = 52
     config.sft.checkpoint_every = 100
     config.sft.log_every = 10
@@ -66,7 +68,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train_prm.balance = False
     config.train_prm.steps = 600
     config.train_prm.batch_size = 64
-    config.train_prm.learning_rate = 2e-3
+    config.train_prm.optimizer = ConfigDict(dict(name="muon", learning_rate=5e-3, warmup=0.05, weight_decay=0.01, clip=1.0))
+    config.train_prm.shift = 1
+    config.train_prm.noise = 8.0
     config.train_prm.max_length = 60
     config.train_prm.checkpoint_every = 100
     config.train_prm.log_every = 10

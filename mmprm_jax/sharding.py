@@ -86,13 +86,16 @@ def take_rows(table: jax.Array, indices: tuple[jax.Array, ...] | jax.Array, *axe
     return table.at[indices].get(out_sharding=fit_spec(shape + table.shape[used:], axes), mode="clip")
 
 
+def path_name(path: tuple) -> str:
+    """A tree path as ``decoder/layers/attention/q``."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
 def parameter_shardings(abstract: Any, mesh: Mesh) -> Any:
     """The NamedSharding of every leaf of a parameter (or optimizer) tree, by RULES on its path."""
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-        name = re.sub(r"/value$", "", name)
-        spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+        spec = next(spec for pattern, spec in RULES if re.search(pattern, path_name(path)))
         if len(spec) > len(leaf.shape):
             spec = P()
         return NamedSharding(mesh, fit_spec(leaf.shape, tuple(spec), mesh))

@@ -35,7 +35,7 @@ from mmprm_jax.rollout.rollouts import Sampler
 from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.search import labels, omegaprm
 from mmprm_jax.sharding import make_mesh
-from mmprm_jax.training import losses, trainer
+from mmprm_jax.training import losses, optimizers, trainer
 from mmprm_jax.training.checkpoints import load_params, save_params
 
 Figures = dict[str, Any]
@@ -97,6 +97,12 @@ def settings_of(cls: type, config: Mapping[str, Any], **more: Any) -> Any:
         raise UserError(str(error)) from None
 
 
+def training_settings(config: ConfigDict, seed: int) -> trainer.Settings:
+    """The settings of one training stage."""
+    values = {**config.to_dict(), "optimizer": settings_of(optimizers.Settings, config.optimizer)}
+    return settings_of(trainer.Settings, values, seed=seed)
+
+
 def data(run: Run) -> Figures:
     """Generates the embedded problem set, unless the configuration names a folder with a data set."""
     if run.config.data.folder:
@@ -114,7 +120,7 @@ def sft(run: Run) -> Figures:
     examples = records.read_all(run.data / "sft.jsonl", SFTExample)
     dataset = encode.sft_dataset(examples, run.data, tokenizer, cfg, run.config.sft.max_length)
     graphdef, params = build.initialise(cfg, tokenizer.id(tok.IMAGE), run.config.seed, run.mesh)
-    settings = settings_of(trainer.Settings, run.config.sft, seed=run.config.seed)
+    settings = training_settings(run.config.sft, run.config.seed)
     params = trainer.fit("sft", folder, graphdef, params, losses.policy_loss, dataset, settings, run.mesh)
     save_params(folder / "params", params)
     return {"examples": len(examples), "parameters": sum(x.size for x in jax.tree.leaves(params))}
@@ -182,7 +188,7 @@ def train_prm(run: Run) -> Figures:
     graphdef, _ = build.abstract(cfg, tokenizer.id(tok.IMAGE), run.mesh)
     params = build.add_token(policy, run.mesh)
     loss = losses.prm_loss(c.label, c.threshold, tokenizer.id(tok.YES), tokenizer.id(tok.NO))
-    settings = settings_of(trainer.Settings, c, seed=run.config.seed)
+    settings = training_settings(c, run.config.seed)
     params = trainer.fit("train_prm", folder, graphdef, params, loss, dataset, settings, run.mesh)
     save_params(folder / "params", params)
     tokenizer.save(folder / "tokenizer.json")

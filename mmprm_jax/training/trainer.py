@@ -18,7 +18,8 @@ from flax import nnx
 from mmprm_jax.data import images
 from mmprm_jax.metrics import Metrics, progress
 from mmprm_jax.records import UserError
-from mmprm_jax.sharding import parameter_shardings, put_batch
+from mmprm_jax.sharding import put_batch
+from mmprm_jax.training import optimizers
 from mmprm_jax.training.checkpoints import Checkpoints
 from mmprm_jax.training.losses import Loss
 
@@ -27,10 +28,7 @@ from mmprm_jax.training.losses import Loss
 class Settings:
     steps: int
     batch_size: int
-    learning_rate: float
-    warmup: float = 0.05  # fraction of the steps
-    weight_decay: float = 0.01
-    clip: float = 1.0  # global gradient norm
+    optimizer: optimizers.Settings
     shift: int = 1  # augmentation: pixels
     noise: float = 8.0  # augmentation: standard deviation, 0-255
     checkpoint_every: int = 100
@@ -47,17 +45,6 @@ class Dataset:
     pixels: np.ndarray
 
 
-def make_optimizer(s: Settings) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, cosine decay and clipping; vectors (norms, biases) are not decayed."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, s.learning_rate, max(1, round(s.warmup * s.steps)), s.steps, 0.02 * s.learning_rate
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(s.clip),
-        optax.adamw(schedule, b2=0.98, weight_decay=s.weight_decay, mask=lambda p: jax.tree.map(lambda x: x.ndim > 2, p)),
-    )
-
-
 def batches(data: Dataset, s: Settings) -> grain.DatasetIterator:
     """Endless shuffled batches of host arrays; the content of batch i depends on (seed, i) only."""
 
@@ -70,16 +57,6 @@ def batches(data: Dataset, s: Settings) -> grain.DatasetIterator:
     return iter(dataset.random_map(assemble).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
 
 
-def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: Any) -> Any:
-    """The optimizer's state, laid out by the rules of the parameters."""
-
-    def init(params: Any) -> Any:
-        opt = optimizer.init(params)
-        return jax.tree.map(lambda x, s: jax.sharding.reshard(x, s.spec), opt, parameter_shardings(opt, mesh))
-
-    return jax.jit(init)(params)
-
-
 @functools.partial(jax.jit, static_argnames=("graphdef", "loss_fn", "optimizer"), donate_argnames=("state",))
 def train_step(state: Any, batch: Any, *, graphdef: Any, loss_fn: Loss, optimizer: Any) -> tuple[Any, dict[str, jax.Array]]:
     """One update of ``state`` = {params, opt}."""
@@ -89,9 +66,16 @@ def train_step(state: Any, batch: Any, *, graphdef: Any, loss_fn: Loss, optimize
         return total / jnp.maximum(weight, 1.0)
 
     loss, grads = jax.value_and_grad(mean_loss)(state["params"])
-    updates, opt = optimizer.update(grads, state["opt"], state["params"])
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
-    return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, metrics
+
+
+    def update(grads: Any, state: Any) -> Any:
+        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        return {"params": optax.apply_updates(state["params"], updates), "opt": opt}
+
+    # Inside, the partitioner lays out what optimizers do to matrices (Muon multiplies them by themselves).
+    layout = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
+    state = jax.sharding.auto_axes(update, out_sharding=layout)(grads, state)
+    return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
 
 
 def fit(
@@ -103,8 +87,8 @@ def fit(
     """
     if not len(data.image):
         raise UserError(f"{name}: the training set is empty")
-    optimizer = make_optimizer(s)
-    opt = init_optimizer(optimizer, params, mesh)
+    optimizer = optimizers.make(s.optimizer, s.steps)
+    opt = optimizers.init(optimizer, params, mesh)
     state = {"params": params, "opt": opt}
     source = batches(data, s)
     with Checkpoints(folder / "checkpoints") as checkpoints:
