@@ -18,9 +18,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.train = 2000
     config.data.dev = 300
     config.data.test = 600
-    config.data.demonstrations = 4000
+    config.data.demonstrations = 6000
     config.data.transcriptions = 4000
-    config.data.text_only = 4000
+    config.data.text_only = 8000
     config.data.habit = 0.5
     config.data.bracket = 0.7
 
@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.remat = False
 
     config.sft = ConfigDict()
-    config.sft.steps = 500
+    config.sft.steps = 700
     config.sft.batch_size = 64
     config.sft.optimizer = ConfigDict(dict(name="muon", learning_rate=1e-2, warmup=0.05, weight_decay=0.01, clip=1.0))
     config.sft.shift = 1  # augmentation: pixels
@@ -56,19 +56,20 @@ def get_config(arg: str = "") -> ConfigDict:
     config.annotate.length_scale = 500.0
     config.annotate.temperature = 1.0
     config.annotate.top_k = 50
-    config.annotate.top_p = 0.95
+    config.annotate.top_p = 0.9
     config.annotate.max_new_tokens = 40
     config.annotate.rows = 128
-    config.annotate.trees_per_shard = 256
+    config.annotate.in_flight = 512
+    config.annotate.trees_per_shard = 50
 
     config.train_prm = ConfigDict()
     config.train_prm.label = "soft"  # soft: k / n; hard: 1 where k / n > threshold
     config.train_prm.threshold = 0.0
     config.train_prm.max_paths = 16  # solutions per problem
     config.train_prm.balance = False
-    config.train_prm.steps = 600
+    config.train_prm.steps = 700
     config.train_prm.batch_size = 64
-    config.train_prm.optimizer = ConfigDict(dict(name="muon", learning_rate=5e-3, warmup=0.05, weight_decay=0.01, clip=1.0))
+    config.train_prm.optimizer = ConfigDict(dict(name="muon", learning_rate=1e-2, warmup=0.05, weight_decay=0.01, clip=1.0))
     config.train_prm.shift = 1
     config.train_prm.noise = 8.0
     config.train_prm.max_length = 60
@@ -79,7 +80,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate.n = 16
     config.evaluate.temperature = 1.0
     config.evaluate.top_k = 50
-    config.evaluate.top_p = 0.95
+    config.evaluate.top_p = 0.9
     config.evaluate.max_new_tokens = 40
     config.evaluate.rows = 64
     config.evaluate.score_rows = 256
@@ -88,7 +89,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.update(train=64, dev=16, test=32, demonstrations=256, transcriptions=256, text_only=256)
         config.model.decoder.num_layers = 2
         config.sft.update(steps=60, checkpoint_every=20)
-        config.annotate.update(num_rollouts=4, max_searches=4, rollout_budget=24, rows=32, trees_per_shard=16)
+        config.annotate.update(num_rollouts=4, max_searches=4, rollout_budget=24, rows=32, in_flight=32, trees_per_shard=16)
         config.train_prm.update(steps=40, checkpoint_every=20)
         config.evaluate.update(rows=16, score_rows=64)
     return config

@@ -1,4 +1,8 @@
-"""``mmprm <command> --config=FILE[:ARG] --workdir=DIR [--config.key=value …]``"""
+"""The command line.
+
+``mmprm <stage> --config=FILE[:ARG] --workdir=DIR [--config.key=value …]`` runs one stage, or with ``pipeline`` all.
+``mmprm summary WORKDIR [WORKDIR …]`` compares finished runs, e.g. of several seeds.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,17 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
     from mmprm_jax import config as configs
     from mmprm_jax.records import UserError
 
+    if argv[1:2] == ["summary"] and len(argv) > 2:
+        from mmprm_jax.report.summary import summarise
+
+        print(summarise(argv[2:]))
+        return
     names = ("data", "sft", "annotate", "train_prm", "evaluate", "report", "pipeline")
     if len(argv) != 2 or argv[1] not in names:
-        raise UserError(f"usage: mmprm {{{','.join(names)}}} --config=FILE[:ARG] --workdir=DIR [--config.key=value …]")
+        raise UserError(
+            f"usage: mmprm {{{','.join(names)}}} --config=FILE[:ARG] --workdir=DIR [--config.key=value …]"
+            " or: mmprm summary WORKDIR [WORKDIR …]"
+        )
     for flag in (_CONFIG, _WORKDIR):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing; e.g. mmprm {argv[1]} --config=configs/digits.py --workdir=runs/digits")
@@ -28,7 +40,8 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
 
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / "compilation_cache"))
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / "compilation_cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     from mmprm_jax import stages
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mmprm_jax.records import UserError
 
@@ -39,18 +40,17 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(shape: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices. ``shape`` gives the size of each axis; at most one may be -1 (what is left)."""
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of ``devices`` (default: all). ``shape`` gives the size of each axis; at most one may be -1: what is left."""
     sizes = [int(shape.get(axis, 1)) for axis in AXES]
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise UserError(f"mesh {dict(shape)}: sizes must be positive, and at most one may be -1")
     if -1 in sizes:
-        rest = math.prod(s for s in sizes if s != -1)
-        if devices % rest:
-            raise UserError(f"mesh {dict(shape)}: {devices} devices are not divisible by {rest}")
-        sizes[sizes.index(-1)] = devices // rest
-    if math.prod(sizes) != devices:
-        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices; there are {devices}")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
+        sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
+    if math.prod(sizes) != len(devices):
+        raise UserError(f"mesh {dict(shape)} does not fit {len(devices)} devices")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
 
 
 def fit_spec(shape: tuple[int, ...], axes: tuple[Any, ...], mesh: Any = None) -> P:

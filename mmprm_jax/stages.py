@@ -28,7 +28,7 @@ from mmprm_jax.models import build
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import Candidate, Problem, ScoredCandidate, SFTExample, StepExample, Tree, UserError
+from mmprm_jax.records import Candidate, Problem, ScoredCandidate, SFTExample, Tree, UserError
 from mmprm_jax.report import report as report_page
 from mmprm_jax.rollout.engine import Engine
 from mmprm_jax.rollout.rollouts import Sampler
@@ -136,31 +136,29 @@ def annotate(run: Run) -> Figures:
         run.engine(c.rows, tokenizer, cfg, c), tokenizer, cfg, run.pixels(problems, cfg), run.config.seed, "annotate"
     )
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(problems), c.trees_per_shard)
-    rollouts = 0
-    with Metrics(folder, resume_step=0) as metrics, progress(len(problems), "annotate", "tree") as bar:
-        for start in starts:
-            part = problems[start : start + c.trees_per_shard]
-            shard = folder / f"trees-{start:06d}.jsonl"
-            if not shard.exists():
-                done = 0
-
-                def advance(requests: int, sampled: int, finished: int) -> None:
-                    nonlocal done
-                    bar.update(finished - done)
-                    done = finished
-                    bar.set_postfix(rollouts=rollouts + sampler.rollouts, refresh=False)
-
-                records.write(shard, omegaprm.run_batched(part, settings, sampler, advance))
-            else:
-                bar.update(len(part))
-            trees = records.read_all(shard, Tree)
-            if [t.problem for t in trees] != part:
-                raise UserError(f"{shard}: holds other problems than {run.data}; use another --workdir")
-            rollouts = sum(node.n for tree in trees for node in tree.nodes)
-            metrics.write(start + len(part), rollouts=rollouts, nodes=sum(len(t.nodes) for t in trees))
+    shards = [range(i, min(i + c.trees_per_shard, len(problems))) for i in range(0, len(problems), c.trees_per_shard)]
+    left = [shard for shard in shards if not shard_path(folder, shard).exists()]
+    todo = [i for shard in left for i in shard]
+    done: dict[int, Tree] = {}
+    first = len(problems) - len(todo)
+    with Metrics(folder, resume_step=first + 1) as metrics, progress(len(problems), "annotate", "tree", first) as bar:
+        for index, tree in omegaprm.grow([problems[i] for i in todo], settings, sampler, c.in_flight):
+            done[todo[index]] = tree
+            bar.update()
+            bar.set_postfix(rollouts=sampler.rollouts, refresh=False)
+            while left and all(i in done for i in left[0]):
+                shard = left.pop(0)
+                records.write(shard_path(folder, shard), [done[i] for i in shard])
+                metrics.write(len(problems) - sum(map(len, left)), rollouts=sampler.rollouts, tokens=sampler.tokens)
     trees = read_trees(folder)
+    if [tree.problem for tree in trees] != problems:
+        raise UserError(f"{folder}: holds trees of other problems than {run.data}; use another --workdir")
     return {"trees": len(trees), "rollouts": sum(node.n for tree in trees for node in tree.nodes)}
+
+
+def shard_path(folder: epath.Path, shard: range) -> epath.Path:
+    """The file of the trees of problems ``shard``."""
+    return folder / f"trees-{shard.start:06d}.jsonl"
 
 
 def read_trees(folder: epath.Path) -> list[Tree]:

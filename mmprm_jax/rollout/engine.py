@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,6 @@ from flax import nnx
 
 from mmprm_jax.data.images import normalise
 from mmprm_jax.models.vlm import VLM
-from mmprm_jax.records import UserError
 from mmprm_jax.rollout.sampling import Sampling, draw
 from mmprm_jax.sharding import BATCH, dot, fit_spec, put_batch
 
@@ -120,7 +119,6 @@ class Engine:
         self._graphdef, self._params, self._mesh = graphdef, params, mesh
         self._sampling = sampling.arrays()
         self._stop, self._rows, self._max_new, self._bucket = stop, rows, max_new, bucket
-        self.sampled_tokens = 0
 
     def sample(
         self, prefixes: Sequence[Sequence[int]], pixels: np.ndarray, keys: np.ndarray, n: int
@@ -128,25 +126,29 @@ class Engine:
         """``n`` samples of each prefix.
 
         pixels uint8 [N, tiles, H, W, 3]; keys uint32 [N, 2]: sample i of a prefix depends on its key and i, not on the
-        other prefixes. Prefixes of similar length share a batch.
+        other prefixes. Prefixes of similar length share a batch; the padded width is a prefix's own, so that its
+        companions cannot change a rounding.
         """
-        if len(prefixes) != len(keys) or len(prefixes) != len(pixels):
-            raise UserError("prefixes, pixels and keys must have the same length")
-        order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
+        if not len(prefixes) == len(keys) == len(pixels):
+            raise ValueError("prefixes, pixels and keys must have the same length")
+        widths = [-(-len(prefix) // self._bucket) * self._bucket for prefix in prefixes]
         results: list[list[Sample]] = [[] for _ in prefixes]
-        for start in range(0, len(order), self._rows):
-            chosen = order[start : start + self._rows]
-            tokens, lengths, logprobs = self._batch([prefixes[i] for i in chosen], pixels[chosen], keys[chosen], n)
+        for width, chosen in self._plan(widths, [len(prefix) for prefix in prefixes]):
+            tokens, lengths, logprobs = self._batch([prefixes[i] for i in chosen], pixels[chosen], keys[chosen], n, width)
             for row, i in enumerate(chosen):
                 results[i] = [
                     Sample(tuple(tokens[row, j, : lengths[row, j]].tolist()), float(logprobs[row, j])) for j in range(n)
                 ]
-            self.sampled_tokens += int(lengths[: len(chosen)].sum())
         return results
 
-    def _batch(self, prefixes: list[Sequence[int]], pixels: np.ndarray, keys: np.ndarray, n: int) -> Any:
-        longest = max(len(p) for p in prefixes)
-        width = -(-longest // self._bucket) * self._bucket
+    def _plan(self, widths: list[int], lengths: list[int]) -> Iterator[tuple[int, list[int]]]:
+        """(width, indices) of each batch: one width, at most ``rows`` prefixes, similar lengths together."""
+        for width in sorted(set(widths)):
+            same = sorted((i for i, w in enumerate(widths) if w == width), key=lambda i: lengths[i])
+            for start in range(0, len(same), self._rows):
+                yield width, same[start : start + self._rows]
+
+    def _batch(self, prefixes: list[Sequence[int]], pixels: np.ndarray, keys: np.ndarray, n: int, width: int) -> Any:
         tokens, valid = np.zeros((self._rows, width), np.int32), np.zeros((self._rows, width), bool)
         for row, prefix in enumerate(prefixes):
             tokens[row, width - len(prefix) :] = prefix

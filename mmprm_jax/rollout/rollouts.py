@@ -32,7 +32,7 @@ class Sampler:
         """``pixels``: uint8 [tiles, H, W, 3] by problem id."""
         self._engine, self._tokenizer, self._cfg, self._pixels = engine, tokenizer, cfg, pixels
         self._seed, self._purpose = seed, purpose
-        self.rollouts = 0
+        self.rollouts = self.tokens = 0
 
     def __call__(self, requests: Sequence[Request]) -> list[tuple[Rollout, ...]]:
         """The rollouts of each request; all requests ask for the same number."""
@@ -44,6 +44,7 @@ class Sampler:
         keys = np.stack([request_key(self._seed, self._purpose, r) for r in requests])
         samples = self._engine.sample(prefixes, pixels, keys, requests[0].n)
         self.rollouts += sum(len(group) for group in samples)
+        self.tokens += sum(len(sample.tokens) for group in samples for sample in group)
         return [
             tuple(self._rollout(request, sample.tokens, sample.logprob) for sample in group)
             for request, group in zip(requests, samples, strict=True)

@@ -5,15 +5,16 @@ question; take the wrong rollout that looks most informative; find its first wro
 every prefix on the way from fresh rollouts; repeat, with the rollouts of the new prefixes as further candidates.
 
 ``search`` is a coroutine: it yields what it wants sampled and is sent the samples. It knows nothing of models, so a
-driver can run many trees at once and batch their requests (``run_batched``) or replay a log. The tree is a pure
+driver can run many trees at once and batch their requests (``grow``) or replay a log. The tree is a pure
 function of the problem, the settings and the samples.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from mmprm_jax.records import Node, Problem, Rollout, Tree
 
@@ -176,34 +177,29 @@ def search(problem: Problem, settings: Settings) -> Search:
     return builder.tree()
 
 
-def run_batched(
-    problems: Sequence[Problem],
-    settings: Settings,
-    sample: Sampler,
-    on_round: Callable[[int, int, int], None] | None = None,
-) -> list[Tree]:
-    """Grows the trees of all problems in lock step and returns them in the order of the problems.
+def grow(problems: Sequence[Problem], settings: Settings, sample: Sampler, in_flight: int) -> Iterator[tuple[int, Tree]]:
+    """Grows the trees of all problems, ``in_flight`` at a time; yields (index of the problem, tree) as they finish.
 
-    Each round calls ``sample`` once with one Request of every unfinished tree; it answers in the same order. Trees do
-    not depend on each other as long as what ``sample`` returns for a request does not depend on its companions.
-    ``on_round(requests, rollouts, done)`` is told this round's numbers and how many trees are finished.
+    Each round calls ``sample`` once with one Request of every tree in flight; it answers in the same order. A finished
+    tree makes room for the next problem. Trees do not depend on each other, nor on ``in_flight``, as long as what
+    ``sample`` returns for a request does not depend on its companions.
     Raises ValueError when an answer does not fit its request.
     """
-    searches = [search(problem, settings) for problem in problems]
-    trees: dict[int, Tree] = {}
-    waiting = {i: next(s) for i, s in enumerate(searches)}
-    while waiting:
-        requests = list(waiting.values())
-        answers = sample(requests)
-        if len(answers) != len(requests):
-            raise ValueError(f"the sampler was sent {len(requests)} requests and answered {len(answers)}")
-        following = {}
-        for i, rollouts in zip(waiting, answers, strict=True):
+    starting = iter(enumerate(problems))
+    searches: dict[int, Search] = {}
+    waiting: dict[int, Request] = {}
+    while True:
+        for i, problem in itertools.islice(starting, in_flight - len(waiting)):
+            searches[i] = search(problem, settings)
+            waiting[i] = next(searches[i])
+        if not waiting:
+            return
+        answers = sample(list(waiting.values()))
+        if len(answers) != len(waiting):
+            raise ValueError(f"the sampler was sent {len(waiting)} requests and answered {len(answers)}")
+        for i, rollouts in zip(list(waiting), answers, strict=True):
             try:
-                following[i] = searches[i].send(rollouts)
+                waiting[i] = searches[i].send(rollouts)
             except StopIteration as finished:
-                trees[i] = finished.value
-        waiting = following
-        if on_round is not None:
-            on_round(len(requests), sum(r.n for r in requests), len(trees))
-    return [trees[i] for i in range(len(problems))]
+                del waiting[i], searches[i]
+                yield i, finished.value

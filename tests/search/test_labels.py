@@ -122,7 +122,7 @@ def world(requests):
 @pytest.fixture(scope="module")
 def trees():
     problems = [Problem(f"p{i}", f"q{i}", "1") for i in range(12)]
-    return omegaprm.run_batched(problems, omegaprm.Settings(8, 20, 160), world)
+    return [tree for _, tree in sorted(omegaprm.grow(problems, omegaprm.Settings(8, 20, 160), world, 10))]
 
 
 def test_every_label_of_a_searched_tree_is_its_nodes_count(trees):

@@ -1,6 +1,5 @@
 """OmegaPRM search: formulas, hand-worked trees, the binary search, limits, reuse, ties, batching, unbiased values."""
 
-import itertools
 import math
 import zlib
 
@@ -32,7 +31,13 @@ def drive(settings, script, problem=PROBLEM):
         asked.append(" ".join(request.prefix))
         return [tuple(script[asked[-1]])]
 
-    return omegaprm.run_batched([problem], settings, sample)[0], asked
+    return trees_of([problem], settings, sample)[0], asked
+
+
+def trees_of(problems, settings, sample, in_flight=10**6):
+    found = dict(omegaprm.grow(problems, settings, sample, in_flight))
+    assert sorted(found) == list(range(len(problems)))
+    return [found[i] for i in range(len(problems))]
 
 
 def test_quality_and_exploration_by_hand():
@@ -173,24 +178,24 @@ def endless(requests):
 
 @pytest.mark.parametrize("limit", [0, 1, 5])
 def test_search_limit(limit):
-    (tree,) = omegaprm.run_batched([PROBLEM], Settings(4, limit, 10**6), endless)
+    (tree,) = trees_of([PROBLEM], Settings(4, limit, 10**6), endless)
     assert len(tree.searches) == limit == sum(n.visits for n in tree.nodes)
 
 
 @pytest.mark.parametrize("budget", [1, 4, 5, 40, 41])
 def test_no_search_starts_beyond_the_budget(budget):
-    (tree,) = omegaprm.run_batched([PROBLEM], Settings(4, 10**6, budget), endless)
+    (tree,) = trees_of([PROBLEM], Settings(4, 10**6, budget), endless)
     used = 4 * len(tree.nodes)
     assert budget <= used < budget + 4 + 4 * 3  # one search over 5 segments asks for 3 prefixes at most
-    (shorter,) = omegaprm.run_batched([PROBLEM], Settings(4, max(0, len(tree.searches) - 1), 10**6), endless)
+    (shorter,) = trees_of([PROBLEM], Settings(4, max(0, len(tree.searches) - 1), 10**6), endless)
     assert budget <= 4 or 4 * len(shorter.nodes) < budget
 
 
 def test_a_wrong_number_of_rollouts_or_answers_is_an_error():
     with pytest.raises(ValueError, match="asked for 16 rollouts, was sent 1"):
-        omegaprm.run_batched([PROBLEM], Settings(), lambda requests: [(RIGHT,)])
+        trees_of([PROBLEM], Settings(), lambda requests: [(RIGHT,)])
     with pytest.raises(ValueError, match="sent 1 requests and answered 0"):
-        omegaprm.run_batched([PROBLEM], Settings(), lambda requests: [])
+        trees_of([PROBLEM], Settings(), lambda requests: [])
 
 
 # A world whose true values are known. Each step is good with probability GOOD[i]; after a bad step the answer is right
@@ -226,30 +231,30 @@ PROBLEMS = [Problem(f"p{i}", "q", "1") for i in range(40)]
 WORLD = Settings(num_rollouts=8, max_searches=20, rollout_budget=200)
 
 
-def test_lock_step_equals_one_by_one_and_reports_progress():
-    rounds, sizes = [], []
+@pytest.mark.parametrize("in_flight", [1, 7, 1000])
+def test_trees_do_not_depend_on_how_many_are_in_flight(in_flight):
+    sizes = []
 
     def sample(requests):
         sizes.append(len({r.problem.id for r in requests}))
         return [sample_world(r) for r in requests]
 
-    together = omegaprm.run_batched(PROBLEMS, WORLD, sample, lambda *numbers: rounds.append(numbers))
-    alone = [omegaprm.run_batched([p], WORLD, lambda rs: [sample_world(r) for r in rs])[0] for p in PROBLEMS]
+    together = trees_of(PROBLEMS, WORLD, sample, in_flight)
+    alone = [trees_of([p], WORLD, lambda rs: [sample_world(r) for r in rs])[0] for p in PROBLEMS]
     assert together == alone and [t.problem for t in together] == PROBLEMS
-    assert [r[0] for r in rounds] == sizes and sizes[0] == 40
-    assert all(rollouts == 8 * requests for requests, rollouts, _ in rounds)
-    assert sum(r[1] for r in rounds) == sum(n.n for t in together for n in t.nodes)
-    assert rounds[-1][2] == 40 and all(a[2] <= b[2] for a, b in itertools.pairwise(rounds))
-    assert len(rounds) == max(len(t.nodes) for t in together)
+    assert sizes[0] == max(sizes) == min(in_flight, len(PROBLEMS))
+    assert sum(sizes) == sum(len(t.nodes) for t in together)
+    if in_flight == 7:  # kept full until the problems run out
+        assert set(sizes[: len(sizes) // 2]) == {7}
 
 
 def test_no_problems():
-    assert omegaprm.run_batched([], WORLD, lambda requests: pytest.fail("nothing to sample")) == []
+    assert trees_of([], WORLD, lambda requests: pytest.fail("nothing to sample")) == []
 
 
 def test_annotated_values_are_unbiased():
     """Chi-square of k against the true value, pooled by (length, spoilt); a truth off by .05 is rejected."""
-    trees = omegaprm.run_batched(PROBLEMS, WORLD, lambda requests: [sample_world(r) for r in requests])
+    trees = trees_of(PROBLEMS, WORLD, lambda requests: [sample_world(r) for r in requests])
     pooled: dict[tuple[int, float], list[int]] = {}
     for tree in trees:
         for i, node in enumerate(tree.nodes):

@@ -1,0 +1,214 @@
+"""The command line from end to end: bad input, interruptions, meshes, and (slow) the claims of the default run."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMOKE = f"--config={ROOT / 'configs' / 'digits.py'}:smoke"
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """A shared compilation cache makes every run after the first one quick."""
+    cache = tmp_path_factory.mktemp("compilation_cache")
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return {**env, "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
+
+
+def start(environment, command, workdir, *more, config=SMOKE, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "mmprm_jax.main", command, config, f"--workdir={workdir}", *more],
+        env={**environment, "XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def run(environment, command, workdir, *more, **options):
+    process = start(environment, command, workdir, *more, **options)
+    out, err = process.communicate(timeout=1700)
+    return process.returncode, out, err
+
+
+def failure(environment, command, workdir, *more):
+    """The one line a failing command leaves behind its progress."""
+    code, _, err = run(environment, command, workdir, *more)
+    assert code == 1, err
+    assert "Traceback" not in err
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("mmprm: ")
+    return line
+
+
+def metrics_of(workdir):
+    found = json.loads((workdir / "report" / "metrics.json").read_text())
+    found.pop("seconds")
+    return found
+
+
+def losses_of(workdir, stage):
+    rows = [json.loads(line) for line in (workdir / stage / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="session")
+def finished(environment, tmp_path_factory):
+    """An uninterrupted smoke run."""
+    workdir = tmp_path_factory.mktemp("runs") / "smoke"
+    code, out, err = run(environment, "pipeline", workdir)
+    assert code == 0, err
+    return workdir, out
+
+
+def test_the_pipeline_ends_with_the_table_and_the_report(finished):
+    workdir, out = finished
+    metrics = json.loads((workdir / "report" / "metrics.json").read_text())
+    assert metrics["n_problems"] == 32
+    assert set(metrics["best_of_n"]) == {"1", "2", "4", "8", "16"}
+    for selector in ("random", "unique", "majority", "policy_logprob", "oracle"):
+        assert set(metrics["best_of_n"]["16"][selector]) == {"accuracy", "stderr"}
+    aggregators = {"min", "mean", "product", "last", "max", "sum_log_odds", "mean_odds"}
+    assert set(metrics["best_of_n"]["16"]["prm"]) == aggregators
+    assert metrics["prm_selected"] in aggregators
+    assert set(metrics["controls"]) == {"blank_image", "shuffled_image"}
+    assert set(metrics["seconds"]) == {"data", "sft", "annotate", "train_prm", "evaluate", "total"}
+    assert metrics["labels"]["steps"] > 0 and metrics["rollouts"]["annotate"] > 0
+    assert "oracle" in out and "PRM" in out
+    page = (workdir / "report" / "index.html").read_text()
+    assert page.count("data:image/png") >= 3
+
+
+def test_a_finished_run_is_not_run_again(environment, finished):
+    workdir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.glob("*/done.json") if p.parent.name != "report"}
+    assert run(environment, "pipeline", workdir)[0] == 0
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_no_truth_reaches_policy_or_prm(finished):
+    """The stages that train read neither the truth file nor any problem of dev and test."""
+    workdir, _ = finished
+    held_out = [json.loads(line) for s in ("dev", "test") for line in (workdir / "data" / f"{s}.jsonl").open()]
+    trained = (workdir / "data" / "sft.jsonl").read_text() + (workdir / "train_prm" / "examples.jsonl").read_text()
+    assert held_out and not any(problem["id"] in trained or problem["image"] in trained for problem in held_out)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--config.sft.stepz=3"], ["sft.stepz", "sft.steps"]),
+        (["--config.sft.steps=many"], ["sft.steps", "int"]),
+        (["--config.mesh=3,1,1"], ["mesh", "devices"]),
+    ],
+)
+def test_bad_settings_are_one_line(environment, tmp_path, overrides, words):
+    line = failure(environment, "data", tmp_path / "w", *overrides)
+    assert all(word in line for word in words), line
+
+
+def test_a_work_directory_of_another_configuration(environment, finished):
+    line = failure(environment, "pipeline", finished[0], "--config.seed=5")
+    assert "seed" in line and "--workdir" in line
+
+
+def test_a_work_directory_that_cannot_be_written(environment, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = failure(environment, "pipeline", tmp_path / "file" / "w")
+    assert str(tmp_path / "file") in line
+
+
+def copy_data(finished, folder):
+    import shutil
+
+    shutil.copytree(finished[0] / "data", folder)
+    return folder
+
+
+def test_an_unreadable_image_is_named(environment, finished, tmp_path):
+    folder = copy_data(finished, tmp_path / "set")
+    (folder / "images" / "demonstration-00003.png").write_bytes(b"\x89PNG broken")
+    assert run(environment, "data", tmp_path / "w", f"--config.data.folder={folder}")[0] == 0
+    line = failure(environment, "sft", tmp_path / "w", f"--config.data.folder={folder}")
+    assert "demonstration-00003.png" in line
+
+
+def test_a_bomb_of_an_image_is_refused(environment, finished, tmp_path):
+    folder = copy_data(finished, tmp_path / "set")
+    Image.new("1", (20000, 20000)).save(folder / "images" / "demonstration-00001.png")
+    run(environment, "data", tmp_path / "w", f"--config.data.folder={folder}")
+    line = failure(environment, "sft", tmp_path / "w", f"--config.data.folder={folder}")
+    assert "demonstration-00001.png" in line
+
+
+def test_an_empty_data_set_is_named(environment, finished, tmp_path):
+    folder = copy_data(finished, tmp_path / "set")
+    (folder / "train.jsonl").write_text("\n")
+    line = failure(environment, "data", tmp_path / "w", f"--config.data.folder={folder}")
+    assert "train.jsonl" in line
+    assert "data.test" in failure(environment, "data", tmp_path / "v", "--config.data.test=0")
+
+
+def test_a_stage_before_its_turn(environment, tmp_path):
+    assert "mmprm data" in failure(environment, "sft", tmp_path / "w")
+
+
+# What tells that a stage is under way, and where to cut it off.
+CUTS = {
+    "data": "data/dev.jsonl",
+    "sft": "sft/checkpoints/20",
+    "annotate": "annotate/trees-000016.jsonl",
+    "train_prm": "train_prm/checkpoints/20",
+    "evaluate": "evaluate/dev_candidates.jsonl",
+}
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_the_figures_stay_the_same(environment, finished, tmp_path):
+    workdir = tmp_path / "killed"
+    for stage, mark in CUTS.items():
+        process = start(environment, "pipeline", workdir)
+        deadline = time.monotonic() + 900
+        while not (workdir / mark).exists():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (workdir / stage / "done.json").exists(), f"{stage} was too quick to be cut off"
+    code, _, err = run(environment, "pipeline", workdir)
+    assert code == 0, err
+    assert metrics_of(workdir) == metrics_of(finished[0])
+    for stage in ("sft", "train_prm"):
+        assert losses_of(workdir, stage) == losses_of(finished[0], stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["8,1,1", "2,2,2"])
+def test_eight_devices(environment, finished, tmp_path, mesh):
+    code, _, err = run(environment, "pipeline", tmp_path / "w", f"--config.mesh={mesh}", devices=8)
+    assert code == 0, err
+    here, there = losses_of(finished[0], "sft"), losses_of(tmp_path / "w", "sft")
+    assert there == pytest.approx(here, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_default_run_keeps_its_promises(environment, tmp_path):
+    """One seed; the README's table has three."""
+    workdir = tmp_path / "digits"
+    code, out, err = run(environment, "pipeline", workdir, config=f"--config={ROOT / 'configs' / 'digits.py'}")
+    assert code == 0, err
+    print(out)
+    metrics = metrics_of(workdir)
+    assert metrics["n_problems"] >= 500
+    for name, control in metrics["controls"].items():
+        assert abs(control["difference_to_random"]) <= 2 * control["difference_stderr"], name
+    assert metrics["paired"]["random"]["difference"] >= 0.12
+    for baseline in ("majority", "policy_logprob"):
+        assert metrics["paired"][baseline]["ci95"][0] > 0, baseline
