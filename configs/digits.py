@@ -69,7 +69,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train_prm.balance = False
     config.train_prm.steps = 700
     config.train_prm.batch_size = 64
-    config.train_prm.optimizer = ConfigDict(dict(name="muon", learning_rate=1e-2, warmup=0.05, weight_decay=0.01, clip=1.0))
+    config.train_prm.optimizer = ConfigDict(
+        dict(name="muon", learning_rate=1e-2, warmup=0.05, weight_decay=0.01, clip=1.0)
+    )
     config.train_prm.shift = 1
     config.train_prm.noise = 8.0
     config.train_prm.max_length = 60
@@ -89,7 +91,9 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.update(train=64, dev=16, test=32, demonstrations=256, transcriptions=256, text_only=256)
         config.model.decoder.num_layers = 2
         config.sft.update(steps=60, checkpoint_every=20)
-        config.annotate.update(num_rollouts=4, max_searches=4, rollout_budget=24, rows=32, in_flight=32, trees_per_shard=16)
+        config.annotate.update(
+            num_rollouts=4, max_searches=4, rollout_budget=24, rows=32, in_flight=32, trees_per_shard=16
+        )
         config.train_prm.update(steps=40, checkpoint_every=20)
         config.evaluate.update(rows=16, score_rows=64)
     return config

@@ -34,7 +34,9 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         )
     for flag in (_CONFIG, _WORKDIR):
         if not flag.value:
-            raise UserError(f"--{flag.name} is missing; e.g. mmprm {argv[1]} --config=configs/digits.py --workdir=runs/digits")
+            raise UserError(
+                f"--{flag.name} is missing; e.g. mmprm {argv[1]} --config=configs/digits.py --workdir=runs/digits"
+            )
     config = configs.load(_CONFIG.value, overrides)
     workdir = configs.guard_workdir(_WORKDIR.value, config)
 

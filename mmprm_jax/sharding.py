@@ -41,7 +41,7 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of ``devices`` (default: all). ``shape`` gives the size of each axis; at most one may be -1: what is left."""
+    """A mesh of ``devices`` (default: all). ``shape`` has the size of each axis; at most one is -1: what is left."""
     sizes = [int(shape.get(axis, 1)) for axis in AXES]
     devices = jax.devices() if devices is None else devices
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):

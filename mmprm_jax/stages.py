@@ -288,7 +288,9 @@ def compare(run: Run, results: Mapping[str, Scored]) -> Figures:
             pair
             for group in test
             for x in group
-            for pair in zip(x.scores, digits.steps_right(truth[x.candidate.problem_id], x.candidate.segments), strict=False)
+            for pair in zip(
+                x.scores, digits.steps_right(truth[x.candidate.problem_id], x.candidate.segments), strict=False
+            )
         ]
         figures["step_auc"] = best_of_n.step_auc([s for s, _ in pairs], [t for _, t in pairs])
         figures["by_tricky_sites"] = by_tricky_sites(each, selected, [truth[p.id].tricky for p in run.problems("test")])

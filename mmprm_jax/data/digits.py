@@ -180,7 +180,9 @@ def generate(folder: epath.PathLike, settings: Settings) -> None:
     renderers = {split: Renderer(split, settings.seed) for split in SPLITS}
 
     def image(name: str, split: str, expression: Expression) -> str:
-        Image.fromarray(renderers[split].draw(expression, rng)).save(folder / "images" / f"{name}.png", compress_level=1)
+        Image.fromarray(renderers[split].draw(expression, rng)).save(
+            folder / "images" / f"{name}.png", compress_level=1
+        )
         return f"images/{name}.png"
 
     truth = []

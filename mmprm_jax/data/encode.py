@@ -47,7 +47,9 @@ def load_pixels(folder: epath.PathLike, names: Sequence[str | None], cfg: VLMCon
     """The distinct images of ``names`` and, for each name, its index among them."""
     distinct = sorted(set(names), key=str)
     index = {name: i for i, name in enumerate(distinct)}
-    return np.array([index[name] for name in names], np.int32), images.load_images(folder, distinct, cfg.vision.image_size)
+    return np.array([index[name] for name in names], np.int32), images.load_images(
+        folder, distinct, cfg.vision.image_size
+    )
 
 
 def sft_dataset(
@@ -82,7 +84,12 @@ def step_dataset(
             marks.append(where)
             kept.append(example)
     if len(kept) < len(examples):
-        logging.warning("%d of %d step examples are longer than %d tokens: left out", len(examples) - len(kept), len(examples), length)
+        logging.warning(
+            "%d of %d step examples exceed %d tokens: left out",
+            len(examples) - len(kept),
+            len(examples),
+            length,
+        )
     tokens, valid = pad_rows(rows, length, "step example")
     k, n = np.zeros_like(tokens), np.zeros_like(tokens)
     for i, (example, where) in enumerate(zip(kept, marks, strict=True)):

@@ -30,7 +30,7 @@ def load_image(path: epath.PathLike, size: int) -> np.ndarray:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(path.read_bytes())) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise UserError(f"{path}: image of {image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
+                    raise UserError(f"{path}: {image.width} x {image.height} pixels; the limit is {MAX_PIXELS} in all")
                 rgb = image.convert("RGB")
     except UserError:
         raise
@@ -57,7 +57,7 @@ def normalise(pixels: np.ndarray) -> np.ndarray:
 
 
 def augment(pixels: np.ndarray, rng: np.random.Generator, shift: int, noise: float) -> np.ndarray:
-    """Moves each image by up to ``shift`` pixels and adds Gaussian noise of deviation ``noise`` (0-255). uint8 [B, ...]."""
+    """Moves each image by up to ``shift`` pixels and adds Gaussian noise of deviation ``noise`` (0-255)."""
     out = np.empty(pixels.shape, np.float32)
     for i, (down, right) in enumerate(rng.integers(-shift, shift + 1, (len(pixels), 2))):
         out[i] = np.roll(pixels[i], (down, right), axis=(-3, -2))

@@ -32,7 +32,15 @@ class Scorer:
     """Scores solutions ``rows`` at a time; equal solutions of a problem are scored once."""
 
     def __init__(
-        self, graphdef: Any, params: Any, mesh: Any, tokenizer: Tokenizer, cfg: VLMConfig, *, rows: int, bucket: int = 16
+        self,
+        graphdef: Any,
+        params: Any,
+        mesh: Any,
+        tokenizer: Tokenizer,
+        cfg: VLMConfig,
+        *,
+        rows: int,
+        bucket: int = 16,
     ):
         self._graphdef, self._params, self._mesh = graphdef, params, mesh
         self._tokenizer, self._cfg = tokenizer, cfg

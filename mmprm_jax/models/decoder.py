@@ -88,7 +88,7 @@ class Decoder(nnx.Module):
         return self.norm(x), aux
 
     def decode(self, x: jax.Array, positions: jax.Array, attend: Attend, state: Any) -> tuple[jax.Array, Any]:
-        """As ``__call__``, but ``attend`` gets ``(layer index, state)`` and the state is threaded through the layers."""
+        """As ``__call__``, but ``attend`` gets ``(layer index, state)``; the state goes from layer to layer."""
 
         def body(layer: DecoderLayer, carry: Any, _: None) -> tuple[Any, None]:
             x, index, state = carry

@@ -64,7 +64,9 @@ class Tokenizer:
 
     def id(self, token: str) -> int:
         """The one id of a marker token. Raises UserError when it is none or several."""
-        ids = self._core.encode(token, add_special_tokens=False).ids if self._core.token_to_id(token) is not None else []
+        ids = (
+            self._core.encode(token, add_special_tokens=False).ids if self._core.token_to_id(token) is not None else []
+        )
         if len(ids) != 1:
             raise UserError(f"the token {token!r} must be exactly one id of the tokenizer; it is {len(ids)}")
         return ids[0]

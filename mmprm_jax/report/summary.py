@@ -29,7 +29,7 @@ def pool(differences: Sequence[dict[str, float]]) -> tuple[float, float, float]:
 
 
 def summarise(workdirs: Sequence[epath.PathLike]) -> str:
-    """A Markdown table: Best-of-N accuracy per selector and run, then the PRM's paired differences. Raises UserError."""
+    """A Markdown table: accuracy per selector and run, then the PRM's paired differences. Raises UserError."""
     runs = [_read(workdir) for workdir in workdirs]
     n = max(runs[0]["best_of_n"], key=int)
     names = [epath.Path(workdir).name for workdir in workdirs]
@@ -45,7 +45,10 @@ def summarise(workdirs: Sequence[epath.PathLike]) -> str:
     for name in _SELECTORS[:-1]:
         row(name, [b[name] for b in best])
     chosen = [run["prm_selected"] for run in runs]
-    row("**PRM** (" + ", ".join(sorted(set(chosen))) + "; chosen on dev)", [b["prm"][c] for b, c in zip(best, chosen, strict=True)])
+    row(
+        "**PRM** (" + ", ".join(sorted(set(chosen))) + "; chosen on dev)",
+        [b["prm"][c] for b, c in zip(best, chosen, strict=True)],
+    )
     row("PRM-weighted majority", [b["prm_weighted_majority"][c] for b, c in zip(best, chosen, strict=True)])
     row("oracle", [b["oracle"] for b in best])
     for control in ("blank_image", "shuffled_image"):
@@ -55,6 +58,7 @@ def summarise(workdirs: Sequence[epath.PathLike]) -> str:
         mean, low, high = pool([run["paired"][other] for run in runs])
         each = ", ".join(f"{100 * run['paired'][other]['difference']:+.1f}" for run in runs)
         lines.append(
-            f"PRM minus {other}: {100 * mean:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f}; by run {each})"
+            f"PRM minus {other}: {100 * mean:+.1f} points "
+            f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f}; by run {each})  "
         )
     return "\n".join(lines)

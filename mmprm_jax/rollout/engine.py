@@ -49,7 +49,7 @@ def _shared_attention(q: Any, prefix: Any, mask: Any, suffix: Any, length: Any) 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "n", "max_new", "stop"))
 def _generate(params: Any, batch: Any, sampling: Any, *, graphdef: Any, n: int, max_new: int, stop: int) -> Any:
-    """batch: tokens, valid [R, P] (left-padded), pixels, keys [R, 2] -> tokens [R, n, T], lengths and logprobs [R, n]."""
+    """batch: tokens, valid [R, P] (left-padded), pixels, keys [R, 2] -> tokens [R, n, T], lengths, logprobs [R, n]."""
     model: VLM = nnx.merge(graphdef, params)
     rows, mask = batch["tokens"].shape[0], batch["valid"]
     hidden, prefix = model(batch["tokens"], mask, batch["pixels"])
@@ -114,7 +114,16 @@ class Engine:
     """Samples continuations for any number of prefixes, ``rows`` prefixes at a time."""
 
     def __init__(
-        self, graphdef: Any, params: Any, mesh: Any, sampling: Sampling, *, stop: int, rows: int, max_new: int, bucket: int = 16
+        self,
+        graphdef: Any,
+        params: Any,
+        mesh: Any,
+        sampling: Sampling,
+        *,
+        stop: int,
+        rows: int,
+        max_new: int,
+        bucket: int = 16,
     ):
         self._graphdef, self._params, self._mesh = graphdef, params, mesh
         self._sampling = sampling.arrays()
@@ -134,7 +143,9 @@ class Engine:
         widths = [-(-len(prefix) // self._bucket) * self._bucket for prefix in prefixes]
         results: list[list[Sample]] = [[] for _ in prefixes]
         for width, chosen in self._plan(widths, [len(prefix) for prefix in prefixes]):
-            tokens, lengths, logprobs = self._batch([prefixes[i] for i in chosen], pixels[chosen], keys[chosen], n, width)
+            tokens, lengths, logprobs = self._batch(
+                [prefixes[i] for i in chosen], pixels[chosen], keys[chosen], n, width
+            )
             for row, i in enumerate(chosen):
                 results[i] = [
                     Sample(tuple(tokens[row, j, : lengths[row, j]].tolist()), float(logprobs[row, j])) for j in range(n)

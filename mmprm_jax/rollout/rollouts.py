@@ -27,7 +27,13 @@ class Sampler:
     """Samples search requests with a policy and verifies the final answers."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, cfg: VLMConfig, pixels: Mapping[str, np.ndarray], seed: int, purpose: str
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        cfg: VLMConfig,
+        pixels: Mapping[str, np.ndarray],
+        seed: int,
+        purpose: str,
     ):
         """``pixels``: uint8 [tiles, H, W, 3] by problem id."""
         self._engine, self._tokenizer, self._cfg, self._pixels = engine, tokenizer, cfg, pixels

@@ -18,7 +18,11 @@ class Sampling:
     top_p: float = 1.0
 
     def arrays(self) -> dict[str, Any]:
-        return {"temperature": jnp.float32(self.temperature), "top_k": jnp.int32(self.top_k), "top_p": jnp.float32(self.top_p)}
+        return {
+            "temperature": jnp.float32(self.temperature),
+            "top_k": jnp.int32(self.top_k),
+            "top_p": jnp.float32(self.top_p),
+        }
 
 
 def draw(logits: jax.Array, uniform: jax.Array, parameters: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -90,8 +90,9 @@ def step_examples(tree: Tree, settings: LabelSettings, seed: int) -> list[StepEx
 
     k[i], n[i] are those of the node whose prefix is exactly segments[: i + 1], n = 0 if there is none; a final
     "<answer>" has its verified outcome (k = 1 or 0, n = 1). Solutions are taken so that they cover as many
-    estimated prefixes as possible, ties in an order that depends on the seed and the problem's id only. ``balance`` takes the same number of solutions
-    ending right and ending wrong, at most max_paths // 2 of each. An example's id is problem/node.rollout.
+    estimated prefixes as possible, ties in an order that depends on the seed and the problem's id only. ``balance``
+    takes the same number of solutions ending right and ending wrong, at most max_paths // 2 of each. An example's id
+    is problem/node.rollout.
     """
     root = tree.nodes[0]
     if root.k in (0, root.n):

@@ -177,7 +177,9 @@ def search(problem: Problem, settings: Settings) -> Search:
     return builder.tree()
 
 
-def grow(problems: Sequence[Problem], settings: Settings, sample: Sampler, in_flight: int) -> Iterator[tuple[int, Tree]]:
+def grow(
+    problems: Sequence[Problem], settings: Settings, sample: Sampler, in_flight: int
+) -> Iterator[tuple[int, Tree]]:
     """Grows the trees of all problems, ``in_flight`` at a time; yields (index of the problem, tree) as they finish.
 
     Each round calls ``sample`` once with one Request of every tree in flight; it answers in the same order. A finished

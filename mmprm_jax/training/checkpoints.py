@@ -30,7 +30,7 @@ class Checkpoints:
         self._manager.save(step, args=args)
 
     def restore(self, state: Any) -> tuple[int, Any, Any]:
-        """(step, state, data position) of the newest checkpoint, laid out as ``state``; (0, state, None) without one."""
+        """(step, state, data position) of the newest checkpoint, laid out as ``state``; (0, state, None) if none."""
         step = self._manager.latest_step()
         if step is None:
             return 0, state, None

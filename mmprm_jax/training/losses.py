@@ -45,7 +45,10 @@ def prm_loss(kind: str, threshold: float, yes: int, no: int) -> Loss:
         target = batch["k"] / jnp.maximum(batch["n"], 1)
         if kind == "hard":
             target = (target > threshold).astype(jnp.float32)
-        log_yes, log_no = jax.nn.log_sigmoid(logits[..., 0] - logits[..., 1]), jax.nn.log_sigmoid(logits[..., 1] - logits[..., 0])
+        log_yes, log_no = (
+            jax.nn.log_sigmoid(logits[..., 0] - logits[..., 1]),
+            jax.nn.log_sigmoid(logits[..., 1] - logits[..., 0]),
+        )
         weight = (batch["n"] > 0).astype(jnp.float32)
         return -jnp.sum(weight * (target * log_yes + (1 - target) * log_no)), jnp.sum(weight)
 

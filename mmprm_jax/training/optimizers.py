@@ -61,7 +61,11 @@ def make(s: Settings, steps: int) -> optax.GradientTransformation:
         optimizer = optax.adamw(schedule, b2=0.98, weight_decay=s.weight_decay, mask=_decayed)
     elif s.name == "muon":
         optimizer = muon(
-            schedule, weight_decay=s.weight_decay, adam_b2=0.98, consistent_rms=0.2, muon_weight_dimension_numbers=_matrices
+            schedule,
+            weight_decay=s.weight_decay,
+            adam_b2=0.98,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_matrices,
         )
     else:
         raise UserError(f"optimizer.name: {s.name!r} is not an optimizer; choose adamw or muon")

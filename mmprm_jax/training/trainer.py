@@ -58,7 +58,9 @@ def batches(data: Dataset, s: Settings) -> grain.DatasetIterator:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "loss_fn", "optimizer"), donate_argnames=("state",))
-def train_step(state: Any, batch: Any, *, graphdef: Any, loss_fn: Loss, optimizer: Any) -> tuple[Any, dict[str, jax.Array]]:
+def train_step(
+    state: Any, batch: Any, *, graphdef: Any, loss_fn: Loss, optimizer: Any
+) -> tuple[Any, dict[str, jax.Array]]:
     """One update of ``state`` = {params, opt}."""
 
     def mean_loss(params: Any) -> jax.Array:
@@ -66,7 +68,6 @@ def train_step(state: Any, batch: Any, *, graphdef: Any, loss_fn: Loss, optimize
         return total / jnp.maximum(weight, 1.0)
 
     loss, grads = jax.value_and_grad(mean_loss)(state["params"])
-
 
     def update(grads: Any, state: Any) -> Any:
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
@@ -95,7 +96,7 @@ def fit(
         start, state, position = checkpoints.restore(state)
         if position is not None:
             source.set_state(position)
-        with Metrics(folder, resume_step=start) as metrics, progress(s.steps, name, "step", start) as bar:
+        with Metrics(folder, resume_step=start + 1) as metrics, progress(s.steps, name, "step", start) as bar:
             for step in range(start, s.steps):
                 batch = put_batch(next(source), mesh)
                 state, values = train_step(state, batch, graphdef=graphdef, loss_fn=loss_fn, optimizer=optimizer)
@@ -103,7 +104,9 @@ def fit(
                 if done % s.log_every == 0 or done == s.steps:
                     scalars = {key: float(value) for key, value in values.items()}
                     if not np.isfinite(scalars["loss"]):
-                        raise UserError(f"{name}: the loss is {scalars['loss']} at step {done}; lower the learning rate")
+                        raise UserError(
+                            f"{name}: the loss is {scalars['loss']} at step {done}; lower the learning rate"
+                        )
                     metrics.write(done, **scalars)
                     bar.set_postfix(loss=f"{scalars['loss']:.3f}", refresh=False)
                 if done % s.checkpoint_every == 0 or done == s.steps:

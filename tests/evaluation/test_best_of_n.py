@@ -200,7 +200,6 @@ def test_step_auc_of_one_class_is_nan():
     assert math.isnan(bon.step_auc([0.1], [True])) and math.isnan(bon.step_auc([], []))
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="tests/golden/bon is not there")
 def test_golden_choices_of_the_original():
     """60 problems scored by the original code; its log of the product is our product.
 

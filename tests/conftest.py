@@ -1,0 +1,86 @@
+"""Eight CPU devices, and a tiny vision-language model that many tests share."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmprm_jax import sharding
+from mmprm_jax.models import build
+from mmprm_jax.models.config import VLMConfig
+
+jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
+jax.config.update("jax_default_matmul_precision", "highest")
+
+IMAGE_TOKEN = 4
+TINY = VLMConfig.from_dict(
+    {
+        "vision": dict(
+            image_size=8, patch_size=2, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, layer_scale_init=0.5
+        ),
+        "decoder": dict(
+            vocab_size=40, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=24,
+            rms_norm_eps=1e-2, rope_theta=100.0
+        ),
+        "downsample": 2,
+    }
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def mesh_of():
+    """``mesh_of(data=2, fsdp=4)``: a mesh of as many devices as that takes."""
+
+    @functools.cache
+    def make(**shape):
+        count = math.prod(shape.values())
+        if jax.device_count() < count:
+            pytest.skip(f"needs {count} devices")
+        return sharding.make_mesh(shape, devices=jax.devices()[:count])
+
+    return make
+
+
+@pytest.fixture
+def mesh(mesh_of):
+    """The mesh of one device, set for the test."""
+    with jax.set_mesh(mesh_of(data=1)):
+        yield mesh_of(data=1)
+
+
+class Tiny:
+    """A tiny model. ``params`` are host arrays, with norms and biases that are not all ones and zeros."""
+
+    cfg, image_token = TINY, IMAGE_TOKEN
+
+    def __init__(self, mesh):
+        with jax.set_mesh(mesh):
+            self.graphdef, params = build.initialise(self.cfg, self.image_token, 0, mesh)
+        rng = np.random.default_rng(0)
+        self.params = jax.tree.map(lambda x: np.asarray(x) + 0.1 * rng.standard_normal(x.shape, np.float32), params)
+
+    def place(self, mesh, params=None):
+        """Fresh device copies of the parameters."""
+        params = self.params if params is None else params
+        return jax.tree.map(
+            lambda x, s: jax.device_put(jnp.array(x), s), params, sharding.parameter_shardings(params, mesh)
+        )
+
+    def batch(self, rows, width, tiles, seed):
+        """Right-padded rows of random length: tokens, valid, pixels. Row 1 has no image tokens."""
+        rng = np.random.default_rng(seed)
+        tokens = rng.integers(5, self.cfg.decoder.vocab_size, (rows, width), np.int32)
+        tokens[:, 1 : 1 + tiles * self.cfg.tokens_per_tile] = self.image_token
+        tokens[1] = rng.integers(5, self.cfg.decoder.vocab_size, width)
+        lengths = rng.integers(width * 3 // 4, width + 1, rows)
+        size = self.cfg.vision.image_size
+        pixels = rng.standard_normal((rows, tiles, size, size, 3), np.float32)
+        return {"tokens": tokens, "valid": np.arange(width) < lengths[:, None], "pixels": pixels}
+
+
+@pytest.fixture(scope="session")
+def tiny(mesh_of):
+    return Tiny(mesh_of(data=1))

@@ -1,0 +1,80 @@
+"""Making, growing, saving and loading parameters."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmprm_jax.models import build
+from mmprm_jax.records import UserError
+from mmprm_jax.sharding import make_mesh
+from mmprm_jax.training.checkpoints import load_params, save_params
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def initialised(tiny, mesh_of):
+    """Parameters of seed 7 on one device and on eight."""
+    out = []
+    for mesh in (mesh_of(data=1), mesh_of(data=2, fsdp=2, tensor=2)):
+        with jax.set_mesh(mesh):
+            out.append(build.initialise(tiny.cfg, tiny.image_token, 7, mesh)[1])
+    return out
+
+
+def test_initialise_is_the_same_on_every_mesh(tiny, initialised):
+    one, eight = initialised
+    equal(one, eight)
+    assert len(eight["decoder"]["embed"].sharding.device_set) == 8
+    embed = np.asarray(one["decoder"]["embed"])
+    assert embed.std() == pytest.approx(16**-0.5, rel=0.1)
+    assert np.abs(embed - tiny.params["decoder"]["embed"]).max() > 0.5  # another seed
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["1 device", "8 devices"])
+def test_add_token(mesh_of, initialised, which):
+    mesh = (mesh_of(data=1), mesh_of(data=2, fsdp=2, tensor=2))[which]
+    before = initialised[which]
+    with jax.set_mesh(mesh):
+        after = build.add_token(before, mesh)
+    old, new = jax.device_get(before["decoder"]), jax.device_get(after["decoder"])
+    assert new["embed"].shape == (41, 16) and new["lm_head"].shape == (16, 41)
+    np.testing.assert_array_equal(new["embed"][:40], old["embed"])
+    np.testing.assert_array_equal(new["lm_head"][:, :40], old["lm_head"])
+    np.testing.assert_allclose(new["embed"][40], old["embed"].mean(0), atol=1e-6)
+    np.testing.assert_allclose(new["lm_head"][:, 40], old["lm_head"].mean(1), atol=1e-6)
+    equal({**before, "decoder": {**old, "embed": 0, "lm_head": 0}}, {**after, "decoder": {**new, "embed": 0, "lm_head": 0}})
+
+
+def test_the_model_computes_with_an_added_token(mesh, tiny, initialised):
+    params = build.add_token(initialised[0], mesh)
+    logits = nnx.merge(tiny.graphdef, params).decoder.logits(jax.numpy.ones((1, 1, 16)))
+    assert logits.shape == (1, 1, 41)
+    assert float(logits[0, 0, 40]) == pytest.approx(float(logits[0, 0, :40].mean()), abs=1e-5)
+
+
+def test_save_and_load_on_another_mesh(tmp_path, tiny, mesh_of, initialised):
+    save_params(tmp_path / "params", tiny.params)
+    save_params(tmp_path / "params", initialised[0])  # replaces
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        _, abstract = build.abstract(tiny.cfg, tiny.image_token, mesh)
+        loaded = load_params(tmp_path / "params", abstract)
+    equal(loaded, initialised[0])
+    jax.tree.map(lambda a, x: x.sharding.is_equivalent_to(a.sharding, x.ndim) or pytest.fail(str(x.shape)), abstract, loaded)
+
+
+def test_missing_weights(tmp_path):
+    with pytest.raises(UserError, match="no weights there"):
+        load_params(tmp_path / "params", {})
+
+
+def test_impossible_mesh():
+    devices = jax.devices()[:1]
+    assert make_mesh({"data": -1}, devices=devices).shape == {"data": 1, "fsdp": 1, "tensor": 1}
+    for shape in ({"data": 3}, {"data": -1, "fsdp": 2}, {"data": -1, "fsdp": -1}):
+        with pytest.raises(UserError, match="mesh"):
+            make_mesh(shape, devices=devices)

@@ -1,0 +1,64 @@
+"""The word-level tokenizer and its markers."""
+
+import pytest
+
+from mmprm_jax.models import tokenizer as tok
+from mmprm_jax.models.tokenizer import Tokenizer
+from mmprm_jax.records import UserError
+
+WORDS = ["user", "assistant", "Yes", "No", "+", "-", "=", "-(", "3", "-4", "."]
+
+
+@pytest.fixture
+def tokenizer():
+    return Tokenizer.from_words(WORDS)
+
+
+def test_round_trip(tokenizer):
+    text = "<step> 3 - -4 = 3 </step> <answer> -4 </answer>"
+    ids = tokenizer.encode(text)
+    assert len(ids) == 10 and all(0 <= i < len(tokenizer) for i in ids)
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids
+    assert tokenizer.decode(ids).split() == text.split()
+    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+
+
+def test_markers_are_one_id_each_with_or_without_spaces(tokenizer):
+    ids = [tokenizer.id(marker) for marker in tok.MARKERS]
+    assert len(set(ids)) == len(tok.MARKERS) and ids[0] == 0  # padding is 0
+    assert tokenizer.encode("".join(tok.MARKERS)) == tokenizer.encode(" ".join(tok.MARKERS)) == ids
+    assert tokenizer.encode(f"3{tok.STEP}3") == [tokenizer.id("3"), tokenizer.id(tok.STEP), tokenizer.id("3")]
+
+
+def test_segments_do_not_depend_on_what_follows(tokenizer):
+    parts = ["<|im_start|>user\n<img><IMG_CONTEXT></img>\n3 - 3 .<|im_end|>\n", "<step> 3 = 3 </step>", "<answer> 3 </answer>"]
+    assert tokenizer.encode("".join(parts)) == [i for part in parts for i in tokenizer.encode(part)]
+
+
+def test_unknown_word(tokenizer):
+    with pytest.raises(UserError, match="cannot tokenise.*banana"):
+        tokenizer.encode("3 + banana")
+
+
+def test_missing_token(tokenizer):
+    for token in (tok.PRM, "banana", ""):
+        with pytest.raises(UserError, match="exactly one id"):
+            tokenizer.id(token)
+
+
+def test_with_token_adds_one_id_at_the_end(tokenizer):
+    text = "<step> 3 - -4 = 3 </step>"
+    before, size = tokenizer.encode(text), len(tokenizer)
+    grown = tokenizer.with_token(tok.PRM)
+    assert grown.id(tok.PRM) == size and len(grown) == size + 1
+    assert len(tokenizer) == size  # a copy
+    assert grown.encode(text + tok.PRM) == [*before, size]
+    assert [grown.id(w) for w in (*tok.MARKERS, *WORDS)] == [tokenizer.id(w) for w in (*tok.MARKERS, *WORDS)]
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.with_token(tok.PRM).save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert len(loaded) == len(tokenizer) + 1 and loaded.id(tok.PRM) == len(tokenizer)
+    with pytest.raises(UserError, match="no tokenizer there"):
+        Tokenizer.load(tmp_path / "nothing.json")
