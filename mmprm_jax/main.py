@@ -68,8 +68,10 @@ def run() -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             _command(rest, overrides)
-        except UserError as error:
+        except (UserError, OSError) as error:
             sys.exit(f"mmprm: {error}")
+        except KeyboardInterrupt:
+            sys.exit("mmprm: interrupted; the same command goes on from here")
 
     app.run(main, argv=argv)
 

@@ -1,0 +1,173 @@
+"""The training loop: it learns, resumes exactly, and does not depend on the mesh."""
+
+import collections
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmprm_jax import metrics
+from mmprm_jax.records import UserError
+from mmprm_jax.training import optimizers, trainer
+from mmprm_jax.training.losses import policy_loss
+
+SETTINGS = trainer.Settings(
+    steps=12, batch_size=8, optimizer=optimizers.Settings("adamw", 1e-2, warmup=0.2), checkpoint_every=5, log_every=1
+)
+MUON = dataclasses.replace(SETTINGS, optimizer=dataclasses.replace(SETTINGS.optimizer, name="muon"))
+ONE, EIGHT = (("data", 1),), (("data", 2), ("fsdp", 2), ("tensor", 2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_optimizer():
+    """One optimizer object per setting: runs that differ in nothing else share a compiled step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizers, "make", functools.cache(optimizers.make))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tiny):
+    rows = tiny.batch(20, 12, 1, seed=5)
+    columns = {"tokens": rows["tokens"], "valid": rows["valid"], "response": rows["valid"] & (np.arange(12) > 5)}
+    rng = np.random.default_rng(0)
+    return trainer.Dataset(columns, rng.integers(0, 6, 20), rng.integers(0, 256, (6, 1, 8, 8, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def fit(tiny, data, mesh_of):
+    """``fit(folder, settings, mesh shape) -> parameters`` on host."""
+
+    def fit(folder, settings, shape):
+        mesh = mesh_of(**dict(shape))
+        with jax.set_mesh(mesh):
+            return jax.device_get(
+                trainer.fit("test", folder, tiny.graphdef, tiny.place(mesh), policy_loss, data, settings, mesh)
+            )
+
+    return fit
+
+
+Run = collections.namedtuple("Run", "folder params compiled")
+
+
+@pytest.fixture(scope="module")
+def run(fit, tmp_path_factory):
+    """An uninterrupted run; made once per setting."""
+
+    @functools.cache
+    def run(settings, shape):
+        folder = tmp_path_factory.mktemp("run")
+        before = trainer.train_step._cache_size()
+        params = fit(folder, settings, shape)
+        return Run(folder, params, trainer.train_step._cache_size() - before)
+
+    return run
+
+
+def losses(folder):
+    return [row["loss"] for row in metrics.read(folder)]
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, MUON], ids=["adamw", "muon"])
+def test_learns_and_is_the_same_on_one_and_eight_devices(run, settings):
+    one, eight = run(settings, ONE), run(settings, EIGHT)
+    assert one.compiled == eight.compiled == 1
+    curve = losses(one.folder)
+    assert [row["step"] for row in metrics.read(one.folder)] == list(range(1, 13))
+    assert np.mean(curve[-3:]) < 0.9 * curve[0]
+    np.testing.assert_allclose(losses(eight.folder), curve, rtol=1e-5)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("shape", [ONE, EIGHT], ids=["1 device", "8 devices"])
+def test_interrupted_and_resumed_is_bit_identical(run, fit, tmp_path, monkeypatch, shape):
+    whole = run(SETTINGS, shape)
+
+    class Interrupted(metrics.Metrics):
+        def write(self, step, **scalars):
+            super().write(step, **scalars)
+            if step == 8:
+                raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "Metrics", Interrupted)
+        with pytest.raises(Stop):
+            fit(tmp_path, SETTINGS, shape)
+    assert [row["step"] for row in metrics.read(tmp_path)] == list(range(1, 9))
+
+    seen, put_batch = [], trainer.put_batch
+    monkeypatch.setattr(trainer, "put_batch", lambda batch, mesh: seen.append(1) or put_batch(batch, mesh))
+    equal(fit(tmp_path, SETTINGS, shape), whole.params)
+    assert len(seen) == 12 - 5  # from the checkpoint of step 5
+    assert metrics.read(tmp_path) == metrics.read(whole.folder)
+
+    equal(fit(tmp_path, SETTINGS, shape), whole.params)  # nothing left to do
+    assert len(seen) == 12 - 5 and metrics.read(tmp_path) == metrics.read(whole.folder)
+
+
+def test_batches_are_shuffled_repeated_and_resumable(data):
+    source = trainer.batches(data, SETTINGS)
+    first = [next(source) for _ in range(3)]
+    state = source.get_state()
+    rest = [next(source) for _ in range(4)]
+    assert first[0]["pixels"].shape == (8, 1, 8, 8, 3) and first[0]["pixels"].dtype == np.float32
+    again = trainer.batches(data, SETTINGS)
+    again.set_state(state)
+    for batch in rest:
+        equal(next(again), batch)
+    number = {row.tobytes(): i for i, row in enumerate(data.columns["tokens"])}
+    drawn = [number[row.tobytes()] for batch in first + rest for row in batch["tokens"]]
+    assert sorted(drawn[:20]) == sorted(drawn[20:40]) == list(range(20)) and drawn[:20] != drawn[20:40]
+    other = next(trainer.batches(data, dataclasses.replace(SETTINGS, seed=1)))
+    assert not np.array_equal(other["tokens"], first[0]["tokens"])
+
+
+class Line(nnx.Module):
+    """A model of one parameter, for what needs no model."""
+
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones(()))
+
+
+def fit_line(folder, loss_fn, mesh, rows=4, **changes):
+    graphdef, state = nnx.split(Line())
+    data = trainer.Dataset({"x": np.ones(rows, np.float32)}, np.zeros(rows, np.int32), np.zeros((1, 1, 2, 2, 3), np.uint8))
+    settings = dataclasses.replace(SETTINGS, batch_size=2, steps=9, **changes)
+    return trainer.fit("line", folder, graphdef, nnx.to_pure_dict(state), loss_fn, data, settings, mesh)
+
+
+def test_loss_that_is_not_finite(tmp_path, mesh):
+    def loss_fn(model, batch):
+        return jnp.log(model.w[...] - 0.98), jnp.float32(1)  # downhill to nan
+
+    with pytest.raises(UserError, match=r"line: the loss is (nan|-inf) at step [2-9]; lower the learning rate"):
+        fit_line(tmp_path, loss_fn, mesh)
+
+
+def test_weight_is_the_denominator_and_may_be_zero(tmp_path, mesh):
+    fit_line(tmp_path, lambda model, batch: (6 * model.w[...], jnp.sum(batch["x"])), mesh)
+    assert losses(tmp_path)[0] == pytest.approx(3) and metrics.read(tmp_path)[0]["grad_norm"] == pytest.approx(3)
+    params = fit_line(tmp_path / "zero", lambda model, batch: (0 * model.w[...], jnp.float32(0)), mesh)
+    assert losses(tmp_path / "zero") == [0] * 9 and params["w"] == 1
+
+
+def test_empty_data(tmp_path, mesh):
+    with pytest.raises(UserError, match="line: the training set is empty"):
+        fit_line(tmp_path, policy_loss, mesh, rows=0)
+
+
+def test_unknown_optimizer(tmp_path, mesh):
+    with pytest.raises(UserError, match="'sgd' is not an optimizer; choose adamw or muon"):
+        fit_line(tmp_path, policy_loss, mesh, optimizer=optimizers.Settings("sgd", 1.0))
