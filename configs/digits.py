@@ -54,6 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.annotate.alpha = 0.5
     config.annotate.beta = 0.9
     config.annotate.length_scale = 500.0
+    config.annotate.right_solutions = 2
     config.annotate.temperature = 1.0
     config.annotate.top_k = 50
     config.annotate.top_p = 0.9

@@ -27,6 +27,7 @@ TINY = VLMConfig.from_dict(
             rms_norm_eps=1e-2, rope_theta=100.0
         ),
         "downsample": 2,
+        "remat": False,
     }
 )  # fmt: skip
 

@@ -30,6 +30,7 @@ class Settings:
     alpha: float = 0.5
     beta: float = 0.9
     length_scale: float = 500.0  # L, in sampled tokens
+    right_solutions: int = 0  # of how many right solutions per tree every prefix is estimated, after the searches
 
     def __post_init__(self) -> None:
         if self.num_rollouts < 2:
@@ -149,6 +150,22 @@ class _Builder:
             else:
                 parent, left = child, middle + 1
 
+    def estimate_right(self, count: int) -> Generator[Request, tuple[Rollout, ...], None]:
+        """Estimates every proper prefix of the first ``count`` distinct right solutions.
+
+        The searches estimate prefixes of wrong solutions only, so late right steps would have no label at all.
+        """
+        solutions = dict.fromkeys(
+            self.prefixes[i] + rollout.segments
+            for i, node in enumerate(self.nodes)
+            for rollout in node.rollouts
+            if rollout.correct
+        )
+        for segments in itertools.islice(solutions, count):
+            parent = 0
+            for length in range(1, len(segments)):
+                parent = yield from self.estimate(segments[:length], parent)
+
     def tree(self) -> Tree:
         nodes = tuple(Node(d.parent, d.segments, d.k, len(d.rollouts), d.visits, d.rollouts) for d in self.nodes)
         return Tree(self.problem, nodes, tuple(self.searches))
@@ -161,7 +178,7 @@ def search(problem: Problem, settings: Settings) -> Search:
     under which it was first met. Every estimated prefix is a node, also those with MC = 0. Candidates are the distinct
     wrong rollouts of nodes with 0 < MC < 1 that have a proper prefix; unparsable (empty) rollouts only count in n. A
     root that is all right or all wrong has none and ends the search. The selected node's visit count grows by one per
-    search (OmegaPRM section 3). Raises ValueError when sent another number of rollouts than asked for.
+    search (OmegaPRM section 3). At last ``right_solutions`` are estimated prefix by prefix. Raises ValueError when sent another number of rollouts than asked for.
     """
     builder = _Builder(problem, settings)
     yield from builder.estimate((), -1)
@@ -174,6 +191,8 @@ def search(problem: Problem, settings: Settings) -> Search:
         builder.searches.append(selected)
         yield from builder.locate_error(*selected)
         builder.nodes[selected[0]].visits += 1
+    if 0 < builder.nodes[0].k < settings.num_rollouts:
+        yield from builder.estimate_right(settings.right_solutions)
     return builder.tree()
 
 

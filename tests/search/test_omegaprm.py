@@ -271,3 +271,29 @@ def test_annotated_values_are_unbiased():
     assert all(k == n for (_, v), (k, n) in pooled.items() if v == 1)
     assert p_value(0.0) > 0.01
     assert p_value(0.05) < 1e-4 and p_value(-0.05) < 1e-4
+
+
+def test_every_prefix_of_the_right_solutions_is_estimated():
+    """Two right solutions share their first step: five distinct prefixes, none of them asked for twice."""
+    answer = "<answer>1</answer>"
+    first, second = ("a", "b", "c", answer), ("a", "d", "e", answer)
+    wrong = ("x", answer)
+    asked = []
+
+    def sample(requests):
+        (request,) = requests
+        asked.append(request.prefix)
+        if request.prefix == ():
+            return [(rollout_of(first, True), rollout_of(wrong, False), rollout_of(second, True), rollout_of(first, True))]
+        return [(rollout_of((answer,), request.prefix[0] != "x"),) * 4]
+
+    def rollout_of(segments, correct):
+        return Rollout(segments, correct, -1.0, 3)
+
+    (tree,) = trees_of([PROBLEM], Settings(4, 10, 10**6, right_solutions=5), sample)
+    expected = [("a",), ("a", "b"), ("a", "b", "c"), ("a", "d"), ("a", "d", "e")]
+    assert asked == [(), ("x",), *expected]
+    assert [tree.prefix(i) for i in range(2, 7)] == expected
+    assert len(tree.searches) == 1
+    (one,) = trees_of([PROBLEM], Settings(4, 10, 10**6, right_solutions=1), sample)
+    assert [one.prefix(i) for i in range(2, len(one.nodes))] == expected[:3]

@@ -1,0 +1,92 @@
+"""Equality of final answers, and what hostile answers must not do."""
+
+import time
+
+import pytest
+
+from mmprm_jax.answers.verify import is_correct
+
+RIGHT = [
+    ("5", "5"),
+    (" 5\n", "5"),
+    ("5.", "5"),
+    ("5.0", "5"),
+    ("+5", "5"),
+    ("05", "5"),
+    ("-5", "-5"),
+    ("\u22125", "-5"),  # unicode minus
+    ("\uff0d\uff15", "-5"),  # full-width
+    ("- 5", "-5"),
+    ("\u00a05\u2003", "5"),  # exotic spaces
+    ("-0", "0"),
+    ("1/2", "0.5"),
+    ("2 / 4", "1/2"),
+    ("-1/3", "-2/6"),
+    ("1.5/3", "1/2"),
+    ("0.1", "1/10"),  # exact, not binary floating point
+    ("$7$", "7"),
+    ("Circle", "circle"),
+    ("the  red\tcar.", "The red car"),
+    ("caf\u00e9", "cafe\u0301"),  # two spellings of one text
+    ("1/0", "1/0"),  # no number, but the same text
+    ("9" * 60, "9" * 60),
+]
+WRONG = [
+    (None, "5"),
+    (None, ""),
+    ("", "5"),
+    ("6", "5"),
+    ("-5", "5"),
+    ("0.3333333333", "1/3"),
+    ("1/0", "0"),
+    ("0/0", "1"),
+    ("1/00", "1"),
+    ("5 or 6", "5"),
+    ("2+3", "5"),  # never evaluated
+    ("10**2", "100"),
+    ("1e1", "10"),
+    ("0x5", "5"),
+    ("1_0", "10"),
+    ("5\x00", "5"),
+    ("nan", "5"),
+    ("inf", "5"),
+    ("9" * 60, "9" * 61),
+    ("circle", "square"),
+    ("1 2", "12"),
+    ("1 1/2", "11/2"),  # a mixed number is not eleven halves
+    ("5" + " " * 2000 + "6", "5"),  # nothing may hide behind a length limit
+    ("2\u00b2", "22"),  # two squared
+]
+
+
+@pytest.mark.parametrize("answer, gold", RIGHT)
+def test_right(answer, gold):
+    assert is_correct(answer, gold) is True
+    assert is_correct(gold, answer) is True
+
+
+@pytest.mark.parametrize("answer, gold", WRONG)
+def test_wrong(answer, gold):
+    assert is_correct(answer, gold) is False
+
+
+def test_hostile_answers_are_wrong_and_quick():
+    start = time.perf_counter()
+    million = 2**20
+    for text in (
+        "9" * million,
+        "9" * 39 + "/" + "9" * million,
+        "1/" * million,
+        " " * million + "5",
+        "\x00" * million,
+        "\ufdfa" * million,  # NFKC makes 18 characters of each
+        "\ud800",
+        "(" * million,
+        "-" * million,
+        "$" * million,
+        "__import__('os').system('false')",
+        "10**10**10",
+    ):
+        assert is_correct(text, "7") is False
+        assert is_correct("7", text) is False
+    assert time.perf_counter() - start < 2
