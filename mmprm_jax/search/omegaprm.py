@@ -48,7 +48,8 @@ class Request:
     n: int
 
 
-Search = Generator[Request, tuple[Rollout, ...], Tree]
+Answers = list[tuple[Rollout, ...]]
+Search = Generator[list[Request], Answers, Tree]
 Sampler = Callable[[list[Request]], list[tuple[Rollout, ...]]]
 
 
@@ -102,21 +103,25 @@ class _Builder:
         self.index: dict[tuple[str, ...], int] = {}  # prefix -> node
         self.searches: list[tuple[int, int]] = []
 
-    def estimate(self, prefix: tuple[str, ...], parent: int) -> Generator[Request, tuple[Rollout, ...], int]:
+    def estimate(self, prefix: tuple[str, ...], parent: int) -> Generator[list[Request], Answers, int]:
         """Returns the node of ``prefix``; samples its rollouts if there is none yet."""
-        if prefix in self.index:
-            return self.index[prefix]
+        if prefix not in self.index:
+            (rollouts,) = yield [Request(self.problem, prefix, self.settings.num_rollouts)]
+            self.add(prefix, parent, rollouts)
+        return self.index[prefix]
+
+    def add(self, prefix: tuple[str, ...], parent: int, rollouts: tuple[Rollout, ...]) -> None:
+        """Adds the node of a prefix that was sampled."""
         n = self.settings.num_rollouts
-        rollouts = tuple((yield Request(self.problem, prefix, n)))
         if len(rollouts) != n:
             raise ValueError(f"problem {self.problem.id}: asked for {n} rollouts, was sent {len(rollouts)}")
+        rollouts = tuple(rollouts)
         k = sum(r.correct for r in rollouts)
         skip = len(self.prefixes[parent]) if parent >= 0 else 0
         waiting = _candidates(rollouts, k / n, self.settings)
         self.index[prefix] = len(self.nodes)
         self.nodes.append(_Draft(parent, prefix[skip:], k, rollouts, waiting))
         self.prefixes.append(prefix)
-        return self.index[prefix]
 
     def select(self) -> tuple[int, int] | None:
         """Removes and returns the (node, rollout) with the highest Q + U; None if no candidate is left.
@@ -134,7 +139,7 @@ class _Builder:
         chosen = min(live)[2]
         return chosen, self.nodes[chosen].waiting.pop(0)[1]
 
-    def locate_error(self, node: int, rollout: int) -> Generator[Request, tuple[Rollout, ...], None]:
+    def locate_error(self, node: int, rollout: int) -> Generator[list[Request], Answers, None]:
         """Binary search for the shortest prefix with MC = 0 among the proper prefixes of a wrong rollout.
 
         The whole solution is known to be wrong, so it is never sampled; if every proper prefix has MC > 0, the last
@@ -150,8 +155,8 @@ class _Builder:
             else:
                 parent, left = child, middle + 1
 
-    def estimate_right(self, count: int) -> Generator[Request, tuple[Rollout, ...], None]:
-        """Estimates every proper prefix of the first ``count`` distinct right solutions.
+    def estimate_right(self, count: int) -> Generator[list[Request], Answers, None]:
+        """Estimates, in one go, every proper prefix of the first ``count`` distinct right solutions.
 
         The searches estimate prefixes of wrong solutions only, so late right steps would have no label at all.
         """
@@ -161,10 +166,17 @@ class _Builder:
             for rollout in node.rollouts
             if rollout.correct
         )
-        for segments in itertools.islice(solutions, count):
-            parent = 0
-            for length in range(1, len(segments)):
-                parent = yield from self.estimate(segments[:length], parent)
+        wanted = dict.fromkeys(
+            segments[:length]
+            for segments in itertools.islice(solutions, count)
+            for length in range(1, len(segments))
+            if segments[:length] not in self.index
+        )
+        if wanted:
+            answers = yield [Request(self.problem, prefix, self.settings.num_rollouts) for prefix in wanted]
+            for prefix, rollouts in zip(wanted, answers, strict=True):
+                length = max(i for i in range(len(prefix)) if prefix[:i] in self.index)
+                self.add(prefix, self.index[prefix[:length]], rollouts)
 
     def tree(self) -> Tree:
         nodes = tuple(Node(d.parent, d.segments, d.k, len(d.rollouts), d.visits, d.rollouts) for d in self.nodes)
@@ -172,7 +184,7 @@ class _Builder:
 
 
 def search(problem: Problem, settings: Settings) -> Search:
-    """Grows the tree of one problem: yields Requests, is sent their n rollouts, returns the Tree.
+    """Grows the tree of one problem: yields lists of Requests, is sent the n rollouts of each, returns the Tree.
 
     A prefix is asked for once per tree; whoever meets it again reuses its estimate, so a node's parent is the node
     under which it was first met. Every estimated prefix is a node, also those with MC = 0. Candidates are the distinct
@@ -201,26 +213,28 @@ def grow(
 ) -> Iterator[tuple[int, Tree]]:
     """Grows the trees of all problems, ``in_flight`` at a time; yields (index of the problem, tree) as they finish.
 
-    Each round calls ``sample`` once with one Request of every tree in flight; it answers in the same order. A finished
+    Each round calls ``sample`` once with the Requests of every tree in flight; it answers in the same order. A finished
     tree makes room for the next problem. Trees do not depend on each other, nor on ``in_flight``, as long as what
     ``sample`` returns for a request does not depend on its companions.
     Raises ValueError when an answer does not fit its request.
     """
     starting = iter(enumerate(problems))
     searches: dict[int, Search] = {}
-    waiting: dict[int, Request] = {}
+    waiting: dict[int, list[Request]] = {}
     while True:
         for i, problem in itertools.islice(starting, in_flight - len(waiting)):
             searches[i] = search(problem, settings)
             waiting[i] = next(searches[i])
         if not waiting:
             return
-        answers = sample(list(waiting.values()))
-        if len(answers) != len(waiting):
-            raise ValueError(f"the sampler was sent {len(waiting)} requests and answered {len(answers)}")
-        for i, rollouts in zip(list(waiting), answers, strict=True):
+        requests = [request for asked in waiting.values() for request in asked]
+        answers = sample(requests)
+        if len(answers) != len(requests):
+            raise ValueError(f"the sampler was sent {len(requests)} requests and answered {len(answers)}")
+        answer = iter(answers)
+        for i, asked in list(waiting.items()):
             try:
-                waiting[i] = searches[i].send(rollouts)
+                waiting[i] = searches[i].send(list(itertools.islice(answer, len(asked))))
             except StopIteration as finished:
                 del waiting[i], searches[i]
                 yield i, finished.value

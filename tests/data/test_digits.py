@@ -264,7 +264,9 @@ def test_images_show_the_expression_in_the_handwriting_of_their_split(generated)
     problems, _, _ = read(folder)
     originals, parts = ORIGINALS.images, digits.digit_split(ORIGINALS.target, SETTINGS.seed)
     used = {name: set() for name in digits.SPLITS}
-    for problem, (split, expression) in zip(itertools.chain(*(problems[s] for s in digits.SPLITS)), drawn[:120], strict=True):
+    for problem, (split, expression) in zip(
+        itertools.chain(*(problems[s] for s in digits.SPLITS)), drawn[:120], strict=True
+    ):
         text, nearest = decode(np.asarray(Image.open(folder / problem.image)), originals)
         assert text == "".join(expression.tokens())
         assert set(nearest) <= set(parts[split].tolist())

@@ -46,7 +46,10 @@ def test_add_token(mesh_of, initialised, which):
     np.testing.assert_array_equal(new["lm_head"][:, :40], old["lm_head"])
     np.testing.assert_allclose(new["embed"][40], old["embed"].mean(0), atol=1e-6)
     np.testing.assert_allclose(new["lm_head"][:, 40], old["lm_head"].mean(1), atol=1e-6)
-    equal({**before, "decoder": {**old, "embed": 0, "lm_head": 0}}, {**after, "decoder": {**new, "embed": 0, "lm_head": 0}})
+    equal(
+        {**before, "decoder": {**old, "embed": 0, "lm_head": 0}},
+        {**after, "decoder": {**new, "embed": 0, "lm_head": 0}},
+    )
 
 
 def test_the_model_computes_with_an_added_token(mesh, tiny, initialised):
@@ -64,7 +67,9 @@ def test_save_and_load_on_another_mesh(tmp_path, tiny, mesh_of, initialised):
         _, abstract = build.abstract(tiny.cfg, tiny.image_token, mesh)
         loaded = load_params(tmp_path / "params", abstract)
     equal(loaded, initialised[0])
-    jax.tree.map(lambda a, x: x.sharding.is_equivalent_to(a.sharding, x.ndim) or pytest.fail(str(x.shape)), abstract, loaded)
+    jax.tree.map(
+        lambda a, x: x.sharding.is_equivalent_to(a.sharding, x.ndim) or pytest.fail(str(x.shape)), abstract, loaded
+    )
 
 
 def test_missing_weights(tmp_path):

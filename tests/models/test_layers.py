@@ -32,7 +32,9 @@ def test_attention(mesh):
     q, k, v = normal(2, 5, 2, 3, 4), normal(2, 7, 2, 4), normal(2, 7, 2, 4)
     mask = RNG.random((2, 5, 7)) < 0.6
     mask[..., 0] = True
-    np.testing.assert_allclose(layers.attention(*map(jnp.array, (q, k, v, mask))), attention_loop(q, k, v, mask), atol=1e-5)
+    np.testing.assert_allclose(
+        layers.attention(*map(jnp.array, (q, k, v, mask))), attention_loop(q, k, v, mask), atol=1e-5
+    )
     np.testing.assert_allclose(
         layers.attention(*map(jnp.array, (q, k, v)), None), attention_loop(q, k, v, np.ones_like(mask)), atol=1e-5
     )

@@ -31,7 +31,11 @@ def test_markers_are_one_id_each_with_or_without_spaces(tokenizer):
 
 
 def test_segments_do_not_depend_on_what_follows(tokenizer):
-    parts = ["<|im_start|>user\n<img><IMG_CONTEXT></img>\n3 - 3 .<|im_end|>\n", "<step> 3 = 3 </step>", "<answer> 3 </answer>"]
+    parts = [
+        "<|im_start|>user\n<img><IMG_CONTEXT></img>\n3 - 3 .<|im_end|>\n",
+        "<step> 3 = 3 </step>",
+        "<answer> 3 </answer>",
+    ]
     assert tokenizer.encode("".join(parts)) == [i for part in parts for i in tokenizer.encode(part)]
 
 

@@ -121,7 +121,9 @@ def numpy_logits(p, cfg, image_token, tokens, pixels):
         y = rms_norm(x, w["norm1"]["scale"], d.rms_norm_eps)
         a, out = w["attention"], 0
         for g, r in np.ndindex(d.num_kv_heads, d.num_heads // d.num_kv_heads):
-            out = out + head(rotate(y @ a["q"][:, g, r]), rotate(y @ a["k"][:, g]), y @ a["v"][:, g], True) @ a["o"][g, r]
+            out = (
+                out + head(rotate(y @ a["q"][:, g, r]), rotate(y @ a["k"][:, g]), y @ a["v"][:, g], True) @ a["o"][g, r]
+            )
         x = x + out
         y = rms_norm(x, w["norm2"]["scale"], d.rms_norm_eps)
         gate = y @ w["mlp"]["gate"]
@@ -132,7 +134,9 @@ def numpy_logits(p, cfg, image_token, tokens, pixels):
 def test_forward_against_numpy(tiny, batch, logits):
     for row in range(ROWS):
         valid = batch["valid"][row]
-        expected = numpy_logits(tiny.params, tiny.cfg, tiny.image_token, batch["tokens"][row][valid], batch["pixels"][row])
+        expected = numpy_logits(
+            tiny.params, tiny.cfg, tiny.image_token, batch["tokens"][row][valid], batch["pixels"][row]
+        )
         np.testing.assert_allclose(logits[row][valid], expected, atol=1e-4, rtol=1e-4)
     assert logits.std() > 0.3  # the agreement is not one of zeros
 
@@ -184,7 +188,9 @@ def test_visual_tokens_replace_image_tokens_in_order(mesh, tiny, batch):
 
 
 def test_pixels_count_only_in_their_row_and_only_with_image_tokens(forward, batch, logits):
-    got = forward({**batch, "pixels": batch["pixels"] + np.float32(0.5) * (np.arange(ROWS) < 3)[:, None, None, None, None]})
+    got = forward(
+        {**batch, "pixels": batch["pixels"] + np.float32(0.5) * (np.arange(ROWS) < 3)[:, None, None, None, None]}
+    )
     changed = np.abs(got - logits).max((1, 2))
     assert changed[0] > 1e-3 and changed[2] > 1e-3 and changed[1] == 0 and np.all(changed[3:] == 0)
 
@@ -244,7 +250,9 @@ def test_parameters_are_sharded(mesh_of, tiny):
     total = sum(x.size for x in jax.tree.leaves(params))
     assert local < 0.4 * total  # a quarter, but for norms, biases and what fits no rule
     _, abstract = build.abstract(tiny.cfg, tiny.image_token, mesh)
-    jax.tree.map(lambda a, x: x.sharding.is_equivalent_to(a.sharding, x.ndim) or pytest.fail(str(x.shape)), abstract, params)
+    jax.tree.map(
+        lambda a, x: x.sharding.is_equivalent_to(a.sharding, x.ndim) or pytest.fail(str(x.shape)), abstract, params
+    )
 
 
 @pytest.mark.parametrize("remat", [False, True])

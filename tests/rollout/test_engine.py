@@ -75,7 +75,9 @@ def log_probabilities(tiny, params, mesh_of):
         for row, sequence in enumerate(sequences):
             tokens[row, : len(sequence)], valid[row, : len(sequence)] = sequence, True
         with jax.set_mesh(mesh):
-            return np.asarray(run(placed, put_batch({"tokens": tokens, "valid": valid, "pixels": normalise(pixels)}, mesh)))
+            return np.asarray(
+                run(placed, put_batch({"tokens": tokens, "valid": valid, "pixels": normalise(pixels)}, mesh))
+            )
 
     return call
 

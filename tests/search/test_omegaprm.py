@@ -281,11 +281,10 @@ def test_every_prefix_of_the_right_solutions_is_estimated():
     asked = []
 
     def sample(requests):
-        (request,) = requests
-        asked.append(request.prefix)
-        if request.prefix == ():
+        asked.extend(request.prefix for request in requests)
+        if requests[0].prefix == ():
             return [(rollout_of(first, True), rollout_of(wrong, False), rollout_of(second, True), rollout_of(first, True))]
-        return [(rollout_of((answer,), request.prefix[0] != "x"),) * 4]
+        return [(rollout_of((answer,), request.prefix[0] != "x"),) * 4 for request in requests]
 
     def rollout_of(segments, correct):
         return Rollout(segments, correct, -1.0, 3)
@@ -295,5 +294,6 @@ def test_every_prefix_of_the_right_solutions_is_estimated():
     assert asked == [(), ("x",), *expected]
     assert [tree.prefix(i) for i in range(2, 7)] == expected
     assert len(tree.searches) == 1
+    assert [tree.prefix(node.parent) for node in tree.nodes[2:]] == [(), ("a",), ("a", "b"), ("a",), ("a", "d")]
     (one,) = trees_of([PROBLEM], Settings(4, 10, 10**6, right_solutions=1), sample)
     assert [one.prefix(i) for i in range(2, len(one.nodes))] == expected[:3]

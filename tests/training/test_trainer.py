@@ -143,7 +143,9 @@ class Line(nnx.Module):
 
 def fit_line(folder, loss_fn, mesh, rows=4, **changes):
     graphdef, state = nnx.split(Line())
-    data = trainer.Dataset({"x": np.ones(rows, np.float32)}, np.zeros(rows, np.int32), np.zeros((1, 1, 2, 2, 3), np.uint8))
+    data = trainer.Dataset(
+        {"x": np.ones(rows, np.float32)}, np.zeros(rows, np.int32), np.zeros((1, 1, 2, 2, 3), np.uint8)
+    )
     settings = dataclasses.replace(SETTINGS, batch_size=2, steps=9, **changes)
     return trainer.fit("line", folder, graphdef, nnx.to_pure_dict(state), loss_fn, data, settings, mesh)
 
