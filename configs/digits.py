@@ -48,8 +48,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.annotate = ConfigDict()
     config.annotate.num_rollouts = 8
-    config.annotate.max_searches = 16
-    config.annotate.rollout_budget = 96
+    config.annotate.max_searches = 12
+    config.annotate.rollout_budget = 80
     config.annotate.c_puct = 0.125
     config.annotate.alpha = 0.5
     config.annotate.beta = 0.9
@@ -71,7 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train_prm.steps = 700
     config.train_prm.batch_size = 64
     config.train_prm.optimizer = ConfigDict(
-        dict(name="muon", learning_rate=1e-2, warmup=0.05, weight_decay=0.01, clip=1.0)
+        dict(name="muon", learning_rate=3e-3, warmup=0.05, weight_decay=0.01, clip=1.0)
     )
     config.train_prm.shift = 1
     config.train_prm.noise = 8.0
