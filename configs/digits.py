@@ -15,7 +15,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.folder = ""  # a folder with {train,dev,test,sft}.jsonl and tokenizer.json; "": generate the digits
-    config.data.train = 2000
+    config.data.train = 1600
     config.data.dev = 300
     config.data.test = 600
     config.data.demonstrations = 6000
@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.remat = False
 
     config.sft = ConfigDict()
-    config.sft.steps = 700
+    config.sft.steps = 500
     config.sft.batch_size = 64
     config.sft.optimizer = ConfigDict(dict(name="muon", learning_rate=1e-2, warmup=0.05, weight_decay=0.01, clip=1.0))
     config.sft.shift = 1  # augmentation: pixels
@@ -68,10 +68,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train_prm.threshold = 0.0
     config.train_prm.max_paths = 16  # solutions per problem
     config.train_prm.balance = False
-    config.train_prm.steps = 700
+    config.train_prm.steps = 550
     config.train_prm.batch_size = 64
     config.train_prm.optimizer = ConfigDict(
-        dict(name="muon", learning_rate=3e-3, warmup=0.05, weight_decay=0.01, clip=1.0)
+        dict(name="muon", learning_rate=4e-3, warmup=0.05, weight_decay=0.01, clip=1.0)
     )
     config.train_prm.shift = 1
     config.train_prm.noise = 8.0

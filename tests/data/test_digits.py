@@ -180,6 +180,10 @@ def demonstrations():
     return [(e, digits.demonstrate(e, 0.4, rng)) for e in random_expressions(8000, seed=1)]
 
 
+def test_expressions_never_repeat(demonstrations):
+    assert len({e for e, _ in demonstrations}) == len(demonstrations)  # by chance alone, some would
+
+
 def test_habits_are_followed_as_often_as_asked(demonstrations):
     found = [claims(e, r) for e, r in demonstrations]
     read = [pair for pairs, _ in found for pair in pairs]
