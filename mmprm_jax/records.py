@@ -53,6 +53,15 @@ class Rollout:
 
 
 @dataclasses.dataclass(frozen=True)
+class Request:
+    """Asks a sampler for ``n`` independent rollouts of ``problem`` that continue ``prefix``."""
+
+    problem: Problem
+    prefix: tuple[str, ...]
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Node:
     """A prefix whose value was estimated: k of n rollouts from it reached the right answer."""
 

@@ -28,7 +28,7 @@ from mmprm_jax.models import build
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import Candidate, Problem, ScoredCandidate, SFTExample, Tree, UserError
+from mmprm_jax.records import Candidate, Problem, Request, ScoredCandidate, SFTExample, Tree, UserError
 from mmprm_jax.report import report as report_page
 from mmprm_jax.rollout.engine import Engine
 from mmprm_jax.rollout.rollouts import Sampler
@@ -204,7 +204,7 @@ def sample_candidates(run: Run, split: str, tokenizer: Tokenizer, cfg: VLMConfig
         with progress(len(problems), f"sample {split}", "problem") as bar:
             for start in range(0, len(problems), c.rows):
                 part = problems[start : start + c.rows]
-                for problem, group in zip(part, sampler([omegaprm.Request(p, (), c.n) for p in part]), strict=True):
+                for problem, group in zip(part, sampler([Request(p, (), c.n) for p in part]), strict=True):
                     found += [
                         Candidate(problem.id, r.segments, final_answer(r.segments), r.correct, r.logprob, r.n_tokens)
                         for r in group

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from absl import logging
@@ -14,7 +15,15 @@ from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import SFTExample, StepExample, UserError
-from mmprm_jax.training.trainer import Dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Rows of fixed length in host memory. ``image`` [N] indexes ``pixels`` uint8 [M, tiles, H, W, 3]."""
+
+    columns: Mapping[str, np.ndarray]
+    image: np.ndarray
+    pixels: np.ndarray
 
 
 def prompt_ids(tokenizer: Tokenizer, cfg: VLMConfig, question: str, has_image: bool) -> list[int]:

@@ -12,9 +12,8 @@ from mmprm_jax.data.encode import prompt_ids
 from mmprm_jax.data.prompts import final_answer, split_segments
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import Rollout
+from mmprm_jax.records import Request, Rollout
 from mmprm_jax.rollout.engine import Engine
-from mmprm_jax.search.omegaprm import Request
 
 
 def request_key(seed: int, purpose: str, request: Request) -> np.ndarray:

@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 
-from mmprm_jax.records import Node, Problem, Rollout, Tree
+from mmprm_jax.records import Node, Problem, Request, Rollout, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +37,6 @@ class Settings:
             raise ValueError(f"num_rollouts is {self.num_rollouts}; a value between 0 and 1 needs at least 2 rollouts")
         if not (self.alpha > 0 and self.beta > 0 and self.length_scale > 0):
             raise ValueError("alpha, beta and length_scale must be positive")
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Asks for ``n`` independent rollouts of ``problem`` that continue ``prefix``."""
-
-    problem: Problem
-    prefix: tuple[str, ...]
-    n: int
 
 
 Answers = list[tuple[Rollout, ...]]
@@ -190,7 +181,8 @@ def search(problem: Problem, settings: Settings) -> Search:
     under which it was first met. Every estimated prefix is a node, also those with MC = 0. Candidates are the distinct
     wrong rollouts of nodes with 0 < MC < 1 that have a proper prefix; unparsable (empty) rollouts only count in n. A
     root that is all right or all wrong has none and ends the search. The selected node's visit count grows by one per
-    search (OmegaPRM section 3). At last ``right_solutions`` are estimated prefix by prefix. Raises ValueError when sent another number of rollouts than asked for.
+    search (OmegaPRM section 3). At last ``right_solutions`` solutions are estimated prefix by prefix. Raises ValueError
+    when sent another number of rollouts than asked for.
     """
     builder = _Builder(problem, settings)
     yield from builder.estimate((), -1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import grain
@@ -16,6 +15,7 @@ from etils import epath
 from flax import nnx
 
 from mmprm_jax.data import images
+from mmprm_jax.data.encode import Dataset
 from mmprm_jax.metrics import Metrics, progress
 from mmprm_jax.records import UserError
 from mmprm_jax.sharding import put_batch
@@ -34,15 +34,6 @@ class Settings:
     checkpoint_every: int = 100
     log_every: int = 10
     seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Rows of fixed length in host memory. ``image`` [N] indexes ``pixels`` uint8 [M, tiles, H, W, 3]."""
-
-    columns: Mapping[str, np.ndarray]
-    image: np.ndarray
-    pixels: np.ndarray
 
 
 def batches(data: Dataset, s: Settings) -> grain.DatasetIterator:

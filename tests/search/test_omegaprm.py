@@ -283,7 +283,8 @@ def test_every_prefix_of_the_right_solutions_is_estimated():
     def sample(requests):
         asked.extend(request.prefix for request in requests)
         if requests[0].prefix == ():
-            return [(rollout_of(first, True), rollout_of(wrong, False), rollout_of(second, True), rollout_of(first, True))]
+            pairs = ((first, True), (wrong, False), (second, True), (first, True))
+            return [tuple(rollout_of(*pair) for pair in pairs)]
         return [(rollout_of((answer,), request.prefix[0] != "x"),) * 4 for request in requests]
 
     def rollout_of(segments, correct):
