@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -254,7 +255,26 @@ def evaluate(run: Run) -> Figures:
             bar.update()
     for split in ("dev", "test"):
         records.write(folder / f"{split}_scored.jsonl", [x for group in results[split] for x in group])
-    return compare(run, results)
+    figures = compare(run, results)
+    figures["controls"]["policy_shuffled_image"] = policy_control(run, policy_tokenizer, run.model(policy_tokenizer))
+    return figures
+
+
+def policy_control(run: Run, tokenizer: Tokenizer, cfg: VLMConfig) -> Figures:
+    """How often the policy is right about a problem when it sees the image of another one, and how often by chance.
+
+    Chance: the probability that a sampled answer equals the gold answer of a problem drawn independently.
+    """
+    c, problems = run.config.evaluate, run.problems("test")
+    pixels = run.pixels(problems, cfg)
+    shuffled = dict(zip(pixels, np.roll(np.stack(list(pixels.values())), 1, axis=0), strict=True))
+    sampler = Sampler(run.engine(c.rows, tokenizer, cfg, c), tokenizer, cfg, shuffled, run.config.seed, "control")
+    groups = sampler([Request(p, (), c.n) for p in problems])
+    accuracy, stderr = best_of_n.mean_and_stderr(np.array([[r.correct for r in g] for g in groups]).mean(axis=1))
+    answers = Counter(final_answer(r.segments) for g in groups for r in g)
+    gold = Counter(p.answer for p in problems)
+    chance = sum(answers[a] * gold[a] for a in gold) / (answers.total() * gold.total())
+    return {"accuracy": accuracy, "stderr": stderr, "chance": chance}
 
 
 def compare(run: Run, results: Mapping[str, Scored]) -> Figures:

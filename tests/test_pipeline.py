@@ -77,7 +77,7 @@ def test_the_pipeline_ends_with_the_table_and_the_report(finished):
     aggregators = {"min", "mean", "product", "last", "max", "sum_log_odds", "mean_odds"}
     assert set(metrics["best_of_n"]["16"]["prm"]) == aggregators
     assert metrics["prm_selected"] in aggregators
-    assert set(metrics["controls"]) == {"blank_image", "shuffled_image"}
+    assert set(metrics["controls"]) == {"blank_image", "shuffled_image", "policy_shuffled_image"}
     assert set(metrics["seconds"]) == {"data", "sft", "annotate", "train_prm", "evaluate", "total"}
     assert metrics["labels"]["steps"] > 0 and metrics["rollouts"]["annotate"] > 0
     assert "oracle" in out and "PRM" in out
@@ -207,6 +207,9 @@ def test_the_default_run_keeps_its_promises(environment, tmp_path):
     print(out)
     metrics = metrics_of(workdir)
     assert metrics["n_problems"] >= 500
+    policy = metrics["controls"].pop("policy_shuffled_image")
+    assert abs(policy["accuracy"] - policy["chance"]) <= 3 * policy["stderr"]
+    assert metrics["best_of_n"]["16"]["random"]["accuracy"] > 5 * policy["chance"]
     for name, control in metrics["controls"].items():
         assert abs(control["difference_to_random"]) <= 2 * control["difference_stderr"], name
     assert metrics["paired"]["random"]["difference"] >= 0.12

@@ -29,7 +29,11 @@ _SELECTORS = {
     "prm_weighted_majority": "PRM-weighted vote",
     "oracle": "oracle (any right)",
 }
-_CONTROLS = {"blank_image": "blank image", "shuffled_image": "another problem's image"}
+_CONTROLS = {
+    "blank_image": "PRM with a blank image",
+    "shuffled_image": "PRM with another problem's image",
+    "policy_shuffled_image": "policy with another problem's image",
+}
 _COLOURS = ("#8a8f98", "#d98a00", "#9b5de5", "#e5484d", "#2f7de1", "#2a9d5c")
 _MAGIC = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 
@@ -106,6 +110,8 @@ def _findings(metrics: dict) -> list[str]:
         if "difference_to_random" in control:
             difference = _percent(control, "difference_to_random", "difference_stderr", "+")
             line += f" ({difference} points against random choice)"
+        if "chance" in control:
+            line += f" (chance: {100 * control['chance']:.1f} %)"
         lines.append(line)
     if metrics.get("step_auc") is not None:
         lines.append(f"Step AUC (PRM score against the true state of the step): {metrics['step_auc']:.3f}")

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from mmprm_jax import metrics
+from mmprm_jax.data.encode import Dataset
 from mmprm_jax.records import UserError
 from mmprm_jax.training import optimizers, trainer
 from mmprm_jax.training.losses import policy_loss
@@ -35,7 +36,7 @@ def data(tiny):
     rows = tiny.batch(20, 12, 1, seed=5)
     columns = {"tokens": rows["tokens"], "valid": rows["valid"], "response": rows["valid"] & (np.arange(12) > 5)}
     rng = np.random.default_rng(0)
-    return trainer.Dataset(columns, rng.integers(0, 6, 20), rng.integers(0, 256, (6, 1, 8, 8, 3), np.uint8))
+    return Dataset(columns, rng.integers(0, 6, 20), rng.integers(0, 256, (6, 1, 8, 8, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +144,7 @@ class Line(nnx.Module):
 
 def fit_line(folder, loss_fn, mesh, rows=4, **changes):
     graphdef, state = nnx.split(Line())
-    data = trainer.Dataset(
-        {"x": np.ones(rows, np.float32)}, np.zeros(rows, np.int32), np.zeros((1, 1, 2, 2, 3), np.uint8)
-    )
+    data = Dataset({"x": np.ones(rows, np.float32)}, np.zeros(rows, np.int32), np.zeros((1, 1, 2, 2, 3), np.uint8))
     settings = dataclasses.replace(SETTINGS, batch_size=2, steps=9, **changes)
     return trainer.fit("line", folder, graphdef, nnx.to_pure_dict(state), loss_fn, data, settings, mesh)
 
