@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 ROOT = pathlib.Path(__file__).parent.parent
-SMOKE = f"--config={ROOT / 'configs' / 'digits.py'}:smoke"
+DEFAULT = f"--config={ROOT / 'configs' / 'digits.py'}"
+SMOKE = f"{DEFAULT}:smoke"
 
 
 @pytest.fixture(scope="session")
@@ -198,14 +201,19 @@ def test_eight_devices(environment, finished, tmp_path, mesh):
     assert there == pytest.approx(here, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_the_default_run_keeps_its_promises(environment, tmp_path):
-    """One seed; the README's table has three."""
-    workdir = tmp_path / "digits"
-    code, out, err = run(environment, "pipeline", workdir, config=f"--config={ROOT / 'configs' / 'digits.py'}")
+@pytest.fixture(scope="session")
+def default_run(environment, tmp_path_factory):
+    """The README's first command: one seed; its table has three."""
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    code, out, err = run(environment, "pipeline", workdir, config=DEFAULT)
     assert code == 0, err
     print(out)
-    metrics = metrics_of(workdir)
+    return workdir
+
+
+@pytest.mark.slow
+def test_the_default_run_keeps_its_promises(default_run):
+    metrics = metrics_of(default_run)
     assert metrics["n_problems"] >= 500
     policy = metrics["controls"].pop("policy_shuffled_image")
     assert abs(policy["accuracy"] - policy["chance"]) <= 3 * policy["stderr"]
@@ -215,3 +223,41 @@ def test_the_default_run_keeps_its_promises(environment, tmp_path):
     assert metrics["paired"]["random"]["difference"] >= 0.12
     for baseline in ("majority", "policy_logprob"):
         assert metrics["paired"][baseline]["ci95"][0] > 0, baseline
+
+
+# Samples prefixes of finished trees again, many times and with other random numbers: {"k", "n", "more_k", "more_n"}.
+BRUTE_FORCE = """
+import json, sys
+from etils import epath
+from mmprm_jax import config, stages
+from mmprm_jax.records import Request
+from mmprm_jax.rollout.rollouts import Sampler
+run = stages.Run(config.load(sys.argv[1]), epath.Path(sys.argv[2]), "")
+tokenizer = run.tokenizer()
+cfg = run.model(tokenizer)
+trees = stages.read_trees(run.folder("annotate"))[:60]
+chosen = [(t, i) for t in trees for i in range(len(t.nodes)) if (i < 3)]
+settings = run.config.annotate
+sampler = Sampler(run.engine(settings.rows, tokenizer, cfg, settings), tokenizer, cfg,
+                  run.pixels([t.problem for t in trees], cfg), run.config.seed, "brute force")
+answers = sampler([Request(t.problem, t.prefix(i), 96) for t, i in chosen])
+print(json.dumps([[t.nodes[i].k, t.nodes[i].n, sum(r.correct for r in a), len(a)]
+                  for (t, i), a in zip(chosen, answers)]))
+"""
+
+
+@pytest.mark.slow
+def test_brute_force_agrees_with_the_annotated_values(environment, default_run):
+    """Chi-square over prefixes: k of n in the tree against many fresh rollouts of the same prefix."""
+    command = [sys.executable, "-c", BRUTE_FORCE, DEFAULT.removeprefix("--config="), str(default_run)]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert out.returncode == 0, out.stderr
+    k, n, more_k, more_n = np.array(json.loads(out.stdout.strip().splitlines()[-1])).T
+    # The many decide which prefixes count, so that the choice cannot bias the few.
+    kept = np.abs(more_k / more_n - 0.5) < 0.4
+    k, n, more_k, more_n = (x[kept] for x in (k, n, more_k, more_n))
+    p = (k + more_k) / (n + more_n)
+    z = (k / n - more_k / more_n) / np.sqrt(p * (1 - p) * (1 / n + 1 / more_n))
+    assert len(z) > 60
+    assert stats.chi2.sf((z**2).sum(), len(z)) > 1e-3
+    assert abs(z.sum()) / np.sqrt(len(z)) < 3.3
