@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.annotate.beta = 0.9
     config.annotate.length_scale = 500.0
     config.annotate.right_solutions = 2
-    config.annotate.temperature = 1.0
+    config.annotate.temperature = 0.7
     config.annotate.top_k = 50
     config.annotate.top_p = 0.9
     config.annotate.max_new_tokens = 40
@@ -81,7 +81,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.evaluate = ConfigDict()
     config.evaluate.n = 16
-    config.evaluate.temperature = 1.0
+    config.evaluate.temperature = 0.7
     config.evaluate.top_k = 50
     config.evaluate.top_p = 0.9
     config.evaluate.max_new_tokens = 40
