@@ -8,14 +8,17 @@ from fractions import Fraction
 
 _NUMBER = re.compile(r"[+-]?\d{1,40}(\.\d{1,40})?(/\d{1,40})?")
 
+_POWERS = {ord(c): f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}  # NFKC would make 22 of 2²
+MAX_LENGTH = 10_000
+
 
 def _normalise(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text[:1000]).replace("−", "-").strip().strip("$").rstrip(".")
+    text = unicodedata.normalize("NFKC", text.translate(_POWERS)).replace("−", "-").strip().strip("$").rstrip(".")
     return re.sub(r"\s+", " ", text).strip().casefold()
 
 
 def _number(text: str) -> Fraction | None:
-    compact = text.replace(" ", "")
+    compact = re.sub(r"(?<=[+/-]) | (?=/)", "", text)
     if not _NUMBER.fullmatch(compact):
         return None
     top, _, bottom = compact.partition("/")
@@ -23,8 +26,8 @@ def _number(text: str) -> Fraction | None:
 
 
 def is_correct(answer: str | None, gold: str) -> bool:
-    """Whether a predicted answer equals the gold answer; None (no answer found) is wrong."""
-    if answer is None:
+    """Whether a predicted answer equals the gold answer; None (no answer found) or an endless one is wrong."""
+    if answer is None or len(answer) > MAX_LENGTH:
         return False
     answer, gold = _normalise(answer), _normalise(gold)
     a, b = _number(answer), _number(gold)

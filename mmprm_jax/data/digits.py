@@ -30,6 +30,7 @@ from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Problem, SFTExample, UserError
 
 CELL, GRID = 8, 3
+LOWEST, HIGHEST = -45, 54  # integers with a token; no expression of five digits leaves this range
 QUESTION = "Evaluate the expression ."
 READ = "Read the image ."
 MISREAD = {1: 7, 7: 1}
@@ -108,6 +109,16 @@ def expressions(rng: np.random.Generator, bracket: float) -> Iterator[Expression
             yield expression
 
 
+def from_any_number(expression: Expression, rng: np.random.Generator) -> Expression:
+    """The expression with another first number, such that every running value has a token.
+
+    Sums of digits seldom go far from zero: without this the policy slips where they do, and slips show in the text.
+    """
+    _, values = solve(expression, (0, *expression.digits[1:]), flip=True)
+    first = int(rng.integers(LOWEST - min(0, *values), HIGHEST - max(0, *values) + 1))
+    return dataclasses.replace(expression, digits=(first, *expression.digits[1:]))
+
+
 def _sign_cell(text: str) -> np.ndarray:
     """A drawn sign, brightness 0-16 as the digits'. [8, 8]."""
     cell = np.zeros((CELL, CELL), np.float32)
@@ -164,7 +175,7 @@ def digit_split(target: np.ndarray, seed: int) -> dict[str, np.ndarray]:
 def tokenizer() -> Tokenizer:
     """A word-level tokenizer for this set: integers are single tokens."""
     words = sorted(set(f"{QUESTION} {READ}".split())) + ["user", "assistant", "Yes", "No"]
-    words += ["+", "-", "+(", "-(", ")", "="] + [str(i) for i in range(-45, 55)]
+    words += ["+", "-", "+(", "-(", ")", "="] + [str(i) for i in range(LOWEST, HIGHEST + 1)]
     return Tokenizer.from_words(words)
 
 
@@ -207,7 +218,7 @@ def generate(folder: epath.PathLike, settings: Settings) -> None:
         response = f"<answer> {' '.join(expression.tokens())} </answer>"
         examples.append(SFTExample(name, READ, response, image(name, "train", expression), "transcriptions"))
     for i in range(settings.text_only):
-        expression = next(stream)
+        expression = from_any_number(next(stream), rng)
         question = f"Evaluate {' '.join(expression.tokens())} ."
         response = " ".join(solve(expression, expression.digits, flip=True)[0])
         examples.append(SFTExample(f"text-{i:05d}", question, response, None, "text"))

@@ -21,7 +21,7 @@ def weight(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
 
 def stack(create: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Module:
     """``count`` modules with their parameters stacked along a new first axis, for ``scan_layers``."""
-    return nnx.vmap(create, in_axes=0, out_axes=0)(rngs.fork(split=count))
+    return nnx.vmap(create, in_axes=0, out_axes=0)(rngs.split(count))
 
 
 def scan_layers(layers: nnx.Module, body: Callable[..., Any], carry: Any, xs: Any = None, remat: bool = False) -> Any:
