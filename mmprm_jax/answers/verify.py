@@ -26,8 +26,8 @@ def _number(text: str) -> Fraction | None:
 
 
 def is_correct(answer: str | None, gold: str) -> bool:
-    """Whether a predicted answer equals the gold answer; None (no answer found) or an endless one is wrong."""
-    if answer is None or len(answer) > MAX_LENGTH:
+    """Whether a predicted answer equals the gold answer; None (no answer found) and endless text are wrong."""
+    if answer is None or max(len(answer), len(gold)) > MAX_LENGTH:
         return False
     answer, gold = _normalise(answer), _normalise(gold)
     a, b = _number(answer), _number(gold)
