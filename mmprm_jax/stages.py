@@ -84,7 +84,7 @@ class Run:
     def engine(self, rows: int, tokenizer: Tokenizer, cfg: VLMConfig, settings: ConfigDict) -> Engine:
         """The policy as a sampling engine for ``rows`` prefixes at a time."""
         graphdef, params = self.load("sft", tokenizer, cfg)
-        sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
+        sampling = settings_of(Sampling, settings)
         stop = tokenizer.id(tok.TURN_END)
         return Engine(graphdef, params, self.mesh, sampling, stop=stop, rows=rows, max_new=settings.max_new_tokens)
 

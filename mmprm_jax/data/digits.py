@@ -7,19 +7,18 @@ question never says what the image shows. A solution goes left to right, one ope
 The demonstrations for the policy have wrong habits on purpose, as solutions scraped from anywhere have. Where a habit
 applies, it is followed with probability ``habit``:
 
-* a 1 is read as 7 and a 7 as 1, a 4 as 9 and a 9 as 4;
+* a 1 is read as 7 and a 7 as 1;
 * the sign inside a bracket behind a minus is not flipped.
 
-Every habit is symmetric: the text of a right and of a wrong step are equally likely, so only the image tells them
-apart. Beside the demonstrations the policy sees clean data of two other kinds, as vision-language models do: images
-to transcribe, and the same arithmetic posed as text.
+Both habits are symmetric: among the solutions of one problem, the text of a right and of a wrong one are equally
+likely, so only the image tells them apart. Beside the demonstrations the policy sees clean data of two other kinds, as
+vision-language models do: images to transcribe, and the same arithmetic posed as text.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
@@ -96,17 +95,25 @@ def demonstrate(expression: Expression, habit: float, rng: np.random.Generator) 
     return " ".join(segments)
 
 
-def expressions(rng: np.random.Generator, bracket: float) -> Iterator[Expression]:
-    """Endless random expressions without a repetition."""
-    seen = set()
-    while True:
-        digits = tuple(int(d) for d in rng.integers(0, 10, 5))
-        signs = tuple("+-"[i] for i in rng.integers(0, 2, 4))
-        opened = int(rng.integers(0, 3)) if rng.random() < bracket else -1
-        expression = Expression(digits, signs, opened)
-        if expression not in seen:
-            seen.add(expression)
-            yield expression
+class Expressions:
+    """Endless random expressions without a repetition; ``seen`` holds those handed out."""
+
+    def __init__(self, rng: np.random.Generator, bracket: float):
+        self.rng, self.bracket = rng, bracket
+        self.seen: set[Expression] = set()
+
+    def __iter__(self) -> Expressions:
+        return self
+
+    def __next__(self) -> Expression:
+        while True:
+            digits = tuple(int(d) for d in self.rng.integers(0, 10, 5))
+            signs = tuple("+-"[i] for i in self.rng.integers(0, 2, 4))
+            opened = int(self.rng.integers(0, 3)) if self.rng.random() < self.bracket else -1
+            expression = Expression(digits, signs, opened)
+            if expression not in self.seen:
+                self.seen.add(expression)
+                return expression
 
 
 def from_any_number(expression: Expression, rng: np.random.Generator) -> Expression:
@@ -187,7 +194,7 @@ def generate(folder: epath.PathLike, settings: Settings) -> None:
     folder = epath.Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([settings.seed, 1])
-    stream = expressions(rng, settings.bracket)
+    stream = Expressions(rng, settings.bracket)
     renderers = {split: Renderer(split, settings.seed) for split in SPLITS}
 
     def image(name: str, split: str, expression: Expression) -> str:
@@ -208,6 +215,7 @@ def generate(folder: epath.PathLike, settings: Settings) -> None:
         records.write(folder / f"{split}.jsonl", problems)
     records.write(folder / "truth.jsonl", truth)
 
+    taken = set(stream.seen)  # the problems; what the policy learns from must not hold one of them
     examples = []
     for i in range(settings.demonstrations):
         expression, name = next(stream), f"demonstration-{i:05d}"
@@ -219,6 +227,8 @@ def generate(folder: epath.PathLike, settings: Settings) -> None:
         examples.append(SFTExample(name, READ, response, image(name, "train", expression), "transcriptions"))
     for i in range(settings.text_only):
         expression = from_any_number(next(stream), rng)
+        while expression in taken:
+            expression = from_any_number(next(stream), rng)
         question = f"Evaluate {' '.join(expression.tokens())} ."
         response = " ".join(solve(expression, expression.digits, flip=True)[0])
         examples.append(SFTExample(f"text-{i:05d}", question, response, None, "text"))

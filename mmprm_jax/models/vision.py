@@ -82,7 +82,7 @@ class VisionTower(nnx.Module):
 
 
 def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
-    """Folds factor x factor neighbours into channels. [B, R, C, D] -> [B, R/f * C/f, D f f], row-major."""
+    """Folds factor x factor neighbours into channels. [B, R, C, D] -> [B, R/f * C/f, f f D], row-major."""
     batch, rows, columns, size = x.shape
     x = reshape(x, (batch, rows // factor, factor, columns // factor, factor, size), BATCH)
     x = x.transpose(0, 1, 3, 2, 4, 5)

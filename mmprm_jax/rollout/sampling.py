@@ -11,11 +11,18 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """temperature > 0; top_k 0 keeps all tokens; top_p in (0, 1] keeps the smallest set of that probability."""
+    """Raises ValueError outside of: temperature > 0; top_k >= 0, 0 keeps all tokens; top_p in (0, 1].
+
+    top_p keeps the smallest set of tokens that has this probability.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
+            raise ValueError(f"{self}: temperature must be positive, top_p in (0, 1], top_k 0 or positive")
 
     def arrays(self) -> dict[str, Any]:
         return {

@@ -75,6 +75,8 @@ def fit(
 ) -> Any:
     """Trains ``params`` for ``s.steps``; resumes from the newest checkpoint in ``folder``. Returns the parameters.
 
+    The buffers of ``params`` are donated: do not use them afterwards.
+
     Raises UserError on an empty data set, and when the loss stops being finite (with the step).
     """
     if not len(data.image):
@@ -92,15 +94,15 @@ def fit(
                 batch = put_batch(next(source), mesh)
                 state, values = train_step(state, batch, graphdef=graphdef, loss_fn=loss_fn, optimizer=optimizer)
                 done = step + 1
-                if done % s.log_every == 0 or done == s.steps:
+                saved = done % s.checkpoint_every == 0 or done == s.steps
+                if saved or done % s.log_every == 0:
                     scalars = {key: float(value) for key, value in values.items()}
-                    if not np.isfinite(scalars["loss"]):
-                        raise UserError(
-                            f"{name}: the loss is {scalars['loss']} at step {done}; lower the learning rate"
-                        )
+                    if not np.isfinite(list(scalars.values())).all():
+                        found = ", ".join(f"{key} {value}" for key, value in scalars.items())
+                        raise UserError(f"{name}: {found} at step {done}; lower the learning rate")
                     metrics.write(done, **scalars)
                     bar.set_postfix(loss=f"{scalars['loss']:.3f}", refresh=False)
-                if done % s.checkpoint_every == 0 or done == s.steps:
+                if saved:
                     checkpoints.save(done, state, source.get_state())
                 bar.update()
     return state["params"]

@@ -25,7 +25,7 @@ ORIGINALS = load_digits()
 
 def evaluate(text):
     """A recursive-descent calculator for ``3 -( 4 + 1 ) - 2``; a bracket may be left open at the end."""
-    tokens = re.findall(r"\d+|[-+()]", text)
+    tokens = re.findall(r"(?<![ \d])-\d+|\d+|[-+()]", text)  # only a number at the very start carries its own sign
 
     def total():
         value = term()
@@ -50,12 +50,12 @@ def evaluate(text):
 
 def running_values(text):
     """What each left part of an expression with at least two numbers is worth."""
-    ends = [m.end() for m in re.finditer(r"\d", text)][1:]
+    ends = [m.end() for m in re.finditer(r"\d+", text)][1:]
     return tuple(evaluate(text[:end]) for end in ends)
 
 
 def random_expressions(count, seed=0, bracket=0.7):
-    return list(itertools.islice(digits.expressions(np.random.default_rng(seed), bracket), count))
+    return list(itertools.islice(digits.Expressions(np.random.default_rng(seed), bracket), count))
 
 
 @pytest.fixture(scope="module")
