@@ -98,7 +98,7 @@ def fit(
                 if saved or done % s.log_every == 0:
                     scalars = {key: float(value) for key, value in values.items()}
                     if not np.isfinite(list(scalars.values())).all():
-                        found = ", ".join(f"{key} {value}" for key, value in scalars.items())
+                        found = f"the loss is {scalars['loss']} and the gradient norm {scalars['grad_norm']}"
                         raise UserError(f"{name}: {found} at step {done}; lower the learning rate")
                     metrics.write(done, **scalars)
                     bar.set_postfix(loss=f"{scalars['loss']:.3f}", refresh=False)
