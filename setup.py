@@ -27,6 +27,7 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "pillow>=11.0",
         "scikit-learn>=1.5",  # its handwritten digits are the embedded data set
+        "sentencepiece>=0.2.1",  # reads InternLM2's vocabulary file (tokenizer.model)
         "sympy>=1.13",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",

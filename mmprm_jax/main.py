@@ -2,6 +2,8 @@
 
 ``mmprm <stage> --config=FILE[:ARG] --workdir=DIR [--config.key=value …]`` runs one stage, or with ``pipeline`` all.
 ``mmprm summary WORKDIR [WORKDIR …]`` compares finished runs, e.g. of several seeds.
+``mmprm convert SOURCE TARGET [--prm] [--verify] [--dtype=…]`` takes a released checkpoint (a folder or a hub id) to
+Orbax, or back. ``mmprm score PROBLEMS.jsonl --model=MODEL`` scores solutions with a released PRM.
 """
 
 from __future__ import annotations
@@ -14,6 +16,19 @@ from absl import app, flags, logging
 
 _CONFIG = flags.DEFINE_string("config", None, "configuration file, FILE or FILE:ARG")
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of this run: data, weights, trees, report")
+_DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "convert, score: of the weights; default: as stored")
+_PRM = flags.DEFINE_bool("prm", False, "convert: add the token <prm>, to train a policy on as a PRM")
+_VERIFY = flags.DEFINE_bool("verify", False, "convert: read the result again and compare every tensor")
+_MODEL = flags.DEFINE_string("model", None, "score: a checkpoint folder, hub id (org/name@revision) or converted model")
+_OUTPUT = flags.DEFINE_string("output", None, "score: the file to write; default: PROBLEMS.scores.jsonl")
+_TEMPLATE = flags.DEFINE_string("template", None, "score: the prompt; default: by the model's kind")
+_MAX_TILES = flags.DEFINE_integer("max_tiles", 0, "score: tiles of one image; 0: as in the model's config.json")
+
+_USAGE = (
+    "usage: mmprm {data,sft,annotate,train_prm,evaluate,report,pipeline} --config=FILE[:ARG] --workdir=DIR"
+    " [--config.key=value …] or: mmprm summary WORKDIR [WORKDIR …] or: mmprm convert SOURCE TARGET [--prm] [--verify]"
+    " [--dtype=bfloat16] or: mmprm score PROBLEMS.jsonl --model=MODEL [--output=FILE] [--template=NAME]"
+)
 
 
 def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
@@ -26,12 +41,25 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
 
         print(summarise(argv[2:]))
         return
+    if argv[1:2] == ["convert"] and len(argv) == 4:
+        from mmprm_jax.models.convert import convert
+        from mmprm_jax.sharding import make_mesh
+
+        mesh = make_mesh({"fsdp": -1})
+        print(convert(argv[2], argv[3], mesh, dtype=_DTYPE.value, prm=_PRM.value, verify=_VERIFY.value))
+        return
+    if argv[1:2] == ["score"] and len(argv) == 3 and _MODEL.value:
+        from mmprm_jax.prm import PRM, score_file
+
+        prm = PRM.from_pretrained(
+            _MODEL.value, template=_TEMPLATE.value, dtype=_DTYPE.value, max_tiles=_MAX_TILES.value
+        )
+        output = _OUTPUT.value or f"{argv[2].removesuffix('.jsonl')}.scores.jsonl"
+        print(score_file(prm, _MODEL.value, argv[2], output))
+        return
     names = ("data", "sft", "annotate", "train_prm", "evaluate", "report", "pipeline")
     if len(argv) != 2 or argv[1] not in names:
-        raise UserError(
-            f"usage: mmprm {{{','.join(names)}}} --config=FILE[:ARG] --workdir=DIR [--config.key=value …]"
-            " or: mmprm summary WORKDIR [WORKDIR …]"
-        )
+        raise UserError(_USAGE)
     for flag in (_CONFIG, _WORKDIR):
         if not flag.value:
             raise UserError(

@@ -23,19 +23,24 @@ from mmprm_jax.records import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
-# First match wins; paths are joined by "/". A leading layer axis, where there is one, is never split.
-RULES: tuple[tuple[str, P], ...] = (
-    (r"decoder/embed$", P("tensor", "fsdp")),
-    (r"decoder/lm_head$", P("fsdp", "tensor")),
+# First match wins; paths are joined by "/". A leading layer axis, where there is one, is never split. The second layout
+# of a rule is for shapes that the first does not divide: released vocabularies are odd numbers.
+RULES: tuple[tuple[str | P, ...], ...] = (
+    (r"decoder/embed$", P("tensor", "fsdp"), P(None, ("fsdp", "tensor"))),
+    (r"decoder/lm_head$", P("fsdp", "tensor"), P(("fsdp", "tensor"))),
     (r"decoder/layers/attention/[qkv]$", P(None, "fsdp", "tensor")),
     (r"decoder/layers/attention/o$", P(None, "tensor", None, None, "fsdp")),
     (r"decoder/layers/mlp/(gate|up)$", P(None, "fsdp", "tensor")),
     (r"decoder/layers/mlp/down$", P(None, "tensor", "fsdp")),
+    (r"decoder/layers/attention/[qkv]_bias$", P(None, "tensor")),
+    (r"decoder/layers/mlp/(gate|up)_bias$", P(None, "tensor")),
     (r"vision/layers/attention/qkv$", P(None, "fsdp", None, "tensor")),
     (r"vision/layers/attention/proj$", P(None, "tensor", None, "fsdp")),
     (r"vision/layers/mlp/fc1$", P(None, "fsdp", "tensor")),
     (r"vision/layers/mlp/fc2$", P(None, "tensor", "fsdp")),
-    (r"projector/fc[12]$", P("fsdp", "tensor")),
+    (r"vision/layers/attention/qkv_bias$", P(None, None, "tensor")),
+    (r"vision/layers/mlp/fc1_bias$", P(None, "tensor")),
+    (r"(projector|score)/fc[12]$", P("fsdp", "tensor")),
     (r".*", P()),
 )
 
@@ -63,14 +68,17 @@ def fit_spec(shape: tuple[int, ...], axes: tuple[Any, ...], mesh: Any = None) ->
     return P(*kept)
 
 
-def dot(equation: str, a: jax.Array, b: jax.Array, *axes: Any) -> jax.Array:
-    """``jnp.einsum`` whose result is sharded as ``axes`` (one mesh axis or None for each dimension)."""
+def dot(equation: str, a: jax.Array, b: jax.Array, *axes: Any, dtype: Any = None) -> jax.Array:
+    """``jnp.einsum`` whose result is sharded as ``axes`` (one mesh axis or None for each dimension).
+
+    ``dtype``: of the accumulation and the result; default: of the operands.
+    """
     inputs, output = equation.split("->")
     sizes: dict[str, int] = {}
     for letters, operand in zip(inputs.split(","), (a, b), strict=True):
         sizes.update(zip(letters, operand.shape, strict=True))
     spec = fit_spec(tuple(sizes[letter] for letter in output), axes)
-    return jnp.einsum(equation, a, b, out_sharding=spec)
+    return jnp.einsum(equation, a, b, out_sharding=spec, preferred_element_type=dtype)
 
 
 def reshape(x: jax.Array, shape: tuple[int, ...], *axes: Any) -> jax.Array:
@@ -95,10 +103,13 @@ def parameter_shardings(abstract: Any, mesh: Mesh) -> Any:
     """The NamedSharding of every leaf of a parameter (or optimizer) tree, by RULES on its path."""
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
-        spec = next(spec for pattern, spec in RULES if re.search(pattern, path_name(path)))
-        if len(spec) > len(leaf.shape):
-            spec = P()
-        return NamedSharding(mesh, fit_spec(leaf.shape, tuple(spec), mesh))
+        first, *others = next(specs for pattern, *specs in RULES if re.search(pattern, path_name(path)))
+        if len(first) > len(leaf.shape):
+            first, others = P(), []
+        fitted = [fit_spec(leaf.shape, tuple(spec), mesh) for spec in (first, *others)]
+        # A layout fits when none of its axes had to be dropped.
+        whole = [f for f, spec in zip(fitted, (first, *others), strict=True) if tuple(f)[: len(spec)] == tuple(spec)]
+        return NamedSharding(mesh, (whole or fitted)[0])
 
     return jax.tree_util.tree_map_with_path(sharding, abstract)
 

@@ -23,7 +23,7 @@ from mmprm_jax import records
 from mmprm_jax.data import digits, encode
 from mmprm_jax.data.prompts import final_answer
 from mmprm_jax.evaluation import best_of_n
-from mmprm_jax.evaluation.score import Scorer
+from mmprm_jax.evaluation.score import Scorer, Solutions
 from mmprm_jax.metrics import Metrics, progress
 from mmprm_jax.models import build
 from mmprm_jax.models import tokenizer as tok
@@ -186,7 +186,7 @@ def train_prm(run: Run) -> Figures:
     _, policy = run.load("sft", policy_tokenizer, run.model(policy_tokenizer))
     graphdef, _ = build.abstract(cfg, tokenizer.id(tok.IMAGE), run.mesh)
     params = build.add_token(policy, run.mesh)
-    loss = losses.prm_loss(c.label, c.threshold, tokenizer.id(tok.YES), tokenizer.id(tok.NO))
+    loss = losses.prm_loss(c.label, c.threshold, tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))
     settings = training_settings(c, run.config.seed)
     params = trainer.fit("train_prm", folder, graphdef, params, loss, dataset, settings, run.mesh)
     save_params(folder / "params", params)
@@ -232,16 +232,20 @@ def evaluate(run: Run) -> Figures:
     cfg = run.model(tokenizer)
     candidates = {s: sample_candidates(run, s, policy_tokenizer, run.model(policy_tokenizer)) for s in ("dev", "test")}
     graphdef, params = run.load("train_prm", tokenizer, cfg)
-    scorer = Scorer(graphdef, params, run.mesh, tokenizer, cfg, rows=c.score_rows)
+    classes = (tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))
+    scorer = Scorer(graphdef, params, run.mesh, classes, problems=c.score_rows // 4, solutions=4)
 
     def scored(split: str, change: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> Scored:
         problems = run.problems(split)
         stack = change(np.stack(list(run.pixels(problems, cfg).values())))
-        flat = [(i, candidate) for i, group in enumerate(candidates[split]) for candidate in group]
-        scores = iter(
-            scorer.score([problems[i] for i, _ in flat], [x.segments for _, x in flat], [stack[i] for i, _ in flat])
-        )
-        return [[ScoredCandidate(x, next(scores)) for x in group] for group in candidates[split]]
+        solutions = []
+        for problem, group, pixels in zip(problems, candidates[split], stack, strict=True):
+            prompt = encode.prompt_ids(tokenizer, cfg, problem.question, problem.image is not None)
+            solutions.append(Solutions([encode.prm_ids(tokenizer, prompt, x.segments) for x in group], pixels))
+        return [
+            [ScoredCandidate(x, scores) for x, scores in zip(group, found, strict=True)]
+            for group, found in zip(candidates[split], scorer.score(solutions), strict=True)
+        ]
 
     with progress(4, "score", "set") as bar:
         results: dict[str, Scored] = {}

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,16 @@ TINY = VLMConfig.from_dict(
         "remat": False,
     }
 )  # fmt: skip
+
+
+# Golden data of the original implementation; another set with other sizes is checked with MMPRM_GOLDEN=FOLDER.
+GOLDEN = Path(os.environ.get("MMPRM_GOLDEN", Path(__file__).parent / "golden")).absolute()
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of the golden data: models/, images/, text/, tokenizer/, bon/."""
+    return GOLDEN
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from etils import epath
 from mmprm_jax import config as config_lib
 from mmprm_jax.records import UserError
 
-CONFIG = '''
+CONFIG = """
 import ml_collections
 from ml_collections import config_dict
 
@@ -29,7 +29,7 @@ def get_config(arg=""):
         "learning_rate": 0.1, "remat": True, "betas": (0.9, 0.95), "sources": ("a", "b"), "sizes": (1, 2), "tags": (),
     })
     return c
-'''
+"""
 
 
 @pytest.fixture

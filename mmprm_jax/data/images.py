@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import io
-import warnings
 
 import numpy as np
 from etils import epath
@@ -13,34 +13,93 @@ from mmprm_jax.records import UserError
 
 MAX_BYTES = 50 * 2**20
 MAX_PIXELS = 50_000_000
+MAX_EDGE = 65_535  # JPEG's own limit; what Pillow needs to resize grows with the longer edge, whatever the area
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
-def load_image(path: epath.PathLike, size: int) -> np.ndarray:
-    """One tile: the image as RGB, resized (bicubic) to ``size`` x ``size``. uint8 [size, size, 3].
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The RGB image (alpha is dropped, not composited) of an encoded file's bytes.
 
-    Raises UserError naming the file when it is missing, too large (MAX_BYTES, MAX_PIXELS), truncated or no image.
+    Raises UserError, which begins with ``name``, when it is too large (MAX_BYTES, MAX_PIXELS, MAX_EDGE), damaged or no
+    image.
     """
-    path = epath.Path(path)
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{name}: image file larger than {MAX_BYTES} bytes")
     try:
-        if path.stat().length > MAX_BYTES:
-            raise UserError(f"{path}: image file larger than {MAX_BYTES} bytes")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(path.read_bytes())) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UserError(f"{path}: {image.width} x {image.height} pixels; the limit is {MAX_PIXELS} in all")
-                rgb = image.convert("RGB")
+        with Image.open(io.BytesIO(data)) as image:  # reads the header only
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise UserError(f"{name}: {width} x {height} pixels; the limit is {MAX_PIXELS} in all")
+            if max(width, height) > MAX_EDGE:
+                raise UserError(f"{name}: {width} x {height} pixels; the limit is {MAX_EDGE} for an edge")
+            return image.convert("RGB")
     except UserError:
         raise
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise UserError(f"{name}: not a readable image ({error})") from None
+
+
+def open_image(path: epath.PathLike) -> Image.Image:
+    """The RGB image in a file. Raises UserError naming the file when it is missing, and as ``decode_image``."""
+    path = epath.Path(path)
+    try:
+        if path.stat().length > MAX_BYTES:  # before it is read
+            raise UserError(f"{path}: image file larger than {MAX_BYTES} bytes")
+        data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: image not found") from None
-    except Exception as error:  # Pillow raises many kinds for damaged files
+    except OSError as error:
         raise UserError(f"{path}: not a readable image ({error})") from None
-    if rgb.size != (size, size):
-        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(rgb)
+    return decode_image(data, str(path))
+
+
+@functools.cache
+def _grids(max_tiles: int, min_tiles: int) -> tuple[tuple[int, int], ...]:
+    """Every (cols, rows) of min_tiles to max_tiles tiles, by their number."""
+    grids = ((cols, rows) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1))
+    return tuple(sorted((g for g in grids if g[0] * g[1] >= min_tiles), key=lambda g: (g[0] * g[1], g)))
+
+
+def choose_grid(width: int, height: int, max_tiles: int, min_tiles: int = 1, size: int = 448) -> tuple[int, int]:
+    """(cols, rows) of InternVL's dynamic tiling: the grid whose aspect ratio is nearest to the image's.
+
+    Of equally near grids a later one (more tiles) wins if the image covers more than half of its area.
+    Source: ``find_closest_aspect_ratio`` of InternVL. Raises UserError unless 1 <= min_tiles <= max_tiles.
+    """
+    if not 1 <= min_tiles <= max_tiles:
+        raise UserError(f"tiles per image: at least {min_tiles}, at most {max_tiles}; need 1 <= least <= most")
+    if min(width, height, size) < 1:
+        raise ValueError(f"an image of {width} x {height} cannot be cut into tiles of {size}")
+    best, best_difference = (1, 1), float("inf")
+    for cols, rows in _grids(max_tiles, min_tiles):
+        difference = abs(width / height - cols / rows)
+        larger = difference == best_difference and width * height > 0.5 * size * size * cols * rows
+        if difference < best_difference or larger:
+            best, best_difference = (cols, rows), difference
+    return best
+
+
+def _resize(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """Bicubic, uint8 [height, width, 3]; an image of that size is kept as it is."""
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def tiles(image: Image.Image, max_tiles: int, size: int = 448, thumbnail: bool = True) -> np.ndarray:
+    """InternVL's dynamic tiles of an RGB image, row by row. uint8 [n, size, size, 3], n <= max_tiles + 1.
+
+    With ``thumbnail``, more than one tile are followed by the whole image in one. Raises as ``choose_grid``.
+    Source: ``dynamic_preprocess`` of InternVL.
+    """
+    cols, rows = choose_grid(*image.size, max_tiles, size=size)
+    pixels = _resize(image, cols * size, rows * size).reshape(rows, size, cols, size, 3)
+    out = pixels.swapaxes(1, 2).reshape(-1, size, size, 3)
+    return np.concatenate([out, _resize(image, size, size)[None]]) if thumbnail and len(out) > 1 else out
+
+
+def load_image(path: epath.PathLike, size: int) -> np.ndarray:
+    """One tile: the image resized (bicubic) to ``size`` x ``size``. uint8 [size, size, 3]. Raises as ``open_image``."""
+    return _resize(open_image(path), size, size)
 
 
 def load_images(folder: epath.PathLike, names: list[str | None], size: int) -> np.ndarray:
@@ -52,7 +111,9 @@ def load_images(folder: epath.PathLike, names: list[str | None], size: int) -> n
 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3] -> float32 with ImageNet mean and standard deviation."""
+    """uint8 [..., 3] -> float32 with ImageNet mean and standard deviation. float32 is returned as it is."""
+    if pixels.dtype == np.float32:
+        return pixels  # already normalised
     return ((pixels.astype(np.float32) / 255.0 - MEAN) / STD).astype(np.float32)
 
 

@@ -1,22 +1,232 @@
-"""Prompts and the step format ``<step>…</step>…<answer>…</answer>``."""
+"""Prompt templates as lists of ``Segment``, and the step format ``<step>…</step>…<answer>…</answer>``.
+
+In the templates ``question`` and ``steps`` are bare text (``step_text`` takes the tags off a record's segment), and
+``image_tokens`` holds the number of visual tokens of each image; empty: text only. ``<image>`` placeholders in the
+question are replaced by the images in order; a question without any has all images in front, a line each.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from mmprm_jax.models import tokenizer as tok
+from mmprm_jax.models.tokenizer import Segment
+from mmprm_jax.records import UserError
 
-_SEGMENT = re.compile(r"<step>.*?</step>|<answer>.*?</answer>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+PLACEHOLDER = "<image>"
+INTERNVL_SYSTEM = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+QWEN_MATH_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
+PAPER_TASK = (
+    " Your task is to answer the question below. Give complete reasoning steps before you answer, and when you are"
+    " ready to answer, use Answer: The final answer is ..\n\nQuestion: "
+)
+
+Build = Callable[[str, Sequence[str], Sequence[int]], list[Segment]]
+
+
+@dataclass(frozen=True)
+class PRMTemplate:
+    """How a PRM reads a solution.
+
+    build: (question, steps, image_tokens) to a prompt with exactly one score per step, in order. Raises UserError for
+    images that do not fit. positive, negative: the tokens whose logits are compared there; None: the model has a head
+    of two labels, of which 1 is the positive one.
+    """
+
+    name: str
+    build: Build
+    positive: str | None
+    negative: str | None
+
+
+@dataclass(frozen=True)
+class PolicyTemplate:
+    """How a policy is asked. build: (question, steps so far, image_tokens) to a prompt that ends where it goes on."""
+
+    name: str
+    build: Build
+
+
+def render(segments: Sequence[Segment]) -> str:
+    """The prompt as text, markers and all."""
+    return "".join(s.text * s.count for s in segments)
+
+
+def _marker(token: str, count: int = 1, score: str = "") -> Segment:
+    return Segment(token, marker=True, count=count, score=score)
+
+
+def _text(text: str) -> list[Segment]:
+    return [Segment(text)] if text else []
+
+
+def _open(role: str) -> list[Segment]:
+    return [_marker(tok.TURN_START), Segment(f"{role}\n")]
+
+
+def _turn(role: str, content: Sequence[Segment]) -> list[Segment]:
+    """A closed turn in ChatML."""
+    return [*_open(role), *content, _marker(tok.TURN_END), Segment("\n")]
+
+
+def _illustrated(text: str, image_tokens: Sequence[int]) -> list[Segment]:
+    """``text`` with the images at its placeholders or, when it has none, in front.
+
+    Raises UserError when the number of placeholders, if any, is not the number of images.
+    """
+    images = [[_marker(tok.IMAGE_START), _marker(tok.IMAGE, count), _marker(tok.IMAGE_END)] for count in image_tokens]
+    first, *others = text.split(PLACEHOLDER)
+    if not others:
+        return [s for image in images for s in (*image, Segment("\n"))] + _text(text)
+    if len(others) != len(images):
+        raise UserError(f"the question has {len(others)} {PLACEHOLDER} placeholders, but {len(images)} images")
+    out = _text(first)
+    for image, after in zip(images, others, strict=True):
+        out += [*image, *_text(after)]
+    return out
+
+
+def _mm_prm(question: str, steps: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
+    """As MM-PRM was trained (its ``preprocess_internvl2_5`` on what its ``traverse.py`` writes)."""
+    content = _illustrated(f"Question: {question}\nProcess: ", image_tokens)
+    for i, step in enumerate(steps):
+        content += [*_text("\n\n" * (i > 0) + step.strip()), _marker(tok.PRM, score="at")]
+    return [*_turn("system", _text(INTERNVL_SYSTEM)), *_turn("user", []), *_turn("assistant", content)]
+
+
+def _mm_prm_eval(question: str, steps: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
+    """As MM-PRM's own evaluation asks (``batch_prm`` on what its ``evaluate_*_prm.py`` write).
+
+    Unlike in training the empty user turn stays open, nothing stands between the steps, and nothing is stripped.
+    """
+    content = _illustrated(f"Question: {question}\nProcess: ", image_tokens)
+    for step in steps:
+        content += [*_text(step), _marker(tok.PRM, score="at")]
+    return [*_turn("system", _text(INTERNVL_SYSTEM)), *_open("user"), *_turn("assistant", content)]
+
+
+def _visual_prm(question: str, steps: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
+    """VisualPRM-8B's chat: a user turn per step, each answered by the placeholder "+", scored in front of it.
+
+    Source: ``generate_steps_with_soft_score`` of the released ``InternVLRewardModel``, read in a public copy of that
+    code; neither the checkpoint nor its tokenizer could be had to check.
+    """
+    first, *others = steps or [""]  # without steps the question still stands there
+    head = [Segment("### Question:\n"), *_illustrated(question, image_tokens)]
+    out = _turn("system", _text(INTERNVL_SYSTEM))
+    out += _turn("user", [*head, Segment(f"\n\n### Solution Process:\n{first}")])
+    answer = _turn("assistant", [Segment("+", score="before")]) if steps else []
+    out += answer
+    for step in others:
+        out += [*_turn("user", _text(step)), *answer]
+    return out
+
+
+def _qwen_math_prm(question: str, steps: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
+    """Qwen2.5-Math-PRM: text only, ``<extra_0>`` after each step.
+
+    Source: its model card (the chat template without a generation prompt); the checkpoint could not be had to check.
+    """
+    if image_tokens:
+        raise UserError(f"the template qwen_math_prm is for text only, but {len(image_tokens)} images come with it")
+    content = [s for step in steps for s in (*_text(step), _marker("<extra_0>", score="at"))]
+    return [
+        *_turn("system", _text(QWEN_MATH_SYSTEM)),
+        *_turn("user", _illustrated(question, ())),
+        *_turn("assistant", content),
+    ]
+
+
+def _plain(question: str, steps: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
+    """Without a system message; the steps so far, between ``<step>`` tokens, open the assistant turn."""
+    done = [s for step in steps for s in (_marker(tok.STEP), *_text(step), _marker(tok.STEP_END))]
+    return [*_turn("user", _illustrated(question, image_tokens)), *_open("assistant"), *done]
+
+
+def _internvl(question: str, steps: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
+    """InternVL2.5's chat; the steps so far open the assistant turn. Its tokenizer has no ``<step>``: that is text."""
+    return [
+        *_turn("system", _text(INTERNVL_SYSTEM)),
+        *_turn("user", _illustrated(question, image_tokens)),
+        *_open("assistant"),
+        *_text("".join(f"{tok.STEP}{step}{tok.STEP_END}" for step in steps)),
+    ]
+
+
+def _paper(question: str, steps: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
+    """As MM-PRM samples its rollouts: the steps so far, stripped, end the user turn.
+
+    A text-only problem gets no image; the original's prompt has one always.
+    """
+    content = _illustrated(PAPER_TASK + question, image_tokens)
+    if steps:
+        done = "".join(f"{tok.STEP}{step.strip()}{tok.STEP_END}" for step in steps)
+        content += _text(f"\nPrevious Steps:{done}")
+    return [*_turn("system", _text(INTERNVL_SYSTEM)), *_turn("user", content), *_open("assistant")]
+
+
+PRM_TEMPLATES: Mapping[str, PRMTemplate] = {
+    t.name: t
+    for t in (
+        PRMTemplate("mm_prm", _mm_prm, tok.YES, tok.NO),
+        PRMTemplate("mm_prm_eval", _mm_prm_eval, tok.YES, tok.NO),
+        PRMTemplate("visual_prm", _visual_prm, "+", "-"),
+        PRMTemplate("qwen_math_prm", _qwen_math_prm, None, None),
+    )
+}
+POLICY_TEMPLATES: Mapping[str, PolicyTemplate] = {
+    t.name: t
+    for t in (PolicyTemplate("plain", _plain), PolicyTemplate("internvl", _internvl), PolicyTemplate("paper", _paper))
+}
+
+
+def _named(templates: Mapping[str, Any], name: str, kind: str) -> Any:
+    if name not in templates:
+        nearest = difflib.get_close_matches(name, templates, n=2, cutoff=0)
+        raise UserError(f"{name!r}: no such {kind} template; did you mean {' or '.join(nearest)}?")
+    return templates[name]
+
+
+def prm_template(name: str) -> PRMTemplate:
+    """The PRM template of that name. Raises UserError with the nearest names."""
+    return _named(PRM_TEMPLATES, name, "PRM")
+
+
+def policy_template(name: str) -> PolicyTemplate:
+    """The policy template of that name. Raises UserError with the nearest names."""
+    return _named(POLICY_TEMPLATES, name, "policy")
 
 
 def policy_prompt(question: str, image_tokens: int) -> str:
-    """The user turn and the opening of the assistant turn (ChatML as InternVL2.5, without a system message).
+    """The template "plain" as text. ``image_tokens``: visual tokens of the only image; 0 for a text-only problem."""
+    return render(_plain(question, (), [image_tokens] if image_tokens else []))
 
-    ``image_tokens``: visual tokens of the problem's image; 0 for a text-only problem.
+
+_TAG = re.compile(r"<(/?)(step|answer)>")
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def _elements(text: str) -> Iterator[tuple[re.Match, re.Match]]:
+    """The two tags (group 2: step or answer) of each ``<step>…</step>`` and ``<answer>…</answer>``, from the left.
+
+    What ``<step>.*?</step>|<answer>.*?</answer>`` finds, in linear time: a tag that is never closed is skipped at once.
     """
-    image = f"{tok.IMAGE_START}{tok.IMAGE * image_tokens}{tok.IMAGE_END}\n" if image_tokens else ""
-    return f"{tok.TURN_START}user\n{image}{question}{tok.TURN_END}\n{tok.TURN_START}assistant\n"
+    last = {kind: text.rfind(f"</{kind}>") for kind in ("step", "answer")}
+    opened = None
+    for tag in _TAG.finditer(text):
+        closes, kind = tag.groups()
+        if opened is None:
+            if not closes and tag.end() <= last[kind]:
+                opened = tag
+        elif closes and kind == opened[2]:
+            yield opened, tag
+            opened = None
 
 
 def split_segments(text: str) -> tuple[str, ...]:
@@ -25,11 +235,29 @@ def split_segments(text: str) -> tuple[str, ...]:
     Nothing after the first ``<answer>`` counts. A response cut off inside a step keeps the steps before it.
     """
     segments = []
-    for match in _SEGMENT.finditer(text):
-        segments.append(match.group())
-        if match.group().startswith(tok.ANSWER):
+    for opened, closed in _elements(text):
+        segments.append(text[opened.start() : closed.end()])
+        if closed[2] == "answer":
             break
     return tuple(segments)
+
+
+def paper_segments(text: str, special_tokens: Sequence[str] = ()) -> list[str]:
+    """The steps and answers of a response as MM-PRM parses it: without tags, stripped, whatever follows an answer too.
+
+    ``special_tokens`` are taken out first (the original: all of the tokenizer's but the tags).
+    """
+    if special_tokens:
+        text = re.sub("|".join(map(re.escape, special_tokens)), "", text)
+    return [text[opened.end() : closed.start()].strip() for opened, closed in _elements(text)]
+
+
+def step_text(segment: str) -> str:
+    """The text between the tags of a segment, verbatim; a text that is no whole step or answer is returned as it is."""
+    opened, closed = next(_elements(segment), (None, None))
+    if opened is None or (opened.start(), closed.end()) != (0, len(segment)):
+        return segment
+    return segment[opened.end() : closed.start()]
 
 
 def final_answer(segments: tuple[str, ...]) -> str | None:

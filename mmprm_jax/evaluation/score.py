@@ -1,88 +1,200 @@
-"""Step scores of a PRM: P(Yes) against No at the ``<prm>`` after each segment."""
+"""Step scores of a PRM for many solutions of each problem: what the solutions share is computed once."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmprm_jax.data.encode import pad_rows, prm_ids, prompt_ids
 from mmprm_jax.data.images import normalise
-from mmprm_jax.models import tokenizer as tok
-from mmprm_jax.models.config import VLMConfig
-from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.models.vlm import VLM
-from mmprm_jax.records import Problem
+from mmprm_jax.models.layers import shared_attention
+from mmprm_jax.models.vlm import VLM, positions_of
 from mmprm_jax.sharding import put_batch
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "yes", "no"))
-def _scores(params: Any, batch: Any, *, graphdef: Any, yes: int, no: int) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Solutions:
+    """Tokenised solutions of one problem.
+
+    rows: for each solution its ids, image-context tokens included, and the positions of its step scores. pixels: uint8
+    (or normalised float32) [tiles, H, W, 3], None without images.
+    """
+
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+    pixels: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Rows that share a prefix, in the order of their length; ``index``: (solutions, row) of each."""
+
+    prefix: tuple[int, ...]
+    rows: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    index: list[tuple[int, int]]
+    pixels: np.ndarray | None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest whole row."""
+        return max(len(ids) for ids, _ in self.rows)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",))
+def _prefill(params: Any, batch: Any, *, graphdef: Any) -> Any:
+    """Keys and values of the prefixes, each [layers, R, P, G, D]."""
     model: VLM = nnx.merge(graphdef, params)
-    hidden, _ = model(batch["tokens"], batch["valid"], batch["pixels"])
-    logits = model.two_way_logits(hidden, yes, no)
+    return model(batch["tokens"], batch["valid"], batch["pixels"], batch["length"])[1]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "classes"))
+def _scores(params: Any, prefix: Any, known: Any, batch: Any, *, graphdef: Any, classes: Any) -> jax.Array:
+    """Scores at every position of the suffixes, [R n, S].
+
+    known [R, P]: where the prefix is no padding; batch: tokens, valid [R n, S], start, length [R n].
+    """
+    model: VLM = nnx.merge(graphdef, params)
+    valid = batch["valid"]
+    rope = model.decoder.rope(batch["start"][:, None] + positions_of(valid), batch["length"])
+    steps = jnp.arange(valid.shape[1])
+    mask = (steps[:, None] >= steps[None, :]) & valid[:, None, :]
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
+        shared = tuple(jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in prefix)
+        return shared_attention(q, shared, known, (k, v), mask), None
+
+    hidden, _ = model.decoder(model.decoder.embed_tokens(batch["tokens"]), rope, attend)
+    if classes is None:
+        return jax.nn.softmax(model.score(hidden), axis=-1)[..., 1]
+    logits = model.decoder.logits_of(hidden, classes)
     return jax.nn.sigmoid(logits[..., 0] - logits[..., 1])
 
 
 class Scorer:
-    """Scores solutions ``rows`` at a time; equal solutions of a problem are scored once."""
+    """Scores solutions; equal solutions of a problem are scored once.
+
+    The part that a problem's solutions have in common (images and question) goes through the model once, however many
+    solutions there are. ``tiles``: image tiles that went through the vision tower so far, padding included.
+    """
 
     def __init__(
         self,
         graphdef: Any,
         params: Any,
         mesh: Any,
-        tokenizer: Tokenizer,
-        cfg: VLMConfig,
+        classes: tuple[int, int] | None,
         *,
-        rows: int,
+        problems: int,
+        solutions: int,
         bucket: int = 16,
+        longest: int = 0,
     ):
-        self._graphdef, self._params, self._mesh = graphdef, params, mesh
-        self._tokenizer, self._cfg = tokenizer, cfg
-        self._rows, self._bucket = rows, bucket
+        """classes: ids of the tokens for right and wrong, None: the model's own score head, whose class 1 is right.
 
-    def score(
-        self, problems: Sequence[Problem], solutions: Sequence[tuple[str, ...]], pixels: Sequence[np.ndarray]
-    ) -> list[tuple[float, ...]]:
-        """One score in [0, 1] per segment of each solution; an empty solution gets no scores.
-
-        problems, solutions and pixels (uint8 [tiles, H, W, 3]) belong together one by one.
+        problems, solutions: of one batch. bucket: widths are padded to its multiples. longest: rows with more tokens
+        share nothing (their rotary positions go by their own length); 0: no such limit.
         """
-        wanted: dict[tuple[str, tuple[str, ...]], int] = {}
-        for i, (problem, segments) in enumerate(zip(problems, solutions, strict=True)):
-            if segments:
-                wanted.setdefault((problem.id, segments), i)
-        found: dict[tuple[str, tuple[str, ...]], tuple[float, ...]] = {}
-        items = sorted(wanted.items(), key=lambda item: len(item[0][1]))  # similar lengths share a batch
-        for start in range(0, len(items), self._rows):
-            part = items[start : start + self._rows]
-            rows, marks = [], []
-            for (_, segments), i in part:
-                prompt = prompt_ids(self._tokenizer, self._cfg, problems[i].question, problems[i].image is not None)
-                ids, where = prm_ids(self._tokenizer, prompt, segments)
-                rows.append(ids)
-                marks.append(where)
-            scores = self._batch(rows, np.stack([pixels[i] for _, i in part]))
-            for (key, _), where, row in zip(part, marks, scores, strict=False):
-                found[key] = tuple(float(s) for s in row[where])
-        return [found.get((p.id, s), ()) for p, s in zip(problems, solutions, strict=True)]
+        self._graphdef, self._params, self._mesh, self._classes = graphdef, params, mesh, classes
+        self._problems, self._solutions, self._bucket, self._longest = problems, solutions, bucket, longest
+        self.tiles = 0
 
-    def _batch(self, rows: list[list[int]], pixels: np.ndarray) -> np.ndarray:
-        width = -(-max(len(row) for row in rows) // self._bucket) * self._bucket
-        tokens, valid = pad_rows(rows, width, "solution")
-        fill = self._rows - len(rows)
-        valid = np.pad(valid, [(0, fill), (0, 0)])
-        valid[len(rows) :, 0] = True
-        batch = {
-            "tokens": np.pad(tokens, [(0, fill), (0, 0)]),
-            "valid": valid,
-            "pixels": normalise(np.pad(pixels, [(0, fill)] + [(0, 0)] * (pixels.ndim - 1))),
-        }
-        yes, no = self._tokenizer.id(tok.YES), self._tokenizer.id(tok.NO)
-        scores = _scores(self._params, put_batch(batch, self._mesh), graphdef=self._graphdef, yes=yes, no=no)
-        return np.asarray(jax.device_get(scores))
+    def score(self, problems: Sequence[Solutions]) -> list[list[tuple[float, ...]]]:
+        """For each problem and each of its solutions one score in [0, 1] per position."""
+        found = [[()] * len(problem.rows) for problem in problems]
+        for batch in self._batches(list(self._groups(problems))):
+            for (p, r), scores in self._run(batch):
+                found[p][r] = scores
+        first = [{} for _ in problems]
+        for p, problem in enumerate(problems):
+            for r, row in enumerate(problem.rows):
+                found[p][r] = found[p][first[p].setdefault(_key(row), r)]
+        return found
+
+    def _groups(self, problems: Sequence[Solutions]) -> Iterator[_Group]:
+        for p, problem in enumerate(problems):
+            distinct: dict[Any, int] = {}
+            for r, row in enumerate(problem.rows):
+                if len(row[1]):
+                    distinct.setdefault(_key(row), r)
+            items = sorted(distinct.items(), key=lambda item: len(item[0][0]))
+            alone = [[item] for item in items if self._longest and len(item[0][0]) > self._longest]
+            together = [item for item in items if not self._longest or len(item[0][0]) <= self._longest]
+            for part in [together, *alone] if together else alone:
+                rows = [row for row, _ in part]
+                prefix = rows[0][0][: _common(rows)]
+                yield _Group(prefix, rows, [(p, r) for _, r in part], problem.pixels)
+
+    def _batches(self, groups: list[_Group]) -> Iterator[list[_Group]]:
+        """Groups of one kind of image and prefix width, of similar numbers of solutions."""
+        kinds = collections.defaultdict(list)
+        for group in groups:
+            shape = None if group.pixels is None else group.pixels.shape
+            kinds[str((shape, self._width(len(group.prefix))))].append(group)
+        for _, same in sorted(kinds.items()):
+            same.sort(key=lambda group: (len(group.rows), group.length))
+            for start in range(0, len(same), self._problems):
+                yield same[start : start + self._problems]
+
+    def _width(self, tokens: int) -> int:
+        return max(1, -(-tokens // self._bucket)) * self._bucket
+
+    def _run(self, groups: list[_Group]) -> Iterator[tuple[tuple[int, int], tuple[float, ...]]]:
+        count, n = self._problems, self._solutions
+        width = self._width(len(groups[0].prefix))
+        tokens, known = np.zeros((count, width), np.int32), np.zeros((count, width), bool)
+        for i, group in enumerate(groups):
+            tokens[i, : len(group.prefix)], known[i, : len(group.prefix)] = group.prefix, True
+        length = np.ones(count, np.int32)
+        length[: len(groups)] = [group.length for group in groups]
+        batch = {"tokens": tokens, "valid": known, "length": length}
+        if groups[0].pixels is not None:
+            pixels = normalise(np.stack([group.pixels for group in groups]))
+            batch["pixels"] = np.pad(pixels, [(0, count - len(groups))] + [(0, 0)] * (pixels.ndim - 1))
+            self.tiles += count * pixels.shape[1]
+        put = put_batch(batch, self._mesh)
+        prefix = _prefill(self._params, {"pixels": None} | put, graphdef=self._graphdef)
+        for start in range(0, max(len(group.rows) for group in groups), n):
+            parts = [group.rows[start : start + n] for group in groups]
+            suffixes = [[ids[len(g.prefix) :] for ids, _ in part] for g, part in zip(groups, parts, strict=True)]
+            wide = self._width(max(len(ids) for part in suffixes for ids in part))
+            rows, valid = np.zeros((count, n, wide), np.int32), np.zeros((count, n, wide), bool)
+            valid[..., 0] = True  # rows without a solution
+            for i, part in enumerate(suffixes):
+                for j, ids in enumerate(part):
+                    rows[i, j, : len(ids)], valid[i, j, : len(ids)] = ids, True
+            starts = np.zeros(count, np.int32)
+            starts[: len(groups)] = [len(group.prefix) for group in groups]
+            suffix = {
+                "tokens": rows.reshape(count * n, wide),
+                "valid": valid.reshape(count * n, wide),
+                "start": np.repeat(starts, n),
+                "length": np.repeat(length, n),
+            }
+            scores = _scores(
+                self._params, prefix, put["valid"], put_batch(suffix, self._mesh),
+                graphdef=self._graphdef, classes=self._classes,
+            )  # fmt: skip
+            scores = np.asarray(jax.device_get(scores)).reshape(count, n, wide)
+            for i, (group, part) in enumerate(zip(groups, parts, strict=True)):
+                for j, (_, marks) in enumerate(part):
+                    at = np.array(marks) - len(group.prefix)
+                    yield group.index[start + j], tuple(scores[i, j, at].tolist())
+
+
+def _key(row: tuple[Sequence[int], Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(row[0]), tuple(row[1])
+
+
+def _common(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> int:
+    """How many first tokens all rows share, ending before the first score."""
+    limit = min(marks[0] for _, marks in rows)
+    for i, column in zip(range(limit), zip(*(ids for ids, _ in rows), strict=False), strict=False):
+        if len(set(column)) > 1:
+            return i
+    return limit

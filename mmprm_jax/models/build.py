@@ -14,12 +14,12 @@ from mmprm_jax.models.vlm import VLM
 from mmprm_jax.sharding import parameter_shardings
 
 
-def abstract(cfg: VLMConfig, image_token: int, mesh: Any) -> tuple[Any, Any]:
+def abstract(cfg: VLMConfig, image_token: int, mesh: Any, dtype: Any = jnp.float32) -> tuple[Any, Any]:
     """The graph definition and the parameters as ShapeDtypeStructs with their shardings (nothing is allocated)."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: VLM(cfg, image_token, nnx.Rngs(0))))
     shapes = nnx.to_pure_dict(state)
     shardings = parameter_shardings(shapes, mesh)
-    return graphdef, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return graphdef, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, shardings)
 
 
 def initialise(cfg: VLMConfig, image_token: int, seed: int, mesh: Any) -> tuple[Any, Any]:
@@ -33,11 +33,21 @@ def initialise(cfg: VLMConfig, image_token: int, seed: int, mesh: Any) -> tuple[
     return graphdef, jax.jit(init)()
 
 
-def add_token(params: Any, mesh: Any) -> Any:
-    """Parameters with one more vocabulary entry: the mean of the old ones, as the original adds ``<prm>``."""
+def add_token(params: Any, mesh: Any, token: int | None = None) -> Any:
+    """Parameters with one more token: the mean of the old rows, as the original adds ``<prm>``.
+
+    token: its id, the first unused one; by default the vocabulary's size. A vocabulary padded beyond the tokenizer's
+    has a row for it already, which is overwritten.
+    """
     decoder = dict(params["decoder"])
     for name, axis in (("embed", 0), ("lm_head", 1)):
+        if name not in decoder:  # a tied head
+            continue
         whole = jax.sharding.reshard(decoder[name], P())  # a sharded axis cannot grow by one
-        decoder[name] = jnp.concatenate([whole, whole.mean(axis=axis, keepdims=True)], axis=axis)
+        old, rest = (whole, None) if token is None else jnp.split(whole, [token], axis)
+        parts = [old, old.mean(axis=axis, keepdims=True)]
+        if rest is not None:
+            parts.append(jax.lax.slice_in_dim(rest, 1, None, axis=axis) if rest.shape[axis] else rest)
+        decoder[name] = jnp.concatenate(parts, axis=axis)
     params = {**params, "decoder": decoder}
     return jax.device_put(params, parameter_shardings(params, mesh))

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from mmprm_jax.models.config import DecoderConfig
-from mmprm_jax.models.layers import RMSNorm, rotary, scan_layers, stack, weight
+from mmprm_jax.models.layers import RMSNorm, rotary, rotary_table, scan_layers, stack, weight
 from mmprm_jax.sharding import BATCH, dot, fit_spec, take_rows
 
+Rope = tuple[jax.Array, jax.Array]  # from rotary_table
 # attend(q [B,S,G,R,D], k [B,S,G,D], v, state) -> ([B,S,G,R,D], new state)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def bias(create: bool, shape: tuple[int, ...]) -> nnx.Param | None:
+    """A zero bias, or None."""
+    return nnx.Param(jnp.zeros(shape)) if create else None
+
+
+def plus(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """x + bias, if there is one."""
+    return x if bias is None else x + bias[...]
 
 
 class Attention(nnx.Module):
@@ -22,18 +35,25 @@ class Attention(nnx.Module):
     def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs):
         size, groups, depth = cfg.hidden_size, cfg.num_kv_heads, cfg.head_dim
         per_group = cfg.num_heads // groups
-        self.theta = cfg.rope_theta
         self.q = weight(rngs, (size, groups, per_group, depth), size)
         self.k = weight(rngs, (size, groups, depth), size)
         self.v = weight(rngs, (size, groups, depth), size)
         self.o = weight(rngs, (groups, per_group, depth, size), groups * per_group * depth)
+        self.q_bias = bias(cfg.qkv_bias, (groups, per_group, depth))
+        self.k_bias = bias(cfg.qkv_bias, (groups, depth))
+        self.v_bias = bias(cfg.qkv_bias, (groups, depth))
+        self.o_bias = bias(cfg.out_bias, (size,))
+        self.q_norm = RMSNorm(depth, cfg.rms_norm_eps) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(depth, cfg.rms_norm_eps) if cfg.qk_norm else None
 
-    def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend, state: Any) -> tuple[jax.Array, Any]:
-        q = dot("bsd,dgrk->bsgrk", x, self.q[...], BATCH, None, "tensor")
-        k = dot("bsd,dgk->bsgk", x, self.k[...], BATCH, None, "tensor")
-        v = dot("bsd,dgk->bsgk", x, self.v[...], BATCH, None, "tensor")
-        out, state = attend(rotary(q, positions, self.theta), rotary(k, positions, self.theta), v, state)
-        return dot("bsgrk,grkd->bsd", out, self.o[...], BATCH), state
+    def __call__(self, x: jax.Array, rope: Rope, attend: Attend, state: Any) -> tuple[jax.Array, Any]:
+        q = plus(dot("bsd,dgrk->bsgrk", x, self.q[...], BATCH, None, "tensor"), self.q_bias)
+        k = plus(dot("bsd,dgk->bsgk", x, self.k[...], BATCH, None, "tensor"), self.k_bias)
+        v = plus(dot("bsd,dgk->bsgk", x, self.v[...], BATCH, None, "tensor"), self.v_bias)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out, state = attend(rotary(q, rope), rotary(k, rope), v, state)
+        return plus(dot("bsgrk,grkd->bsd", out, self.o[...], BATCH), self.o_bias), state
 
 
 class MLP(nnx.Module):
@@ -44,11 +64,14 @@ class MLP(nnx.Module):
         self.gate = weight(rngs, (size, hidden), size)
         self.up = weight(rngs, (size, hidden), size)
         self.down = weight(rngs, (hidden, size), hidden)
+        self.gate_bias = bias(cfg.mlp_bias, (hidden,))
+        self.up_bias = bias(cfg.mlp_bias, (hidden,))
+        self.down_bias = bias(cfg.mlp_bias, (size,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = dot("bsd,df->bsf", x, self.gate[...], BATCH, None, "tensor")
-        up = dot("bsd,df->bsf", x, self.up[...], BATCH, None, "tensor")
-        return dot("bsf,fd->bsd", jax.nn.silu(gate) * up, self.down[...], BATCH)
+        gate = plus(dot("bsd,df->bsf", x, self.gate[...], BATCH, None, "tensor"), self.gate_bias)
+        up = plus(dot("bsd,df->bsf", x, self.up[...], BATCH, None, "tensor"), self.up_bias)
+        return plus(dot("bsf,fd->bsd", jax.nn.silu(gate) * up, self.down[...], BATCH), self.down_bias)
 
 
 class DecoderLayer(nnx.Module):
@@ -58,8 +81,8 @@ class DecoderLayer(nnx.Module):
         self.norm2 = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg, rngs)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend, state: Any) -> tuple[jax.Array, Any]:
-        delta, state = self.attention(self.norm1(x), positions, attend, state)
+    def __call__(self, x: jax.Array, rope: Rope, attend: Attend, state: Any) -> tuple[jax.Array, Any]:
+        delta, state = self.attention(self.norm1(x), rope, attend, state)
         x = x + delta
         return x + self.mlp(self.norm2(x)), state
 
@@ -70,29 +93,40 @@ class Decoder(nnx.Module):
         self.embed = weight(rngs, (cfg.vocab_size, cfg.hidden_size), cfg.hidden_size)
         self.layers = stack(lambda r: DecoderLayer(cfg, r), cfg.num_layers, rngs)
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.lm_head = weight(rngs, (cfg.hidden_size, cfg.vocab_size), cfg.hidden_size)
+        self.lm_head = None if cfg.tied else weight(rngs, (cfg.hidden_size, cfg.vocab_size), cfg.hidden_size)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, S] -> [B, S, D]. Ids must be inside the vocabulary: a gather clips silently."""
         # Gathered over fsdp first: the partitioner would otherwise replicate the result.
-        table = jax.sharding.reshard(self.embed[...], fit_spec(self.embed.shape, ("tensor",)))
-        return take_rows(table, tokens, BATCH)
+        by_row, by_column = fit_spec(self.embed.shape, ("tensor",)), fit_spec(self.embed.shape, (None, "tensor"))
+        if by_row[0] is not None:
+            return take_rows(jax.sharding.reshard(self.embed[...], by_row), tokens, BATCH)
+        rows = take_rows(jax.sharding.reshard(self.embed[...], by_column), tokens, BATCH, None, "tensor")
+        return jax.sharding.reshard(rows, fit_spec(rows.shape, (BATCH,)))
 
-    def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """Full sequences: x [B, S, D] -> hidden states [B, S, D] and what ``attend`` returned, stacked by layer."""
+    def rope(self, positions: jax.Array, length: jax.Array) -> Rope:
+        """The rotary angles of positions [B, S] in sequences of ``length`` [B] tokens."""
+        cfg = self.cfg
+        return rotary_table(positions, length, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
 
-        def body(layer: DecoderLayer, x: jax.Array, _: None) -> tuple[jax.Array, Any]:
-            return layer(x, positions, attend, None)
+    def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
+        """Full sequences: x [B, S, D] -> hidden states [B, S, D] and what ``attend`` returned, stacked by layer.
 
-        x, aux = scan_layers(self.layers, body, x, remat=self.remat)
+        ``attend`` gets the layer's index as its state.
+        """
+
+        def body(layer: DecoderLayer, x: jax.Array, index: jax.Array) -> tuple[jax.Array, Any]:
+            return layer(x, rope, attend, index)
+
+        x, aux = scan_layers(self.layers, body, x, jnp.arange(self.cfg.num_layers), remat=self.remat)
         return self.norm(x), aux
 
-    def decode(self, x: jax.Array, positions: jax.Array, attend: Attend, state: Any) -> tuple[jax.Array, Any]:
+    def decode(self, x: jax.Array, rope: Rope, attend: Attend, state: Any) -> tuple[jax.Array, Any]:
         """As ``__call__``, but ``attend`` gets ``(layer index, state)``; the state goes from layer to layer."""
 
         def body(layer: DecoderLayer, carry: Any, _: None) -> tuple[Any, None]:
             x, index, state = carry
-            x, state = layer(x, positions, attend, (index, state))
+            x, state = layer(x, rope, attend, (index, state))
             return (x, index + 1, state), None
 
         (x, _, state), _ = scan_layers(self.layers, body, (x, 0, state))
@@ -100,4 +134,14 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, V] in float32."""
-        return dot("bsd,dv->bsv", hidden, self.lm_head[...], BATCH, None, "tensor").astype("float32")
+        equation, head = ("bsd,vd->bsv", self.embed) if self.lm_head is None else ("bsd,dv->bsv", self.lm_head)
+        return dot(equation, hidden, head[...], BATCH, None, "tensor", dtype=jnp.float32)
+
+    def logits_of(self, hidden: jax.Array, tokens: Sequence[int]) -> jax.Array:
+        """The logits of a few tokens only. [B, S, D] -> [B, S, len(tokens)] in float32."""
+        tokens = jnp.array(tokens)  # gathered where they lie: the whole head never leaves its devices
+        if self.lm_head is None:
+            columns = self.embed[...].at[tokens].get(out_sharding=P()).T
+        else:
+            columns = self.lm_head[...].at[:, tokens].get(out_sharding=P())
+        return dot("bsd,dc->bsc", hidden, columns, BATCH, dtype=jnp.float32)

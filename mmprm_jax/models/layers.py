@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmprm_jax.sharding import BATCH, dot
+from mmprm_jax.models.config import RopeScaling
+from mmprm_jax.sharding import BATCH, dot, fit_spec, reshape
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -35,17 +36,22 @@ def scan_layers(layers: nnx.Module, body: Callable[..., Any], carry: Any, xs: An
     return jax.lax.scan(jax.checkpoint(step) if remat else step, carry, (state, xs))
 
 
+def rms_normalise(x: jax.Array, scale: jax.Array, eps: float, axes: int | tuple[int, ...] = -1) -> jax.Array:
+    """x / rms(x) * scale over ``axes``, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + eps)
+    return (y * scale).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, computed in float32."""
+    """x / rms(x) * scale over the last axis, computed in float32."""
 
     def __init__(self, size: int, eps: float):
         self.scale = nnx.Param(jnp.ones((size,)))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return rms_normalise(x, self.scale[...], self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -63,13 +69,32 @@ class LayerNorm(nnx.Module):
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, half-split layout. x [B, S, ..., D], positions [B, S] -> like x."""
+def rotary_table(
+    positions: jax.Array, length: jax.Array, depth: int, theta: float, scaling: RopeScaling | None
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary angles, each float32 [B, S, depth / 2].
+
+    positions [B, S]; length [B]: tokens of each whole sequence, which dynamic scaling goes by. A row's table depends on
+    that row only, unlike that of ``transformers``, where the longest of a batch counts.
+    """
+    half = depth // 2
+    exponent = -jnp.arange(half, dtype=jnp.float32) / half
+    angle = positions[..., None].astype(jnp.float32)
+    if scaling is not None and scaling.kind == "linear":
+        angle = angle / scaling.factor
+    if scaling is not None and scaling.kind == "dynamic":
+        longer = jnp.maximum(length, scaling.max_position).astype(jnp.float32) / scaling.max_position
+        grown = theta * (scaling.factor * longer - (scaling.factor - 1)) ** (depth / (depth - 2))
+        angle = angle * grown[:, None, None] ** exponent
+    else:
+        angle = angle * theta**exponent
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotary(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary position embedding, half-split layout. x [B, S, ..., D], table from ``rotary_table`` -> like x."""
     half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    angle = angle.reshape(angle.shape[:2] + (1,) * (x.ndim - 3) + (half,))
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = (t.reshape(t.shape[:2] + (1,) * (x.ndim - 3) + (half,)) for t in table)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -80,8 +105,34 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
     q [B, S, G, R, D] (G key/value heads, R query heads each), k and v [B, T, G, D], mask [B, S, T] (True: attend) or
     None for all -> [B, S, G, R, D]. The softmax is float32.
     """
-    scores = dot("bsgrd,btgd->bgrst", q * q.shape[-1] ** -0.5, k, BATCH, "tensor").astype(jnp.float32)
+    scores = dot("bsgrd,btgd->bgrst", q * q.shape[-1] ** -0.5, k, BATCH, "tensor", dtype=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return dot("bgrst,btgd->bsgrd", weights, v, BATCH, None, "tensor")
+
+
+def shared_attention(q: jax.Array, prefix: Any, known: jax.Array, suffix: Any, mask: jax.Array) -> jax.Array:
+    """Softmax attention of rows over one prefix for each n of them, and over their own tokens.
+
+    q [R n, S, G, Q, D]; prefix: keys and values [R, P, G, D], of which ``known`` [R, P] count; suffix: keys and values
+    [R n, S, G, D] with mask [R n, S, S] (True: attend) -> like q. The softmax is float32.
+    """
+    count, n = len(known), len(q) // len(known)
+    whole = fit_spec((count,), (BATCH,))[0] is not None
+    first = (BATCH, None) if whole else (None, BATCH)  # where the devices of a batch go: to problems or to rows
+
+    def split(x: jax.Array, *axes: Any) -> jax.Array:
+        return reshape(x, (count, n, *x.shape[1:]), *first, *axes)
+
+    q = split(q * q.shape[-1] ** -0.5, None, "tensor")
+    k, v = (split(x, None, "tensor") for x in suffix)
+    before = dot("rnsgqd,rpgd->rngqsp", q, prefix[0], *first, "tensor", dtype=jnp.float32)
+    before = jnp.where(known[:, None, None, None, None, :], before, -1e30)
+    own = dot("rnsgqd,rntgd->rngqst", q, k, *first, "tensor", dtype=jnp.float32)
+    own = jnp.where(split(mask)[:, :, None, None], own, -1e30)
+    weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1).astype(v.dtype)
+    before, own = jnp.split(weights, [before.shape[-1]], axis=-1)
+    out = dot("rngqsp,rpgd->rnsgqd", before, prefix[1], *first, None, "tensor")
+    out = out + dot("rngqst,rntgd->rnsgqd", own, v, *first, None, "tensor")
+    return reshape(out, (count * n, *out.shape[2:]), BATCH, None, "tensor")

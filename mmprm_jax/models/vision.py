@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mmprm_jax.models.config import VisionConfig, VLMConfig
-from mmprm_jax.models.layers import LayerNorm, attention, scan_layers, stack, weight
+from mmprm_jax.models.layers import LayerNorm, RMSNorm, attention, rms_normalise, scan_layers, stack, weight
 from mmprm_jax.sharding import BATCH, dot, reshape
 
 
+def make_norm(cfg: VisionConfig) -> LayerNorm | RMSNorm:
+    kind = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}[cfg.norm]
+    return kind(cfg.hidden_size, cfg.layer_norm_eps)
+
+
 class VisionAttention(nnx.Module):
-    """Bidirectional multi-head self-attention with a biased, fused qkv projection."""
+    """Bidirectional multi-head self-attention with a fused qkv projection."""
 
     def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs):
         size, heads = cfg.hidden_size, cfg.num_heads
+        self.eps = cfg.qk_norm_eps
         self.qkv = weight(rngs, (size, 3, heads, size // heads), size)
-        self.qkv_bias = nnx.Param(jnp.zeros((3, heads, size // heads)))
+        self.qkv_bias = nnx.Param(jnp.zeros((3, heads, size // heads))) if cfg.qkv_bias else None
         self.proj = weight(rngs, (heads, size // heads, size), size)
         self.proj_bias = nnx.Param(jnp.zeros((size,)))
+        self.q_norm = nnx.Param(jnp.ones((heads, size // heads))) if cfg.qk_norm else None
+        self.k_norm = nnx.Param(jnp.ones((heads, size // heads))) if cfg.qk_norm else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        qkv = dot("bsd,dchk->bschk", x, self.qkv[...], BATCH, None, None, "tensor") + self.qkv_bias[...]
-        out = attention(qkv[:, :, 0, :, None], qkv[:, :, 1], qkv[:, :, 2], None)[:, :, :, 0]
+        qkv = dot("bsd,dchk->bschk", x, self.qkv[...], BATCH, None, None, "tensor")
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias[...]
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if self.q_norm is not None:  # one norm over all heads
+            q = rms_normalise(q, self.q_norm[...], self.eps, (-2, -1))
+            k = rms_normalise(k, self.k_norm[...], self.eps, (-2, -1))
+        out = attention(q[:, :, :, None], k, v, None)[:, :, :, 0]
         return dot("bshk,hkd->bsd", out, self.proj[...], BATCH) + self.proj_bias[...]
 
 
@@ -42,16 +59,31 @@ class VisionMLP(nnx.Module):
 
 class VisionLayer(nnx.Module):
     def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs):
-        self.norm1 = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+        self.norm1 = make_norm(cfg)
         self.attention = VisionAttention(cfg, rngs)
         self.ls1 = nnx.Param(jnp.full((cfg.hidden_size,), cfg.layer_scale_init, jnp.float32))
-        self.norm2 = LayerNorm(cfg.hidden_size, cfg.layer_norm_eps)
+        self.norm2 = make_norm(cfg)
         self.mlp = VisionMLP(cfg, rngs)
         self.ls2 = nnx.Param(jnp.full((cfg.hidden_size,), cfg.layer_scale_init, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.attention(self.norm1(x)) * self.ls1[...]
         return x + self.mlp(self.norm2(x)) * self.ls2[...]
+
+
+def cubic_resize(old: int, new: int) -> np.ndarray:
+    """Weights [new, old] of torch's bicubic interpolation along one axis (a = -0.75, no antialias).
+
+    Source: ``torch.nn.functional.interpolate(mode="bicubic", align_corners=False)``.
+    """
+    a, weights = -0.75, np.zeros((new, old), np.float64)
+    for i in range(new):
+        centre = (i + 0.5) * old / new - 0.5
+        for tap in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            d = abs(centre - tap)
+            inner, outer = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+            weights[i, min(max(tap, 0), old - 1)] += inner if d <= 1 else outer
+    return weights.astype(np.float32)
 
 
 class VisionTower(nnx.Module):
@@ -66,19 +98,34 @@ class VisionTower(nnx.Module):
         self.positions = weight(rngs, (1, patches + 1, cfg.hidden_size), cfg.hidden_size)
         self.layers = stack(lambda r: VisionLayer(cfg, r), cfg.num_layers, rngs)
 
+    def resized_positions(self, rows: int, columns: int) -> jax.Array:
+        """Positions of a grid of rows x columns patches, the class token's first. [1, 1 + patches, hidden]."""
+        side, positions = self.cfg.image_size // self.cfg.patch_size, self.positions[...]
+        if (rows, columns) == (side, side):
+            return positions
+        grid = positions[0, 1:].reshape(side, side, -1).astype(jnp.float32)
+        grid = jnp.einsum("rs,std->rtd", cubic_resize(side, rows), grid)
+        grid = jnp.einsum("ct,rtd->rcd", cubic_resize(side, columns), grid).astype(positions.dtype)
+        return jnp.concatenate([positions[:, :1], grid.reshape(1, rows * columns, -1)], axis=1)
+
+    def embed(self, pixels: jax.Array) -> jax.Array:
+        """pixels [B, H, W, 3] -> what enters the first layer, the class token first: [B, 1 + patches, hidden]."""
+        batch, height, width, _ = pixels.shape
+        p = self.cfg.patch_size
+        rows, columns = height // p, width // p
+        x = reshape(pixels.astype(self.patch[...].dtype), (batch, rows, p, columns, p, 3), BATCH)
+        x = dot("brpcqx,pqxd->brcd", x, self.patch[...], BATCH) + self.patch_bias[...]
+        x = reshape(x, (batch, rows * columns, self.cfg.hidden_size), BATCH)
+        # Zeros carry the batch sharding that a broadcast class token lacks.
+        first = jnp.zeros_like(x[:, :1]) + self.class_token[...]
+        return jnp.concatenate([first, x], axis=1) + self.resized_positions(rows, columns)
+
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """pixels [B, H, W, 3] -> [B, H/p, W/p, hidden]."""
         batch, height, width, _ = pixels.shape
-        p, size = self.cfg.patch_size, self.cfg.hidden_size
-        rows, columns = height // p, width // p
-        x = reshape(pixels, (batch, rows, p, columns, p, 3), BATCH)
-        x = dot("brpcqx,pqxd->brcd", x, self.patch[...], BATCH) + self.patch_bias[...]
-        x = reshape(x, (batch, rows * columns, size), BATCH)
-        # Zeros carry the batch sharding that a broadcast class token lacks.
-        first = jnp.zeros_like(x[:, :1]) + self.class_token[...]
-        x = jnp.concatenate([first, x], axis=1) + self.positions[...]
-        x, _ = scan_layers(self.layers, lambda layer, x, _: (layer(x), None), x, remat=self.remat)
-        return reshape(x[:, 1:], (batch, rows, columns, size), BATCH)
+        x, _ = scan_layers(self.layers, lambda layer, x, _: (layer(x), None), self.embed(pixels), remat=self.remat)
+        p = self.cfg.patch_size
+        return reshape(x[:, 1:], (batch, height // p, width // p, self.cfg.hidden_size), BATCH)
 
 
 def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:

@@ -35,16 +35,16 @@ def _shared_attention(q: Any, prefix: Any, mask: Any, suffix: Any, length: Any) 
     ``length`` entries count -> [R, n, G, Q, D].
     """
     q = q * q.shape[-1] ** -0.5
-    before = dot("rngqd,rpgd->rgqnp", q, prefix[0], BATCH, "tensor")
+    before = dot("rngqd,rpgd->rgqnp", q, prefix[0], BATCH, "tensor", dtype=jnp.float32)
     before = jnp.where(mask[:, None, None, None, :], before, -1e30)
-    after = dot("rngqd,rntgd->rgqnt", q, suffix[0], BATCH, "tensor")
+    after = dot("rngqd,rntgd->rgqnt", q, suffix[0], BATCH, "tensor", dtype=jnp.float32)
     after = jnp.where(jnp.arange(after.shape[-1]) < length, after, -1e30)
     top = jnp.maximum(before.max(axis=-1), after.max(axis=-1))[..., None]
     before, after = jnp.exp(before - top), jnp.exp(after - top)
     total = before.sum(axis=-1) + after.sum(axis=-1)
-    out = dot("rgqnp,rpgd->rngqd", before, prefix[1], BATCH, None, "tensor")
-    out = out + dot("rgqnt,rntgd->rngqd", after, suffix[1], BATCH, None, "tensor")
-    return out / total.transpose(0, 3, 1, 2)[..., None]
+    out = dot("rgqnp,rpgd->rngqd", before, prefix[1], BATCH, None, "tensor", dtype=jnp.float32)
+    out = out + dot("rgqnt,rntgd->rngqd", after, suffix[1], BATCH, None, "tensor", dtype=jnp.float32)
+    return (out / total.transpose(0, 3, 1, 2)[..., None]).astype(q.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "n", "max_new", "stop"))
@@ -80,7 +80,8 @@ def _generate(params: Any, batch: Any, sampling: Any, *, graphdef: Any, n: int, 
     def step(s: Any) -> Any:
         t = s["t"]
         x = model.decoder.embed_tokens(s["last"])
-        hidden, (_, cache) = model.decoder.decode(x, first + t + jnp.zeros_like(s["last"]), attend, (t, s["cache"]))
+        rope = model.decoder.rope(first + t + jnp.zeros_like(s["last"]), first[:, 0] + t + 1)
+        hidden, (_, cache) = model.decoder.decode(x, rope, attend, (t, s["cache"]))
         token, logprob = pick(hidden, t + 1)
         live = ~s["done"]
         return {

@@ -41,7 +41,7 @@ def prm_loss(kind: str, threshold: float, yes: int, no: int) -> Loss:
 
     def loss_fn(model: VLM, batch: Batch) -> tuple[jax.Array, jax.Array]:
         hidden, _ = model(batch["tokens"], batch["valid"], batch["pixels"])
-        logits = model.two_way_logits(hidden, yes, no)
+        logits = model.decoder.logits_of(hidden, (yes, no))
         target = batch["k"] / jnp.maximum(batch["n"], 1)
         if kind == "hard":
             target = (target > threshold).astype(jnp.float32)

@@ -1,6 +1,5 @@
 """Equality of final answers, and what hostile answers must not do."""
 
-
 import pytest
 
 from mmprm_jax.answers.verify import is_correct

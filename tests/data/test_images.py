@@ -1,5 +1,8 @@
 """Opening images, good and bad, and turning them into model input."""
 
+import hashlib
+import json
+import re
 import struct
 import zlib
 
@@ -35,6 +38,13 @@ def test_any_mode_becomes_rgb(tmp_path, mode):
     np.testing.assert_array_equal(images.load_image(tmp_path / "a.tif", 8), np.full((8, 8, 3), 255))
 
 
+def test_open_image_drops_alpha(tmp_path):
+    Image.fromarray(np.full((4, 6, 4), (10, 20, 30, 0), np.uint8)).save(tmp_path / "a.png")
+    got = images.open_image(tmp_path / "a.png")
+    assert got.mode == "RGB" and got.size == (6, 4)
+    np.testing.assert_array_equal(np.asarray(got), np.full((4, 6, 3), (10, 20, 30)))
+
+
 def png(width, height, data=b""):
     """A PNG file that claims a size."""
 
@@ -45,6 +55,7 @@ def png(width, height, data=b""):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_unreadable_files(tmp_path, picture):
     Image.fromarray(picture).save(tmp_path / "good.png")
     good = (tmp_path / "good.png").read_bytes()
@@ -57,13 +68,18 @@ def test_unreadable_files(tmp_path, picture):
         "8000 x 8000": png(8000, 8000),  # above our limit
         "11000 x 11000": png(11000, 11000),  # above Pillow's warning
         "60000 x 60000": png(60000, 60000),  # above Pillow's error
+        "1 x 70000": png(1, 70000),  # few pixels, but Pillow would need gigabytes to widen such columns
     }
     for name, content in damaged.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
             images.load_image(tmp_path / name, 8)
+        with pytest.raises(UserError, match="^row 7, image 'x.png': "):
+            images.decode_image(content, "row 7, image 'x.png'")
     with pytest.raises(UserError, match="8000 x 8000.*limit"):
         images.load_image(tmp_path / "8000 x 8000", 8)
+    with pytest.raises(UserError, match="1 x 70000.*limit is 65535 for an edge"):
+        images.load_image(tmp_path / "1 x 70000", 8)
     with pytest.raises(UserError, match="nothing.png: image not found"):
         images.load_image(tmp_path / "nothing.png", 8)
     with pytest.raises(UserError, match="not a readable image"):
@@ -73,8 +89,11 @@ def test_unreadable_files(tmp_path, picture):
 def test_too_many_bytes(tmp_path, picture, monkeypatch):
     Image.fromarray(picture).save(tmp_path / "a.png")
     monkeypatch.setattr(images, "MAX_BYTES", 100)
+    monkeypatch.setattr(images.epath.Path, "read_bytes", None)  # it is not read to find that out
     with pytest.raises(UserError, match="a.png: image file larger than 100 bytes"):
-        images.load_image(tmp_path / "a.png", 8)
+        images.open_image(tmp_path / "a.png")
+    with pytest.raises(UserError, match="^page 3: image file larger than 100 bytes"):
+        images.decode_image(bytes(101), "page 3")
 
 
 def test_load_images(tmp_path, picture):
@@ -94,6 +113,124 @@ def test_normalise():
     np.testing.assert_allclose(got[0], [-2.1179, -2.0357, -1.8044], atol=1e-4)
     np.testing.assert_allclose(got[1], [2.2489, 2.4286, 2.64], atol=1e-4)
     assert np.all(np.abs(got[2]) < 0.02)
+
+
+def test_normalised_stays():
+    pixels = np.array([[0.5, -2, 3]], np.float32)
+    assert images.normalise(pixels) is pixels
+
+
+def sha(array):
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def settings(entry):
+    """(max_num, what is expected) of an image's golden entry."""
+    return [(int(key.removeprefix("max_num_")), value) for key, value in entry.items() if key.startswith("max_num_")]
+
+
+def test_grids_are_the_originals(golden):
+    expected = json.loads((golden / "images" / "grid_table.json").read_text())
+    names = expected["columns"]
+    limits = [int(re.fullmatch(r"grid max_num=(\d+) \[cols,rows\]", name)[1]) for name in names[2:]]
+    assert names[:2] == ["width", "height"] and limits and expected["table"]
+    for max_num in limits:
+        candidates = [tuple(grid) for grid in expected["target_ratios_in_order"][str(max_num)]]
+        got = images._grids(max_num, 1)
+        assert set(got) == set(candidates) and len(got) == len(candidates)
+        assert [a * b for a, b in got] == [a * b for a, b in candidates]  # among equal areas the order does not matter
+    for width, height, *grids in expected["table"]:
+        got = [list(images.choose_grid(width, height, max_num)) for max_num in limits]
+        assert got == grids, (width, height)
+
+
+def test_tiles_are_the_originals(golden):
+    expected = json.loads((golden / "images" / "images.json").read_text())
+    size = expected["image_size"]
+    sampled = np.load(golden / "images" / "tiles.npz")
+    checked = set()
+    for entry in expected["images"]:
+        image = images.open_image(golden / "images" / "png" / entry["file"])
+        assert image.size == (entry["width"], entry["height"]) and sha(image) == entry["rgb_sha256"]
+        assert settings(entry)
+        for max_num, want in settings(entry):
+            got = images.tiles(image, max_num, size, expected["use_thumbnail"])
+            assert got.dtype == np.uint8 and got.shape == (want["num_tiles"], size, size, 3)
+            assert images.choose_grid(*image.size, max_num, size=size) == tuple(want["grid"])
+            assert [sha(tile) for tile in got] == want["uint8_tile_sha256"]
+            floats = images.normalise(got).transpose(0, 3, 1, 2)
+            assert floats.dtype == np.float32
+            assert [sha(tile) for tile in floats] == want["float32_tile_sha256"]
+            for key in sampled:  # the same once more as numbers: a hash does not tell how far off it is
+                match = re.fullmatch(re.escape(f"{entry['file'][:-4]}.max{max_num}.") + r"(avgpool|stride)(\d+)", key)
+                if match is None:
+                    continue
+                checked.add(key)
+                step = int(match[2])
+                if match[1] == "stride":
+                    np.testing.assert_array_equal(floats[:, :, step // 2 :: step, step // 2 :: step], sampled[key])
+                else:
+                    pooled = floats.reshape(len(got), 3, step, size // step, step, size // step).mean((3, 5))
+                    np.testing.assert_allclose(pooled, sampled[key], atol=1e-5)
+    assert {key for key in sampled if ".max" in key} == checked != set()
+
+
+def test_no_tiling_is_the_originals(golden):
+    expected = json.loads((golden / "images" / "images.json").read_text())
+    for name, digest in expected["no_dynamic_float32_sha256"].items():
+        tile = images.load_image(golden / "images" / "png" / name, expected["image_size"])
+        assert sha(images.normalise(tile).transpose(2, 0, 1)) == digest
+
+
+def test_tiles_in_order():
+    quarters = np.zeros((16, 16, 3), np.uint8)
+    quarters[:8, 8:], quarters[8:, :8], quarters[8:, 8:] = 10, 20, 30
+    got = images.tiles(Image.fromarray(quarters), 4, 8)
+    assert [np.unique(tile).tolist() for tile in got[:4]] == [[0], [10], [20], [30]]
+    assert got.shape == (5, 8, 8, 3)
+    np.testing.assert_array_equal(images.tiles(Image.fromarray(quarters), 4, 8, thumbnail=False), got[:4])
+    assert len(images.tiles(Image.fromarray(quarters), 1, 8)) == 1  # one tile is its own thumbnail
+
+
+@pytest.mark.parametrize(
+    "width, height, max_tiles, min_tiles, grid",
+    [
+        (448, 448, 1, 1, (1, 1)),
+        (448, 448, 12, 1, (1, 1)),
+        (448, 449, 12, 1, (1, 1)),
+        (634, 634, 12, 1, (2, 2)),  # 401,956 pixels: more than half of 2 x 2 tiles, less than half of 3 x 3
+        (633, 633, 12, 1, (1, 1)),  # 400,689: less than half of 2 x 2 tiles
+        (9999, 1, 6, 1, (6, 1)),
+        (1, 9999, 6, 1, (1, 6)),
+        (448, 448, 6, 2, (2, 2)),
+        (448, 448, 6, 5, (2, 3)),
+    ],
+)
+def test_grid(width, height, max_tiles, min_tiles, grid):
+    assert images.choose_grid(width, height, max_tiles, min_tiles) == grid
+
+
+def test_grid_depends_on_the_tile_size():
+    assert images.choose_grid(30, 30, 4, size=14) == (2, 2)
+    assert images.choose_grid(30, 30, 4) == (1, 1)
+
+
+def test_bad_tilings(picture):
+    for max_tiles, min_tiles in ((0, 1), (-1, 1), (3, 4), (3, 0)):
+        with pytest.raises(UserError, match="tiles per image"):
+            images.choose_grid(10, 10, max_tiles, min_tiles)
+    with pytest.raises(UserError, match="tiles per image"):
+        images.tiles(Image.fromarray(picture), 0)
+    for width, height, size in ((0, 5, 8), (5, 0, 8), (5, 5, 0)):
+        with pytest.raises(ValueError, match="cannot be cut"):
+            images.choose_grid(width, height, 6, size=size)
+
+
+def test_absurd_shapes_stay_small():
+    for shape in ((images.MAX_EDGE, 1), (1, images.MAX_EDGE)):
+        got = images.tiles(Image.new("RGB", shape, (1, 2, 3)), 6, 8)
+        assert got.shape == (7, 8, 8, 3)
+        np.testing.assert_array_equal(got, np.broadcast_to(np.uint8([1, 2, 3]), got.shape))
 
 
 def test_augment(picture):

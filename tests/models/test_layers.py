@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from mmprm_jax.models import layers
+from mmprm_jax.models.config import RopeScaling
 from mmprm_jax.models.vision import pixel_shuffle
 
 RNG = np.random.default_rng(0)
@@ -63,10 +64,15 @@ def rotary_loop(x, positions, theta):
     return np.concatenate([z.real, z.imag], axis=-1)
 
 
+def turned(x, positions, theta, length=0, scaling=None):
+    lengths = jnp.full(len(x), length)
+    return layers.rotary(jnp.array(x), layers.rotary_table(jnp.array(positions), lengths, x.shape[-1], theta, scaling))
+
+
 @pytest.mark.parametrize("heads", [(), (3,), (3, 2)])
 def test_rotary(mesh, heads):
     x, positions = normal(2, 5, *heads, 6), RNG.integers(0, 50, (2, 5))
-    got = layers.rotary(jnp.array(x), jnp.array(positions), 1e4)
+    got = turned(x, positions, 1e4)
     np.testing.assert_allclose(got, rotary_loop(x, positions, 1e4), atol=2e-5)
 
 
@@ -74,9 +80,25 @@ def test_rotary_sees_relative_positions_only(mesh):
     q, k = jnp.array(normal(1, 1, 8)), jnp.array(normal(1, 1, 8))
 
     def score(i, j):
-        return float(jnp.sum(layers.rotary(q, jnp.array([[i]]), 100.0) * layers.rotary(k, jnp.array([[j]]), 100.0)))
+        return float(jnp.sum(turned(q, [[i]], 100.0) * turned(k, [[j]], 100.0)))
 
     assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-5) and abs(score(9, 4) - score(9, 6)) > 1e-3
+
+
+def test_linear_scaling_divides_positions(mesh):
+    x, positions = normal(2, 5, 6), RNG.integers(0, 50, (2, 5))
+    got = turned(x, positions, 1e4, 50, RopeScaling("linear", 4.0))
+    np.testing.assert_allclose(got, rotary_loop(x, positions / 4, 1e4), atol=2e-5)
+
+
+def test_dynamic_scaling_raises_the_base_by_each_row_s_own_length(mesh):
+    x, positions = normal(3, 5, 6), np.tile(np.arange(5), (3, 1))
+    table = layers.rotary_table(
+        jnp.array(positions), jnp.array([5, 16, 24]), 6, 100.0, RopeScaling("dynamic", 2.0, max_position=16)
+    )
+    got = layers.rotary(jnp.array(x), table)
+    for row, theta in enumerate((100.0, 100.0, 100.0 * (2 * 24 / 16 - 1) ** (6 / 4))):
+        np.testing.assert_allclose(got[row : row + 1], rotary_loop(x[row : row + 1], positions[:1], theta), atol=2e-5)
 
 
 def test_norms(mesh):

@@ -3,7 +3,7 @@
 import pytest
 
 from mmprm_jax.models import tokenizer as tok
-from mmprm_jax.models.tokenizer import Tokenizer
+from mmprm_jax.models.tokenizer import Segment, Tokenizer
 from mmprm_jax.records import UserError
 
 WORDS = ["user", "assistant", "Yes", "No", "+", "-", "=", "-(", "3", "-4", "."]
@@ -66,3 +66,41 @@ def test_save_and_load(tokenizer, tmp_path):
     assert len(loaded) == len(tokenizer) + 1 and loaded.id(tok.PRM) == len(tokenizer)
     with pytest.raises(UserError, match="no tokenizer there"):
         Tokenizer.load(tmp_path / "nothing.json")
+
+
+def test_literal_text_holds_no_marker(tokenizer):
+    assert tokenizer.encode_literal("3 - -4 = 3") == tokenizer.encode("3 - -4 = 3")
+    for text in (tok.STEP, f"3 {tok.TURN_END} 3"):  # the markers are words of this vocabulary
+        with pytest.raises(UserError, match="as plain text: it would give the special ids"):
+            tokenizer.encode_literal(text)
+    with pytest.raises(UserError, match="cannot tokenise"):
+        tokenizer.encode_literal(f"3{tok.STEP}3")
+
+
+def test_prompt(tokenizer):
+    segments = [
+        Segment(tok.IMAGE, marker=True, count=2),
+        Segment("3 "),
+        Segment("- 3"),
+        Segment(" = 3", score="before"),
+        Segment(tok.STEP, marker=True, score="at"),
+    ]
+    ids, where = tokenizer.encode_prompt(segments)
+    assert ids == tokenizer.encode(f"{tok.IMAGE}{tok.IMAGE} 3 - 3 = 3 {tok.STEP}") and where == [5, 7]
+    for score in ("at", "before"):
+        with pytest.raises(UserError, match="no token to read a score"):  # a space is no token
+            tokenizer.encode_prompt([Segment("3"), Segment(" ", score=score)])
+    with pytest.raises(UserError, match="no token to read a score"):  # nothing stands before it
+        tokenizer.encode_prompt([Segment("3", score="before")])
+
+
+def test_properties_and_vocabulary(tokenizer):
+    assert tokenizer.bos == () and tokenizer.pad == tokenizer.id(tok.PAD)
+    assert tokenizer.special_ids == {tokenizer.id(marker) for marker in tok.MARKERS}
+    assert tokenizer.piece("Yes") == tokenizer.id("Yes")
+    assert tokenizer.decode(tokenizer.encode("<step> 3 </step>"), skip_special=True) == "3"
+    with pytest.raises(UserError, match="no vocabulary entry 'banana'"):
+        tokenizer.piece("banana")
+    tokenizer.check([*tok.MARKERS, tok.YES])
+    with pytest.raises(UserError, match="'<prm>'.*'banana'"):
+        tokenizer.check([tok.STEP, tok.PRM, "banana"])

@@ -195,10 +195,10 @@ def test_pixels_count_only_in_their_row_and_only_with_image_tokens(forward, batc
     assert changed[0] > 1e-3 and changed[2] > 1e-3 and changed[1] == 0 and np.all(changed[3:] == 0)
 
 
-def test_two_way_logits(mesh, tiny):
+def test_logits_of_a_few_tokens(mesh, tiny):
     model = nnx.merge(tiny.graphdef, tiny.place(mesh))
     hidden = jnp.array(np.random.default_rng(0).standard_normal((2, 3, 16), np.float32))
-    got = model.two_way_logits(hidden, 9, 6)
+    got = model.decoder.logits_of(hidden, (9, 6))
     np.testing.assert_allclose(got, np.asarray(model.decoder.logits(hidden))[..., [9, 6]], atol=1e-5)
 
 

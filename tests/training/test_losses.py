@@ -16,13 +16,13 @@ YES, NO = 8, 3
 class Model:
     def __init__(self):
         self.head = jnp.array(np.random.default_rng(0).standard_normal((SIZE, VOCAB), np.float32))
-        self.decoder = types.SimpleNamespace(logits=lambda hidden: hidden @ self.head)
+        self.decoder = types.SimpleNamespace(
+            logits=lambda hidden: hidden @ self.head,
+            logits_of=lambda hidden, tokens: hidden @ self.head[:, jnp.array(tokens)],
+        )
 
     def __call__(self, tokens, valid, pixels):
         return pixels, None
-
-    def two_way_logits(self, hidden, yes, no):
-        return jnp.stack([hidden @ self.head[:, yes], hidden @ self.head[:, no]], axis=-1)
 
 
 @pytest.fixture

@@ -1,0 +1,131 @@
+"""Released checkpoints <-> Orbax, and turning a policy into a PRM.
+
+Our model folder holds ``params/`` (Orbax) and ``hf/``: every file of the source that is not weights, and
+``manifest.json``, which says how the weights were filed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmprm_jax.models import build, hf, hf_config
+from mmprm_jax.models import tokenizer as tok
+from mmprm_jax.models.tokenizer import Tokenizer
+from mmprm_jax.records import UserError
+from mmprm_jax.training.checkpoints import load_params, save_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A released model in memory. ``folder``: where its config.json and tokenizer are."""
+
+    folder: Path
+    model: hf.Description
+    params: Any
+    mesh: Any
+
+    @property
+    def dtype(self) -> Any:
+        return jax.tree.leaves(self.params)[0].dtype
+
+
+def is_ours(path: str | os.PathLike) -> bool:
+    """Whether ``path`` is a model folder that ``convert`` wrote."""
+    return (Path(path) / "hf" / hf.MANIFEST).is_file()
+
+
+def load(path_or_id: str | os.PathLike, mesh: Any, dtype: Any = None, revision: str | None = None) -> Loaded:
+    """A released checkpoint (folder or hub id) or a model folder of ours, on ``mesh``; dtype: as stored by default."""
+    if not is_ours(path_or_id):
+        checkpoint = hf.open_checkpoint(path_or_id, revision)
+        return Loaded(checkpoint.folder, checkpoint.model, hf.load_params(checkpoint, mesh, dtype), mesh)
+    folder = Path(path_or_id)
+    stored = hf.read_json(folder / "hf" / hf.MANIFEST)
+    model = hf.describe(hf.read_json(folder / "hf" / "config.json"), hf.Manifest(stored["files"], stored["index"]))
+    kept = jnp.dtype(stored["dtype"])
+    _, abstract = build.abstract(model.cfg, 0, mesh, kept if dtype is None else dtype)
+    return Loaded(folder / "hf", model, load_params(folder / "params", abstract), mesh)
+
+
+def convert(source: str, target: str, mesh: Any, *, dtype: Any = None, prm: bool = False, verify: bool = False) -> str:
+    """A released checkpoint to Orbax, or back, by what ``source`` is. Returns a line that says what was done.
+
+    prm: adds ``<prm>`` as the original does. verify: reads the result again and compares every tensor. Raises
+    UserError; a conversion that fails leaves no target behind.
+    """
+    final = Path(target)
+    if final.exists():
+        raise UserError(f"{target}: exists already; choose another target or remove it")
+    back = is_ours(source)
+    if back and prm:
+        raise UserError("a PRM is made on the way from the released checkpoint: mmprm convert CHECKPOINT TARGET --prm")
+    loaded = load(source, mesh, dtype)
+    if prm:
+        loaded, tokenizer = add_prm(loaded)
+    part = final.with_name(f"{final.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    other = part if back else part / "hf"
+    hf.copy_other_files(loaded.folder, other)
+    if prm:
+        tokenizer.save(other)
+    if back:
+        hf.save(part, loaded.params, mesh, loaded.model)
+        written = hf.open_checkpoint(part)
+    else:
+        save_params(part / "params", loaded.params)
+        hf.write_config(other, loaded.model.config)
+        manifest = {**dataclasses.asdict(loaded.model.manifest), "dtype": jnp.dtype(loaded.dtype).name}
+        (other / hf.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        written = hf.open_checkpoint(source)
+    count = len(loaded.model.dtypes)
+    if verify:
+        again = loaded if back else dataclasses.replace(loaded, params=load(os.fspath(part), mesh).params)
+        _compare(written, again, tokenizer.id(tok.PRM) if prm else None)
+    part.rename(final)
+    size = sum(x.size for x in jax.tree.leaves(loaded.params))
+    return f"{target}: {count} tensors, {size:,} parameters" + (", verified" if verify else "")
+
+
+def _compare(checkpoint: hf.Checkpoint, loaded: Loaded, added: int | None) -> None:
+    """Raises UserError listing the tensors of the files that differ, bit for bit in the parameters' dtype."""
+    wanted, wrong = dict.fromkeys(checkpoint.model.dtypes, loaded.dtype), []
+    with jax.set_mesh(loaded.mesh):
+        for key, got in hf.tensors(loaded.model.groups, loaded.params, wanted):
+            want = hf.read_tensor(checkpoint, key).astype(loaded.dtype)
+            if added is not None and got.shape[0] == loaded.model.cfg.decoder.vocab_size:
+                got = np.delete(got, added, axis=0)  # the new row
+                want = want[: len(got)] if len(want) == len(got) else np.delete(want, added, axis=0)
+            if got.shape != want.shape or got.tobytes() != want.tobytes():
+                wrong.append(key)
+    if wrong:
+        raise UserError(f"verification failed: {len(wrong)} of {len(wanted)} tensors differ: {', '.join(wrong[:20])}")
+
+
+def add_prm(loaded: Loaded) -> tuple[Loaded, Tokenizer]:
+    """A policy with the token ``<prm>``: its embedding and output row are the means of the old ones (MM-PRM).
+
+    Raises UserError when the tokenizer has it already or cannot take it.
+    """
+    old = Tokenizer.load(loaded.folder)
+    tokenizer = old.with_token(tok.PRM)
+    if len(tokenizer) == len(old):
+        raise UserError(f"{loaded.folder}: the tokenizer has {tok.PRM} already; this is a PRM")
+    size, new = loaded.model.cfg.decoder.vocab_size, tokenizer.id(tok.PRM)
+    if new > size:
+        raise UserError(f"{loaded.folder}: the tokenizer's next id is {new}, but the model has {size} embeddings only")
+    with jax.set_mesh(loaded.mesh):
+        params = build.add_token(loaded.params, loaded.mesh, new)
+    config = copy.deepcopy(loaded.model.config)
+    hf_config.text_section(config)["vocab_size"] = max(size, new + 1)
+    model = hf.describe(config, loaded.model.manifest)
+    return dataclasses.replace(loaded, model=model, params=params), tokenizer

@@ -1,0 +1,250 @@
+"""Which tensors of a released checkpoint hold which parameters, and how to turn one into the other and back.
+
+A file has one matrix [out, in] per layer; we keep [layers, in…, out…], heads apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmprm_jax.models.config import VisionConfig, VLMConfig
+from mmprm_jax.models.hf_config import CHAT, NATIVE, TEXT_PRM
+
+Arrays = Sequence[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Tensors that belong together, of every layer: ``read`` turns them into parameters, ``write`` does the reverse.
+
+    ``{}`` in a key is the layer; parameters of a group with layers are stacked over them.
+    """
+
+    keys: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of the tensors
+    leaves: tuple[str, ...]  # parameter paths
+    read: Callable[..., tuple[jax.Array, ...]]
+    write: Callable[..., tuple[jax.Array, ...]]
+    layers: int = 0  # 0: not stacked
+
+    def tensors(self) -> list[tuple[str, tuple[int, ...], int]]:
+        """(name in the file, shape, layer) of every tensor, layer by layer."""
+        return [
+            (key.format(layer), shape, layer)
+            for layer in range(max(self.layers, 1))
+            for key, shape in zip(self.keys, self.shapes, strict=True)
+        ]
+
+
+def _plain(key: str, leaf: str, shape: Sequence[int], ours: Sequence[int] | None = None, layers: int = 0) -> Group:
+    """The same values in the same order."""
+    own, theirs = tuple(ours or shape), tuple(shape)
+    return Group((key,), (theirs,), (leaf,), lambda x: (x.reshape(own),), lambda p: (p.reshape(theirs),), layers)
+
+
+def _linear(key: str, leaf: str, ins: Sequence[int], outs: Sequence[int], layers: int = 0) -> Group:
+    """A matrix: [out, in] in the file, [*ins, *outs] here."""
+    shape = (math.prod(outs), math.prod(ins))
+    return Group(
+        (key,), (shape,), (leaf,),
+        lambda w: (w.T.reshape(*ins, *outs),), lambda p: (p.reshape(shape[::-1]).T,), layers,
+    )  # fmt: skip
+
+
+def _stacked(keys: Sequence[str], leaf: str, ins: Sequence[int], outs: Sequence[int], layers: int) -> Group:
+    """Several matrices (or biases, when ``ins`` is empty) side by side in one parameter [*ins, len(keys), *outs]."""
+    shape, axis = (math.prod(outs), math.prod(ins)) if ins else (math.prod(outs),), len(ins)
+
+    def read(*tensors: jax.Array) -> tuple[jax.Array, ...]:
+        return (jnp.stack([t.T.reshape(*ins, *outs) for t in tensors], axis),)
+
+    def write(p: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jax.lax.index_in_dim(p, i, axis, False).reshape(shape[::-1]).T for i in range(len(keys)))
+
+    return Group(tuple(keys), (shape,) * len(keys), (leaf,), read, write, layers)
+
+
+def _grouped(key: str, leaves: Sequence[str], size: int, groups: int, per_group: int, depth: int, layers: int) -> Group:
+    """InternLM2's wqkv: rows [queries of the group, its key, its value] for each key/value head; ``size`` 0: a bias."""
+    rows = (groups, per_group + 2, depth)
+    shape = (math.prod(rows), size) if size else (math.prod(rows),)
+    first = (size,) if size else ()
+
+    def read(w: jax.Array) -> tuple[jax.Array, ...]:
+        w = w.T.reshape(*first, *rows)
+        return w[..., :per_group, :], w[..., per_group, :], w[..., per_group + 1, :]
+
+    def write(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+        return (jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2).reshape(shape[::-1]).T,)
+
+    return Group((key,), (shape,), tuple(leaves), read, write, layers)
+
+
+def _norm(key: str, leaf: str, size: int, kind: str = "rms_norm", layers: int = 0) -> list[Group]:
+    groups = [_plain(f"{key}.weight", f"{leaf}/scale", (size,), layers=layers)]
+    if kind == "layer_norm":
+        groups.append(_plain(f"{key}.bias", f"{leaf}/bias", (size,), layers=layers))
+    return groups
+
+
+def _dense(key: str, leaf: str, size: int, out: int, layers: int = 0) -> list[Group]:
+    """A matrix and its bias."""
+    return [
+        _linear(f"{key}.weight", leaf, (size,), (out,), layers),
+        _plain(f"{key}.bias", f"{leaf}_bias", (out,), layers=layers),
+    ]
+
+
+def _vision(v: VisionConfig, root: str, native: bool) -> list[Group]:
+    size, heads, layers, patch = v.hidden_size, v.num_heads, v.num_layers, v.patch_size
+    depth = size // heads
+    at, ours = f"{root}encoder.{'layer' if native else 'layers'}.{{}}.", "vision/layers/"
+    class_token, positions, conv, norms, attention, proj, scales = (
+        (
+            "cls_token", "position_embeddings", "patch_embeddings.projection", ("layernorm_before", "layernorm_after"),
+            "attention", "projection_layer", ("lambda_1", "lambda_2"),
+        )
+        if native
+        else (
+            "class_embedding", "position_embedding", "patch_embedding", ("norm1", "norm2"),
+            "attn", "proj", ("ls1", "ls2"),
+        )
+    )  # fmt: skip
+    count = (v.image_size // patch) ** 2 + 1
+    groups = [
+        _plain(f"{root}embeddings.{class_token}", "vision/class_token", (1, 1, size)),
+        _plain(f"{root}embeddings.{positions}", "vision/positions", (1, count, size)),
+        Group(
+            (f"{root}embeddings.{conv}.weight",), ((size, 3, patch, patch),), ("vision/patch",),
+            lambda w: (w.transpose(2, 3, 1, 0),), lambda p: (p.transpose(3, 2, 0, 1),),
+        ),
+        _plain(f"{root}embeddings.{conv}.bias", "vision/patch_bias", (size,)),
+        _linear(f"{at}{attention}.{proj}.weight", f"{ours}attention/proj", (heads, depth), (size,), layers),
+        _plain(f"{at}{attention}.{proj}.bias", f"{ours}attention/proj_bias", (size,), layers=layers),
+        *_dense(f"{at}mlp.fc1", f"{ours}mlp/fc1", size, v.intermediate_size, layers),
+        *_dense(f"{at}mlp.fc2", f"{ours}mlp/fc2", v.intermediate_size, size, layers),
+    ]  # fmt: skip
+    for i in (0, 1):
+        groups += _norm(f"{at}{norms[i]}", f"{ours}norm{i + 1}", size, v.norm, layers)
+        groups.append(_plain(f"{at}{scales[i]}", f"{ours}ls{i + 1}", (size,), layers=layers))
+    if native:
+        names = [f"{at}{attention}.{c}_proj" for c in "qkv"]
+        groups.append(_stacked([f"{n}.weight" for n in names], f"{ours}attention/qkv", (size,), (heads, depth), layers))
+        if v.qkv_bias:
+            groups.append(
+                _stacked([f"{n}.bias" for n in names], f"{ours}attention/qkv_bias", (), (heads, depth), layers)
+            )
+    else:
+        name = f"{at}{attention}.qkv"
+        groups.append(_linear(f"{name}.weight", f"{ours}attention/qkv", (size,), (3, heads, depth), layers))
+        if v.qkv_bias:
+            shape = (3, heads, depth)
+            groups.append(_plain(f"{name}.bias", f"{ours}attention/qkv_bias", (3 * size,), shape, layers))
+    if v.qk_norm:
+        for c in "qk":
+            key, leaf = f"{at}{attention}.{c}_norm.weight", f"{ours}attention/{c}_norm"
+            groups.append(_plain(key, leaf, (size,), (heads, depth), layers))
+    return groups
+
+
+def _decoder(cfg: VLMConfig, root: str, head: str, internlm2: bool) -> list[Group]:
+    """``root``: what stands before ``layers.N``; ``head``: the output head's name."""
+    d, ours = cfg.decoder, "decoder/layers/"
+    size, hidden, layers = d.hidden_size, d.intermediate_size, d.num_layers
+    groups, depth = d.num_kv_heads, d.head_dim
+    per_group = d.num_heads // groups
+    at = f"{root}layers.{{}}."
+    embed = "tok_embeddings" if internlm2 else "embed_tokens"
+    found = [
+        _plain(f"{root}{embed}.weight", "decoder/embed", (d.vocab_size, size)),
+        *_norm(f"{root}norm", "decoder/norm", size),
+    ]
+    if not d.tied:
+        found.append(_linear(f"{head}.weight", "decoder/lm_head", (size,), (d.vocab_size,)))
+    if internlm2:
+        attention, out, mlp = f"{at}attention.", "wo", f"{at}feed_forward."
+        names, norms = ("w1", "w3", "w2"), ("attention_norm", "ffn_norm")
+        leaves = [f"{ours}attention/{c}" for c in "qkv"]
+        found.append(_grouped(f"{attention}wqkv.weight", leaves, size, groups, per_group, depth, layers))
+        if d.qkv_bias:
+            biases = [f"{leaf}_bias" for leaf in leaves]
+            found.append(_grouped(f"{attention}wqkv.bias", biases, 0, groups, per_group, depth, layers))
+    else:
+        attention, out, mlp = f"{at}self_attn.", "o_proj", f"{at}mlp."
+        names, norms = ("gate_proj", "up_proj", "down_proj"), ("input_layernorm", "post_attention_layernorm")
+        for c, shape in (("q", (groups, per_group, depth)), ("k", (groups, depth)), ("v", (groups, depth))):
+            found.append(_linear(f"{attention}{c}_proj.weight", f"{ours}attention/{c}", (size,), shape, layers))
+            if d.qkv_bias:
+                key, leaf = f"{attention}{c}_proj.bias", f"{ours}attention/{c}_bias"
+                found.append(_plain(key, leaf, (math.prod(shape),), shape, layers))
+    found.append(_linear(f"{attention}{out}.weight", f"{ours}attention/o", (groups, per_group, depth), (size,), layers))
+    if d.out_bias:
+        found.append(_plain(f"{attention}{out}.bias", f"{ours}attention/o_bias", (size,), layers=layers))
+    if d.qk_norm:
+        for c in "qk":
+            found += _norm(f"{attention}{c}_norm", f"{ours}attention/{c}_norm", depth, layers=layers)
+    for name, leaf, (ins, outs) in zip(
+        names, ("gate", "up", "down"), ((size, hidden), (size, hidden), (hidden, size)), strict=True
+    ):
+        found.append(_linear(f"{mlp}{name}.weight", f"{ours}mlp/{leaf}", (ins,), (outs,), layers))
+        if d.mlp_bias:
+            found.append(_plain(f"{mlp}{name}.bias", f"{ours}mlp/{leaf}_bias", (outs,), layers=layers))
+    for i in (0, 1):
+        found += _norm(f"{at}{norms[i]}", f"{ours}norm{i + 1}", size, layers=layers)
+    return found
+
+
+def layout(cfg: VLMConfig, kind: str, decoder: str, prefixed: bool = False) -> list[Group]:
+    """Every tensor of a checkpoint.
+
+    kind: CHAT, NATIVE or TEXT_PRM; decoder: internlm2, qwen2, qwen3 or llama; prefixed: transformers' newer names of
+    the NATIVE kind, ``model.language_model.*`` and ``lm_head.*``, not ``language_model.model.*``.
+    """
+    if kind == TEXT_PRM:
+        size = cfg.decoder.hidden_size
+        return [
+            *_decoder(cfg, "model.", "lm_head", False),
+            *_dense("score.0", "score/fc1", size, size),
+            *_dense("score.2", "score/fc2", size, cfg.num_labels),
+        ]
+    internlm2 = decoder == "internlm2"
+    if kind == CHAT:
+        vision, projector, names = "vision_model.", "mlp1.", ("0", "1", "3")
+        text, head = "language_model.model.", f"language_model.{'output' if internlm2 else 'lm_head'}"
+    else:
+        first = "model." if prefixed else ""
+        vision, projector = f"{first}vision_tower.", f"{first}multi_modal_projector."
+        names = ("layer_norm", "linear_1", "linear_2")
+        text, head = (
+            ("model.language_model.", "lm_head") if prefixed else ("language_model.model.", "language_model.lm_head")
+        )
+    size = cfg.vision.hidden_size * cfg.downsample**2
+    out = cfg.decoder.hidden_size
+    return [
+        *_vision(cfg.vision, vision, kind == NATIVE),
+        *_norm(f"{projector}{names[0]}", "projector/norm", size, "layer_norm"),
+        *_dense(f"{projector}{names[1]}", "projector/fc1", size, out),
+        *_dense(f"{projector}{names[2]}", "projector/fc2", out, out),
+        *_decoder(cfg, text, head, internlm2),
+    ]
+
+
+def get(tree: Any, path: str) -> Any:
+    """The leaf of a nested dictionary at ``a/b/c``; None when there is none."""
+    for part in path.split("/"):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def put(tree: dict, path: str, value: Any) -> None:
+    """Sets the leaf of a nested dictionary at ``a/b/c``."""
+    *parents, last = path.split("/")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+    tree[last] = value

@@ -1,0 +1,227 @@
+"""Scoring solutions with a released PRM, or one of our own in their format.
+
+prm = PRM.from_pretrained("Cierra0506/MM-PRM")
+prm.score("What is the area of triangle ABC?", ["triangle.png"], ["The base is 4.", "So it is 6."])
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from PIL import Image
+
+from mmprm_jax.data import images as image_files
+from mmprm_jax.data.prompts import PRMTemplate, prm_template
+from mmprm_jax.evaluation.score import Scorer, Solutions
+from mmprm_jax.metrics import progress
+from mmprm_jax.models import build, convert, hf_config
+from mmprm_jax.models import tokenizer as tok
+from mmprm_jax.models.tokenizer import Tokenizer
+from mmprm_jax.records import UserError
+from mmprm_jax.sharding import make_mesh
+
+Picture = str | os.PathLike | Image.Image
+
+
+class PRM:
+    """A process reward model with its tokenizer and prompt: text and images in, one score in [0, 1] per step out."""
+
+    def __init__(
+        self,
+        loaded: convert.Loaded,
+        tokenizer: Tokenizer,
+        template: PRMTemplate,
+        *,
+        max_tiles: int = 0,
+        batch_size: int = 16,
+        bucket: int = 64,
+    ):
+        """max_tiles: of one image, without the thumbnail; 0: as in config.json. batch_size: solutions at a time.
+
+        Raises UserError when tokenizer, template and model do not fit each other.
+        """
+        cfg, config, where = loaded.model.cfg, loaded.model.config, loaded.folder
+        self._tokenizer, self._template, self._cfg, self._mesh = tokenizer, template, cfg, loaded.mesh
+        try:
+            tokenizer.check(_markers(template, cfg.vision is not None))
+            if len(tokenizer) > cfg.decoder.vocab_size:
+                raise UserError(f"{len(tokenizer)} tokens, but the model has {cfg.decoder.vocab_size} embeddings only")
+            classes = None
+            if template.positive is not None and template.negative is not None:
+                classes = (tokenizer.piece(template.positive), tokenizer.piece(template.negative))
+        except UserError as error:
+            raise UserError(f"{where}: the tokenizer does not fit the template {template.name!r}: {error}") from None
+        if (classes is None) != bool(cfg.num_labels):
+            has = "has" if cfg.num_labels else "has no"
+            raise UserError(
+                f"{where}: the model {has} score head of its own; the template {template.name!r} is not for it"
+            )
+        dynamic = config.get("dynamic_image_size", True)
+        self._max_tiles = max_tiles or (config.get("max_dynamic_patch", 12) if dynamic else 1)
+        self._thumbnail = bool(config.get("use_thumbnail", True))
+        scaling = cfg.decoder.rope_scaling
+        graphdef, _ = build.abstract(cfg, tokenizer.id(tok.IMAGE) if cfg.vision else -1, loaded.mesh)
+        self._scorer = Scorer(
+            graphdef, loaded.params, loaded.mesh, classes, problems=1, solutions=batch_size, bucket=bucket,
+            longest=scaling.max_position if scaling else 0,
+        )  # fmt: skip
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike,
+        mesh: Any = None,
+        *,
+        template: str | None = None,
+        dtype: Any = None,
+        revision: str | None = None,
+        **settings: Any,
+    ) -> PRM:
+        """A PRM from a released checkpoint (folder or hub id, ``org/name@revision``) or a folder of ``mmprm convert``.
+
+        mesh: default all devices, the parameters split over them. template: default by the model's kind (``mm_prm``,
+        ``visual_prm`` or ``qwen_math_prm``); ``mm_prm_eval`` asks as MM-PRM's own evaluation does. dtype: default as
+        stored. settings: as in ``PRM``. Raises UserError.
+        """
+        mesh = make_mesh({"fsdp": -1}) if mesh is None else mesh
+        loaded = convert.load(path_or_id, mesh, dtype, revision)
+        name = template or _default_template(loaded.model.config)
+        return cls(loaded, Tokenizer.load(loaded.folder), prm_template(name), **settings)
+
+    @property
+    def template(self) -> str:
+        """The name of the prompt template."""
+        return self._template.name
+
+    @property
+    def tiles(self) -> int:
+        """Image tiles that went through the vision tower so far."""
+        return self._scorer.tiles
+
+    def score(self, question: str, images: Sequence[Picture], steps: Sequence[str]) -> list[float]:
+        """The score of each step of one solution. images: files or PIL images, in order; empty: text only."""
+        return self.score_candidates(question, images, [steps])[0]
+
+    def score_candidates(
+        self, question: str, images: Sequence[Picture], candidates: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """The step scores of many solutions of one problem; images and question are computed once.
+
+        Raises UserError: images the model cannot take, an image that is none, placeholders that do not fit.
+        """
+        if images and self._cfg.vision is None:
+            raise UserError("this PRM reads text only, but the problem has images")
+        tiles = [self._tiles(image) for image in images]
+        counts = [len(t) * self._cfg.tokens_per_tile for t in tiles]
+        rows = [
+            self._tokenizer.encode_prompt(self._template.build(question, steps, counts)) if steps else ([], [])
+            for steps in candidates
+        ]
+        with jax.set_mesh(self._mesh):
+            found = self._scorer.score([Solutions(rows, np.concatenate(tiles) if tiles else None)])[0]
+        return [list(scores) for scores in found]
+
+    def _tiles(self, image: Picture) -> np.ndarray:
+        picture = image.convert("RGB") if isinstance(image, Image.Image) else image_files.open_image(image)
+        return image_files.tiles(picture, self._max_tiles, self._cfg.tile, self._thumbnail)
+
+
+def _markers(template: PRMTemplate, images: bool) -> list[str]:
+    """The special tokens that a template uses."""
+    segments = template.build("q", ["s"], [1] if images else [])
+    return sorted({segment.text for segment in segments if segment.marker})
+
+
+def _default_template(config: dict[str, Any]) -> str:
+    if hf_config.kind_of(config) == hf_config.TEXT_PRM:
+        return "qwen_math_prm"
+    return "visual_prm" if config["architectures"][0] == "InternVLRewardModel" else "mm_prm"
+
+
+def score_file(prm: PRM, model: str, problems: epath.PathLike, output: epath.PathLike) -> str:
+    """Scores a JSONL file; returns a line that says what was done.
+
+    Rows: ``{"id", "question", "images": [files beside it], "candidates": [[step, …], …]}``. Written rows: ``{"id",
+    "scores": [[…], …], "model", "template"}`` in the same order, or ``{"id", "line", "error"}`` for a row that could
+    not be scored. What an interrupted run scored (``<output>.part``) is not scored again. Raises UserError at the end
+    if there were bad rows, with everything else written.
+    """
+    problems, output = epath.Path(problems), epath.Path(output)
+    if not problems.exists():
+        raise UserError(f"{problems}: no such file")
+    part = output.parent / f"{output.name}.part"
+    made_by = {"model": model, "template": prm.template}
+    done = _finished(part, made_by)
+    lines = [(n, line) for n, line in enumerate(problems.read_text().split("\n"), 1) if line.strip()]
+    rows, bad = [], 0
+    with part.open("a") as log, progress(len(lines), "score", "problem") as bar:
+        for number, line in lines:
+            key = f"{number}:{line}"
+            row = done.get(key)
+            if row is None:
+                row = _score_line(prm, problems.parent, number, line, made_by)
+                if "error" not in row:
+                    log.write(json.dumps({"key": key, "row": row}, ensure_ascii=False) + "\n")
+                    log.flush()
+            bad += "error" in row
+            rows.append(json.dumps(row, ensure_ascii=False))
+            bar.update()
+    temporary = output.parent / f"{output.name}.tmp"
+    temporary.write_text("".join(f"{row}\n" for row in rows))
+    temporary.replace(output)
+    part.unlink()
+    if bad:
+        raise UserError(f"{output}: {bad} of {len(lines)} rows could not be scored; their errors are in the file")
+    return f"{output}: {len(lines)} problems scored"
+
+
+def _finished(part: epath.Path, made_by: dict[str, str]) -> dict[str, Any]:
+    """The rows of an interrupted run, cut back to its last whole line. Raises UserError if another model made them."""
+    if not part.exists():
+        return {}
+    whole = part.read_text().rpartition("\n")[0]
+    entries = [json.loads(line) for line in whole.split("\n") if line]
+    for entry in entries:
+        found = {name: entry["row"][name] for name in made_by}
+        if found != made_by:
+            raise UserError(f"{part}: left by a run with {found}; remove it or choose another --output")
+    part.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    return {entry["key"]: entry["row"] for entry in entries}
+
+
+def _score_line(prm: PRM, folder: epath.Path, number: int, line: str, made_by: dict[str, str]) -> dict[str, Any]:
+    row: Any = None
+    try:
+        row = json.loads(line)
+        question, images, candidates = _parse(row)
+        scores = prm.score_candidates(question, [folder / name for name in images], candidates)
+    except (UserError, ValueError) as error:
+        name = row.get("id") if isinstance(row, dict) else None
+        logging.error("line %d: %s", number, error)
+        return {"id": name, "line": number, "error": str(error)}
+    return {"id": row.get("id"), "scores": scores, **made_by}
+
+
+def _parse(row: Any) -> tuple[str, list[str], list[list[str]]]:
+    """question, images, candidates of a row. Raises UserError naming the key that is wrong."""
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(x, str) for x in value)
+
+    if not isinstance(row, dict):
+        raise UserError("expected a JSON object")
+    if not isinstance(row.get("question"), str):
+        raise UserError("question must be a string")
+    if not texts(row.get("images", [])):
+        raise UserError("images must be a list of file names")
+    candidates = row.get("candidates")
+    if not isinstance(candidates, list) or not all(texts(steps) for steps in candidates):
+        raise UserError("candidates must be a list of lists of steps")
+    return row["question"], row.get("images", []), candidates
