@@ -38,6 +38,7 @@ setup(
     extras_require={
         "gcs": ["etils[epath-gcs]>=1.12"],  # gs:// paths
         "test": TEST,
+        "parity": [*TEST, "torch>=2.4"],  # the reference of tests/models/test_parity.py
         "dev": [*TEST, "ruff>=0.12"],
     },
     entry_points={"console_scripts": ["mmprm = mmprm_jax.main:run"]},

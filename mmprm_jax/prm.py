@@ -49,20 +49,20 @@ class PRM:
         """
         cfg, config, where = loaded.model.cfg, loaded.model.config, loaded.folder
         self._tokenizer, self._template, self._cfg, self._mesh = tokenizer, template, cfg, loaded.mesh
+        if (template.positive is None) != bool(cfg.num_labels):
+            has = "has" if cfg.num_labels else "has no"
+            raise UserError(
+                f"{where}: the model {has} score head of its own; the template {template.name!r} is not for it"
+            )
         try:
             tokenizer.check(_markers(template, cfg.vision is not None))
             if len(tokenizer) > cfg.decoder.vocab_size:
                 raise UserError(f"{len(tokenizer)} tokens, but the model has {cfg.decoder.vocab_size} embeddings only")
             classes = None
-            if template.positive is not None and template.negative is not None:
+            if template.positive is not None:
                 classes = (tokenizer.piece(template.positive), tokenizer.piece(template.negative))
         except UserError as error:
             raise UserError(f"{where}: the tokenizer does not fit the template {template.name!r}: {error}") from None
-        if (classes is None) != bool(cfg.num_labels):
-            has = "has" if cfg.num_labels else "has no"
-            raise UserError(
-                f"{where}: the model {has} score head of its own; the template {template.name!r} is not for it"
-            )
         dynamic = config.get("dynamic_image_size", True)
         self._max_tiles = max_tiles or (config.get("max_dynamic_patch", 12) if dynamic else 1)
         self._thumbnail = bool(config.get("use_thumbnail", True))

@@ -35,6 +35,8 @@ from mmprm_jax.sharding import AXES, fit_spec
 
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+# What belongs to a checkpoint beside its weights; code is copied for the original's sake and never run.
+_OTHER = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.md")
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
 
@@ -112,9 +114,8 @@ def find(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, at = name.partition("@")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]  # *.py: copied on export, never run
     try:
-        return Path(snapshot_download(name, revision=at or revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=at or revision, allow_patterns=[*_OTHER, "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"{name}: no such folder, and not to be had from the hub ({first})") from None
@@ -144,9 +145,12 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: damaged or truncated safetensors ({error})") from None
 
 
-def _scan(folder: Path) -> tuple[Manifest, dict[str, tuple[int, ...]], list[str]]:
-    """The manifest, every tensor's shape, and what is wrong with the files. Raises UserError when nothing is there."""
-    index, problems = folder / INDEX, []
+def _scan(folder: Path) -> tuple[Manifest, dict[str, tuple[int, ...]], dict[str, str]]:
+    """The manifest, every tensor's shape, and what the index says is in a file but is not.
+
+    Raises UserError when a file is missing or damaged.
+    """
+    index = folder / INDEX
     if index.exists():
         listed = read_json(index)
         weights = listed.get("weight_map")
@@ -175,10 +179,8 @@ def _scan(folder: Path) -> tuple[Manifest, dict[str, tuple[int, ...]], list[str]
                 part = file.get_slice(key)
                 tensors[key], shapes[key] = part.get_dtype(), tuple(part.get_shape())
             files[name] = {"metadata": file.metadata(), "tensors": tensors}
-    for key, name in weights.items():
-        if key not in files[name]["tensors"]:
-            problems.append(f"missing: {key} (the index says it is in {name})")
-    return Manifest(files, listed and listed.get("metadata", {})), shapes, problems
+    claimed = {key: name for key, name in weights.items() if key not in files[name]["tensors"]}
+    return Manifest(files, listed and listed.get("metadata", {})), shapes, claimed
 
 
 def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) -> Checkpoint:
@@ -191,12 +193,16 @@ def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) 
     config = read_json(folder / "config.json")
     try:
         hf_config.from_hf_config(config)  # tell of a wrong architecture before missing files
-        manifest, shapes, problems = _scan(folder)
+        manifest, shapes, claimed = _scan(folder)
         model = describe(config, manifest)
     except UserError as error:
         raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
     expected = {key: shape for group in model.groups for key, shape, _ in group.tensors()}
-    problems += [f"missing: {key} {list(shape)}" for key, shape in expected.items() if key not in shapes]
+    problems = [
+        f"missing: {key} {list(shape)}" + (f" (the index says it is in {claimed[key]})" if key in claimed else "")
+        for key, shape in expected.items()
+        if key not in shapes
+    ]
     problems += [f"unexpected: {key} {list(shape)}" for key, shape in shapes.items() if key not in expected]
     problems += [
         f"shape: {key} is {list(shapes[key])}, config.json makes it {list(shape)}"
@@ -230,7 +236,7 @@ def load_params(checkpoint: Checkpoint, mesh: Any, dtype: Any = None) -> Any:
             leaves = tuple(jnp.zeros(s.shape, s.dtype, device=s.sharding) for s in shapes)
             for layer in range(max(group.layers, 1)):
                 raws = [_read(checkpoint, key, shape, mesh) for key, shape, at in group.tensors() if at == layer]
-                leaves = _place(leaves, raws, layer, group=group)
+                leaves = _place(leaves, raws, layer, form=group.form, stacked=group.layers > 0)
                 jax.block_until_ready(leaves)  # else the host runs ahead and holds many tensors
             for leaf, value in zip(group.leaves, leaves, strict=True):
                 put(params, leaf, value)
@@ -268,13 +274,13 @@ def read_tensor(checkpoint: Checkpoint, key: str, index: tuple[slice, ...] = ())
         return file.get_slice(key)[index] if index else file.get_tensor(key)
 
 
-@functools.partial(jax.jit, static_argnames=("group",), donate_argnames=("leaves",))
-def _place(leaves: tuple[jax.Array, ...], raws: Sequence[jax.Array], layer: Any, *, group: Group) -> Any:
+@functools.partial(jax.jit, static_argnames=("form", "stacked"), donate_argnames=("leaves",))
+def _place(leaves: tuple[jax.Array, ...], raws: Sequence[jax.Array], layer: Any, *, form: Any, stacked: bool) -> Any:
     """The parameters with the tensors of one layer in place."""
 
     def place(leaves: tuple[jax.Array, ...], raws: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        blocks = group.read(*raws)
-        if not group.layers:
+        blocks = form.read(*raws)
+        if not stacked:
             return tuple(b.astype(leaf.dtype) for b, leaf in zip(blocks, leaves, strict=True))
         return tuple(
             jax.lax.dynamic_update_index_in_dim(leaf, b.astype(leaf.dtype), layer, 0)
@@ -285,16 +291,16 @@ def _place(leaves: tuple[jax.Array, ...], raws: Sequence[jax.Array], layer: Any,
     return jax.sharding.auto_axes(place, out_sharding=layout)(leaves, raws)
 
 
-@functools.partial(jax.jit, static_argnames=("group", "dtypes"))
-def _tensors(leaves: tuple[jax.Array, ...], layer: Any, *, group: Group, dtypes: tuple[Any, ...]) -> Any:
+@functools.partial(jax.jit, static_argnames=("form", "stacked", "dtypes"))
+def _tensors(leaves: tuple[jax.Array, ...], layer: Any, *, form: Any, stacked: bool, dtypes: tuple[Any, ...]) -> Any:
     """The tensors of one layer, whole on every device."""
 
     def pick(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        if group.layers:
+        if stacked:
             leaves = tuple(jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False) for leaf in leaves)
-        return tuple(t.astype(d) for t, d in zip(group.write(*leaves), dtypes, strict=True))
+        return tuple(t.astype(d) for t, d in zip(form.write(*leaves), dtypes, strict=True))
 
-    return jax.sharding.auto_axes(pick, out_sharding=(P(),) * len(group.keys))(leaves)
+    return jax.sharding.auto_axes(pick, out_sharding=(P(),) * len(dtypes))(leaves)
 
 
 def tensors(groups: Sequence[Group], params: Any, dtypes: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
@@ -306,7 +312,8 @@ def tensors(groups: Sequence[Group], params: Any, dtypes: Mapping[str, Any]) -> 
             if not any(key in dtypes for key in keys):
                 continue
             kinds = tuple(dtypes.get(key, jnp.float32) for key in keys)
-            for key, value in zip(keys, _tensors(leaves, layer, group=group, dtypes=kinds), strict=True):
+            values = _tensors(leaves, layer, form=group.form, stacked=group.layers > 0, dtypes=kinds)
+            for key, value in zip(keys, values, strict=True):
                 if key in dtypes:
                     yield key, np.asarray(value.addressable_data(0))
 
@@ -347,5 +354,5 @@ def copy_other_files(source: Path, target: Path) -> None:
     """Copies what belongs to a checkpoint beside its weights: config.json, tokenizer, generation settings."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in (".safetensors", ".bin") and path.name not in (INDEX, MANIFEST):
+        if any(path.match(pattern) for pattern in _OTHER) and path.name not in (INDEX, MANIFEST):
             shutil.copyfile(path, target / path.name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,74 +16,111 @@ import jax.numpy as jnp
 from mmprm_jax.models.config import VisionConfig, VLMConfig
 from mmprm_jax.models.hf_config import CHAT, NATIVE, TEXT_PRM
 
-Arrays = Sequence[jax.Array]
+Arrays = tuple[jax.Array, ...]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+# How tensors become parameters (``read``) and parameters tensors again (``write``). Equal ones are compiled once.
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """The same values in the same order, in another shape."""
+
+    theirs: tuple[int, ...]
+    ours: tuple[int, ...]
+
+    def read(self, x: jax.Array) -> Arrays:
+        return (x.reshape(self.ours),)
+
+    def write(self, p: jax.Array) -> Arrays:
+        return (p.reshape(self.theirs),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """Matrices [out, in] in the file; here [*ins, *outs], or side by side as [*ins, count, *outs].
+
+    Without ``ins`` they are biases [out].
+    """
+
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    count: int = 0  # 0: one matrix, not side by side
+
+    @property
+    def theirs(self) -> tuple[int, ...]:
+        return (math.prod(self.outs), math.prod(self.ins)) if self.ins else (math.prod(self.outs),)
+
+    def read(self, *tensors: jax.Array) -> Arrays:
+        blocks = [t.T.reshape(*self.ins, *self.outs) for t in tensors]
+        return (jnp.stack(blocks, len(self.ins)) if self.count else blocks[0],)
+
+    def write(self, p: jax.Array) -> Arrays:
+        axis = len(self.ins)
+        blocks = [jax.lax.index_in_dim(p, i, axis, False) for i in range(self.count)] if self.count else [p]
+        return tuple(block.reshape(self.theirs[::-1]).T for block in blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedQKV:
+    """InternLM2's wqkv: rows [queries of the group, its key, its value] for each key/value head."""
+
+    size: int  # columns; 0: a bias
+    groups: int
+    per_group: int
+    depth: int
+
+    @property
+    def theirs(self) -> tuple[int, ...]:
+        rows = self.groups * (self.per_group + 2) * self.depth
+        return (rows, self.size) if self.size else (rows,)
+
+    def read(self, w: jax.Array) -> Arrays:
+        first = (self.size,) if self.size else ()
+        w = w.T.reshape(*first, self.groups, self.per_group + 2, self.depth)
+        return w[..., : self.per_group, :], w[..., self.per_group, :], w[..., self.per_group + 1, :]
+
+    def write(self, q: jax.Array, k: jax.Array, v: jax.Array) -> Arrays:
+        whole = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
+        return (whole.reshape(self.theirs[::-1]).T,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """The patch embedding: [out, 3, p, p] in the file, [p, p, 3, out] here."""
+
+    theirs: tuple[int, ...]
+
+    def read(self, w: jax.Array) -> Arrays:
+        return (w.transpose(2, 3, 1, 0),)
+
+    def write(self, p: jax.Array) -> Arrays:
+        return (p.transpose(3, 2, 0, 1),)
+
+
+@dataclasses.dataclass(frozen=True)
 class Group:
-    """Tensors that belong together, of every layer: ``read`` turns them into parameters, ``write`` does the reverse.
+    """Tensors of a file that belong together, of every layer, and the parameters that they are.
 
     ``{}`` in a key is the layer; parameters of a group with layers are stacked over them.
     """
 
     keys: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]  # of the tensors
     leaves: tuple[str, ...]  # parameter paths
-    read: Callable[..., tuple[jax.Array, ...]]
-    write: Callable[..., tuple[jax.Array, ...]]
+    form: Same | Matrices | GroupedQKV | Patches
     layers: int = 0  # 0: not stacked
 
     def tensors(self) -> list[tuple[str, tuple[int, ...], int]]:
         """(name in the file, shape, layer) of every tensor, layer by layer."""
-        return [
-            (key.format(layer), shape, layer)
-            for layer in range(max(self.layers, 1))
-            for key, shape in zip(self.keys, self.shapes, strict=True)
-        ]
+        return [(key.format(i), self.form.theirs, i) for i in range(max(self.layers, 1)) for key in self.keys]
 
 
 def _plain(key: str, leaf: str, shape: Sequence[int], ours: Sequence[int] | None = None, layers: int = 0) -> Group:
-    """The same values in the same order."""
-    own, theirs = tuple(ours or shape), tuple(shape)
-    return Group((key,), (theirs,), (leaf,), lambda x: (x.reshape(own),), lambda p: (p.reshape(theirs),), layers)
+    return Group((key,), (leaf,), Same(tuple(shape), tuple(ours or shape)), layers)
 
 
 def _linear(key: str, leaf: str, ins: Sequence[int], outs: Sequence[int], layers: int = 0) -> Group:
-    """A matrix: [out, in] in the file, [*ins, *outs] here."""
-    shape = (math.prod(outs), math.prod(ins))
-    return Group(
-        (key,), (shape,), (leaf,),
-        lambda w: (w.T.reshape(*ins, *outs),), lambda p: (p.reshape(shape[::-1]).T,), layers,
-    )  # fmt: skip
-
-
-def _stacked(keys: Sequence[str], leaf: str, ins: Sequence[int], outs: Sequence[int], layers: int) -> Group:
-    """Several matrices (or biases, when ``ins`` is empty) side by side in one parameter [*ins, len(keys), *outs]."""
-    shape, axis = (math.prod(outs), math.prod(ins)) if ins else (math.prod(outs),), len(ins)
-
-    def read(*tensors: jax.Array) -> tuple[jax.Array, ...]:
-        return (jnp.stack([t.T.reshape(*ins, *outs) for t in tensors], axis),)
-
-    def write(p: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jax.lax.index_in_dim(p, i, axis, False).reshape(shape[::-1]).T for i in range(len(keys)))
-
-    return Group(tuple(keys), (shape,) * len(keys), (leaf,), read, write, layers)
-
-
-def _grouped(key: str, leaves: Sequence[str], size: int, groups: int, per_group: int, depth: int, layers: int) -> Group:
-    """InternLM2's wqkv: rows [queries of the group, its key, its value] for each key/value head; ``size`` 0: a bias."""
-    rows = (groups, per_group + 2, depth)
-    shape = (math.prod(rows), size) if size else (math.prod(rows),)
-    first = (size,) if size else ()
-
-    def read(w: jax.Array) -> tuple[jax.Array, ...]:
-        w = w.T.reshape(*first, *rows)
-        return w[..., :per_group, :], w[..., per_group, :], w[..., per_group + 1, :]
-
-    def write(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-        return (jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2).reshape(shape[::-1]).T,)
-
-    return Group((key,), (shape,), tuple(leaves), read, write, layers)
+    return Group((key,), (leaf,), Matrices(tuple(ins), tuple(outs)), layers)
 
 
 def _norm(key: str, leaf: str, size: int, kind: str = "rms_norm", layers: int = 0) -> list[Group]:
@@ -120,10 +157,7 @@ def _vision(v: VisionConfig, root: str, native: bool) -> list[Group]:
     groups = [
         _plain(f"{root}embeddings.{class_token}", "vision/class_token", (1, 1, size)),
         _plain(f"{root}embeddings.{positions}", "vision/positions", (1, count, size)),
-        Group(
-            (f"{root}embeddings.{conv}.weight",), ((size, 3, patch, patch),), ("vision/patch",),
-            lambda w: (w.transpose(2, 3, 1, 0),), lambda p: (p.transpose(3, 2, 0, 1),),
-        ),
+        Group((f"{root}embeddings.{conv}.weight",), ("vision/patch",), Patches((size, 3, patch, patch))),
         _plain(f"{root}embeddings.{conv}.bias", "vision/patch_bias", (size,)),
         _linear(f"{at}{attention}.{proj}.weight", f"{ours}attention/proj", (heads, depth), (size,), layers),
         _plain(f"{at}{attention}.{proj}.bias", f"{ours}attention/proj_bias", (size,), layers=layers),
@@ -134,12 +168,12 @@ def _vision(v: VisionConfig, root: str, native: bool) -> list[Group]:
         groups += _norm(f"{at}{norms[i]}", f"{ours}norm{i + 1}", size, v.norm, layers)
         groups.append(_plain(f"{at}{scales[i]}", f"{ours}ls{i + 1}", (size,), layers=layers))
     if native:
-        names = [f"{at}{attention}.{c}_proj" for c in "qkv"]
-        groups.append(_stacked([f"{n}.weight" for n in names], f"{ours}attention/qkv", (size,), (heads, depth), layers))
+        names, leaf = [f"{at}{attention}.{c}_proj" for c in "qkv"], f"{ours}attention/qkv"
+        form = Matrices((size,), (heads, depth), count=3)
+        groups.append(Group(tuple(f"{n}.weight" for n in names), (leaf,), form, layers))
         if v.qkv_bias:
-            groups.append(
-                _stacked([f"{n}.bias" for n in names], f"{ours}attention/qkv_bias", (), (heads, depth), layers)
-            )
+            form = Matrices((), (heads, depth), count=3)
+            groups.append(Group(tuple(f"{n}.bias" for n in names), (f"{leaf}_bias",), form, layers))
     else:
         name = f"{at}{attention}.qkv"
         groups.append(_linear(f"{name}.weight", f"{ours}attention/qkv", (size,), (3, heads, depth), layers))
@@ -170,11 +204,13 @@ def _decoder(cfg: VLMConfig, root: str, head: str, internlm2: bool) -> list[Grou
     if internlm2:
         attention, out, mlp = f"{at}attention.", "wo", f"{at}feed_forward."
         names, norms = ("w1", "w3", "w2"), ("attention_norm", "ffn_norm")
-        leaves = [f"{ours}attention/{c}" for c in "qkv"]
-        found.append(_grouped(f"{attention}wqkv.weight", leaves, size, groups, per_group, depth, layers))
+        leaves = tuple(f"{ours}attention/{c}" for c in "qkv")
+        form = GroupedQKV(size, groups, per_group, depth)
+        found.append(Group((f"{attention}wqkv.weight",), leaves, form, layers))
         if d.qkv_bias:
-            biases = [f"{leaf}_bias" for leaf in leaves]
-            found.append(_grouped(f"{attention}wqkv.bias", biases, 0, groups, per_group, depth, layers))
+            form = dataclasses.replace(form, size=0)
+            biases = tuple(f"{leaf}_bias" for leaf in leaves)
+            found.append(Group((f"{attention}wqkv.bias",), biases, form, layers))
     else:
         attention, out, mlp = f"{at}self_attn.", "o_proj", f"{at}mlp."
         names, norms = ("gate_proj", "up_proj", "down_proj"), ("input_layernorm", "post_attention_layernorm")
