@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +9,6 @@ import pytest
 from mmprm_jax.evaluation import best_of_n as bon
 from mmprm_jax.evaluation.aggregate import AGGREGATORS
 from mmprm_jax.records import Candidate, ScoredCandidate
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "bon"
 
 
 def scored(answer, correct, text="", logprob=0.0, scores=(0.5,)):
@@ -200,18 +197,26 @@ def test_step_auc_of_one_class_is_nan():
     assert math.isnan(bon.step_auc([0.1], [True])) and math.isnan(bon.step_auc([], []))
 
 
-def test_golden_choices_of_the_original():
-    """60 problems scored by the original code; its log of the product is our product.
+def test_golden_choices_of_the_original(golden):
+    """Problems scored by the original code, problem by problem; its log of the product is our product.
 
-    In problem 9 no candidate has a step: a tie with 13 of 16 right, where the original takes the first one (right).
+    Candidates that tie share a choice with us, where the original takes the first one.
     """
-    expected = json.loads((GOLDEN / "expected.json").read_text())["deterministic"]
+    expected = json.loads((golden / "bon" / "expected.json").read_text())
+    rows = json.loads((golden / "bon" / "results.json").read_text())
     problems = [
         [scored(str(j), bool(r), str(j), scores=s) for j, (r, s) in enumerate(zip(*pair, strict=True))]
-        for pair in ((row["labels"], row["prm_scores"]) for row in json.loads((GOLDEN / "results.json").read_text()))
+        for pair in ((row["labels"], row["prm_scores"]) for row in rows)
     ]
-    got = bon.per_problem(problems, 16)
+    n = max(len(row["labels"]) for row in rows)
+    got = bon.per_problem(problems, n)
     names = {"mean": "average", "sum_log_odds": "sum_logit", "mean_odds": "mean_odd"}
     for name, values in got["prm"].items():
-        assert values.sum() == pytest.approx(expected[names.get(name, name)]["correct"] - 1 + 13 / 16), name
-    assert got["random"].sum() == pytest.approx(27.425) and got["oracle"].sum() == 57
+        chosen = expected["chosen_index"][names.get(name, name)]
+        right = np.array([row["labels"][c] for row, c in zip(rows, chosen, strict=True)])
+        clear = (values == 0) | (values == 1)
+        np.testing.assert_array_equal(values[clear], right[clear], name)
+        assert clear.mean() > 0.9
+    closed = expected["closed_form_expected_correct"]
+    assert got["random"].sum() == pytest.approx(closed["random"])
+    assert got["oracle"].sum() == pytest.approx(closed[f"pass@{n}"])

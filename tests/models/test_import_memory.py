@@ -49,7 +49,7 @@ print(json.dumps({"extra": peak - before - model, "model": model, "after": resid
 
 
 def write_8b_shaped(folder):
-    """InternVL2.5-8B with 4 decoder and 2 vision layers, random bfloat16, in 4 files. Returns the largest one's size."""
+    """InternVL2.5-8B with 4 decoder and 2 vision layers, random bfloat16, in 4 files; the largest one's size."""
     cfg = named("internvl2_5-8b")
     cfg = dataclasses.replace(
         cfg,
