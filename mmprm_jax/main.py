@@ -48,9 +48,14 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         mesh = make_mesh({"fsdp": -1})
         print(convert(argv[2], argv[3], mesh, dtype=_DTYPE.value, prm=_PRM.value, verify=_VERIFY.value))
         return
-    if argv[1:2] == ["score"] and len(argv) == 3 and _MODEL.value:
+    if argv[1:2] == ["score"] and len(argv) == 3:
+        if not _MODEL.value:
+            raise UserError("--model is missing: a checkpoint folder, a hub id or a converted model")
         from mmprm_jax.prm import PRM, score_file
 
+        if not os.path.isfile(argv[2]):  # before minutes of loading
+            raise UserError(f"{argv[2]}: no such file")
+        _cache_compilations(os.path.expanduser("~/.cache/mmprm_jax/compilations"))
         prm = PRM.from_pretrained(
             _MODEL.value, template=_TEMPLATE.value, dtype=_DTYPE.value, max_tiles=_MAX_TILES.value
         )
@@ -68,11 +73,7 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
     config = configs.load(_CONFIG.value, overrides)
     workdir = configs.guard_workdir(_WORKDIR.value, config)
 
-    import jax
-
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / "compilation_cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    _cache_compilations(os.fspath(workdir / "compilation_cache"))
     from mmprm_jax import stages
 
     run = stages.Run(config, workdir, configs.to_text(config))
@@ -80,6 +81,15 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         stages.pipeline(run)
     else:
         stages.run_stage(run, argv[1])
+
+
+def _cache_compilations(folder: str) -> None:
+    """Keeps compiled programs in ``folder``, unless the user has chosen another one."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def run() -> None:

@@ -7,11 +7,14 @@ prm.score("What is the area of triangle ABC?", ["triangle.png"], ["The base is 4
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -21,7 +24,7 @@ from mmprm_jax.data import images as image_files
 from mmprm_jax.data.prompts import PRMTemplate, prm_template
 from mmprm_jax.evaluation.score import Scorer, Solutions
 from mmprm_jax.metrics import progress
-from mmprm_jax.models import build, convert, hf_config
+from mmprm_jax.models import build, convert, hf, hf_config
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import UserError
@@ -31,7 +34,10 @@ Picture = str | os.PathLike | Image.Image
 
 
 class PRM:
-    """A process reward model with its tokenizer and prompt: text and images in, one score in [0, 1] per step out."""
+    """A process reward model with its tokenizer and prompt: text and images in, one score in [0, 1] per step out.
+
+    settings: what the scores depend on beside the checkpoint: template, max_tiles, dtype.
+    """
 
     def __init__(
         self,
@@ -47,25 +53,17 @@ class PRM:
 
         Raises UserError when tokenizer, template and model do not fit each other.
         """
-        cfg, config, where = loaded.model.cfg, loaded.model.config, loaded.folder
+        if max_tiles < 0:
+            raise UserError(f"max_tiles must be positive, or 0 for the model's own number, not {max_tiles}")
+        cfg, config = loaded.model.cfg, loaded.model.config
+        classes = _classes(loaded.folder, loaded.model, tokenizer, template)
         self._tokenizer, self._template, self._cfg, self._mesh = tokenizer, template, cfg, loaded.mesh
-        if (template.positive is None) != bool(cfg.num_labels):
-            has = "has" if cfg.num_labels else "has no"
-            raise UserError(
-                f"{where}: the model {has} score head of its own; the template {template.name!r} is not for it"
-            )
-        try:
-            tokenizer.check(_markers(template, cfg.vision is not None))
-            if len(tokenizer) > cfg.decoder.vocab_size:
-                raise UserError(f"{len(tokenizer)} tokens, but the model has {cfg.decoder.vocab_size} embeddings only")
-            classes = None
-            if template.positive is not None:
-                classes = (tokenizer.piece(template.positive), tokenizer.piece(template.negative))
-        except UserError as error:
-            raise UserError(f"{where}: the tokenizer does not fit the template {template.name!r}: {error}") from None
         dynamic = config.get("dynamic_image_size", True)
         self._max_tiles = max_tiles or (config.get("max_dynamic_patch", 12) if dynamic else 1)
         self._thumbnail = bool(config.get("use_thumbnail", True))
+        self.settings = {
+            "template": template.name, "max_tiles": self._max_tiles, "dtype": jnp.dtype(loaded.dtype).name
+        }  # fmt: skip
         scaling = cfg.decoder.rope_scaling
         graphdef, _ = build.abstract(cfg, tokenizer.id(tok.IMAGE) if cfg.vision else -1, loaded.mesh)
         self._scorer = Scorer(
@@ -86,14 +84,17 @@ class PRM:
     ) -> PRM:
         """A PRM from a released checkpoint (folder or hub id, ``org/name@revision``) or a folder of ``mmprm convert``.
 
-        mesh: default all devices, the parameters split over them. template: default by the model's kind (``mm_prm``,
-        ``visual_prm`` or ``qwen_math_prm``); ``mm_prm_eval`` asks as MM-PRM's own evaluation does. dtype: default as
-        stored. settings: as in ``PRM``. Raises UserError.
+        mesh: default all devices, heads over as many as divide them, parameters over the others. template: default by
+        the model's kind (``mm_prm``, ``visual_prm`` or ``qwen_math_prm``); ``mm_prm_eval`` asks as MM-PRM's own
+        evaluation does. dtype: default as stored. settings: as in ``PRM``. Raises UserError, before weights are read
+        if tokenizer or template do not fit.
         """
-        mesh = make_mesh({"fsdp": -1}) if mesh is None else mesh
-        loaded = convert.load(path_or_id, mesh, dtype, revision)
-        name = template or _default_template(loaded.model.config)
-        return cls(loaded, Tokenizer.load(loaded.folder), prm_template(name), **settings)
+        folder, model = convert.inspect(path_or_id, revision)
+        tokenizer, chosen = Tokenizer.load(folder), prm_template(template or _default_template(model.config))
+        _classes(folder, model, tokenizer, chosen)
+        if mesh is None:
+            mesh = make_mesh({"fsdp": -1, "tensor": math.gcd(jax.device_count(), model.cfg.decoder.num_kv_heads)})
+        return cls(convert.load(path_or_id, mesh, dtype, revision), tokenizer, chosen, **settings)
 
     @property
     def template(self) -> str:
@@ -116,6 +117,8 @@ class PRM:
 
         Raises UserError: images the model cannot take, an image that is none, placeholders that do not fit.
         """
+        if isinstance(images, str) or any(isinstance(steps, str) for steps in candidates):
+            raise UserError("images must be a list of files, and a solution a list of steps, not one string")
         if images and self._cfg.vision is None:
             raise UserError("this PRM reads text only, but the problem has images")
         tiles = [self._tiles(image) for image in images]
@@ -131,6 +134,27 @@ class PRM:
     def _tiles(self, image: Picture) -> np.ndarray:
         picture = image.convert("RGB") if isinstance(image, Image.Image) else image_files.open_image(image)
         return image_files.tiles(picture, self._max_tiles, self._cfg.tile, self._thumbnail)
+
+
+def _classes(
+    folder: Path, model: hf.Description, tokenizer: Tokenizer, template: PRMTemplate
+) -> tuple[int, int] | None:
+    """Ids of the tokens for right and wrong, None for a score head. Raises UserError when the three do not fit."""
+    cfg = model.cfg
+    if (template.positive is None) != bool(cfg.num_labels):
+        has = "has" if cfg.num_labels else "has no"
+        raise UserError(
+            f"{folder}: the model {has} score head of its own; the template {template.name!r} is not for it"
+        )
+    try:
+        tokenizer.check(_markers(template, cfg.vision is not None))
+        if len(tokenizer) > cfg.decoder.vocab_size:
+            raise UserError(f"{len(tokenizer)} tokens, but the model has {cfg.decoder.vocab_size} embeddings only")
+        if template.positive is None:
+            return None
+        return tokenizer.piece(template.positive), tokenizer.piece(template.negative)
+    except UserError as error:
+        raise UserError(f"{folder}: the tokenizer does not fit the template {template.name!r}: {error}") from None
 
 
 def _markers(template: PRMTemplate, images: bool) -> list[str]:
@@ -156,10 +180,16 @@ def score_file(prm: PRM, model: str, problems: epath.PathLike, output: epath.Pat
     problems, output = epath.Path(problems), epath.Path(output)
     if not problems.exists():
         raise UserError(f"{problems}: no such file")
+    if output.resolve() == problems.resolve():
+        raise UserError(f"{problems}: the scores would replace the problems; choose another --output")
+    try:
+        text = problems.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{problems}: not UTF-8 text ({error})") from None
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     part = output.parent / f"{output.name}.part"
-    made_by = {"model": model, "template": prm.template}
-    done = _finished(part, made_by)
-    lines = [(n, line) for n, line in enumerate(problems.read_text().split("\n"), 1) if line.strip()]
+    made_by, run = {"model": model, "template": prm.template}, {"model": model, **prm.settings}
+    done = _finished(part, run)
     rows, bad = [], 0
     with part.open("a") as log, progress(len(lines), "score", "problem") as bar:
         for number, line in lines:
@@ -168,32 +198,42 @@ def score_file(prm: PRM, model: str, problems: epath.PathLike, output: epath.Pat
             if row is None:
                 row = _score_line(prm, problems.parent, number, line, made_by)
                 if "error" not in row:
-                    log.write(json.dumps({"key": key, "row": row}, ensure_ascii=False) + "\n")
+                    log.write(json.dumps({"run": run, "key": key, "row": row}) + "\n")
                     log.flush()
             bad += "error" in row
             rows.append(json.dumps(row, ensure_ascii=False))
             bar.update()
-    temporary = output.parent / f"{output.name}.tmp"
-    temporary.write_text("".join(f"{row}\n" for row in rows))
-    temporary.replace(output)
+    # half a surrogate pair, which UTF-8 cannot hold, stays the JSON escape that it was
+    _replace(output, "".join(f"{row}\n" for row in rows).encode(errors="backslashreplace"))
     part.unlink()
     if bad:
         raise UserError(f"{output}: {bad} of {len(lines)} rows could not be scored; their errors are in the file")
     return f"{output}: {len(lines)} problems scored"
 
 
-def _finished(part: epath.Path, made_by: dict[str, str]) -> dict[str, Any]:
-    """The rows of an interrupted run, cut back to its last whole line. Raises UserError if another model made them."""
+def _replace(path: epath.Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def _finished(part: epath.Path, run: dict[str, Any]) -> dict[str, Any]:
+    """The rows of an interrupted run, cut back to its last whole line. Raises UserError if another run left them."""
     if not part.exists():
         return {}
-    whole = part.read_text().rpartition("\n")[0]
-    entries = [json.loads(line) for line in whole.split("\n") if line]
-    for entry in entries:
-        found = {name: entry["row"][name] for name in made_by}
-        if found != made_by:
-            raise UserError(f"{part}: left by a run with {found}; remove it or choose another --output")
-    part.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
-    return {entry["key"]: entry["row"] for entry in entries}
+    whole, end, _ = part.read_bytes().rpartition(b"\n")
+    try:
+        entries = [json.loads(line) for line in whole.split(b"\n") if line]
+        left = [entry["run"] for entry in entries]
+        done = {entry["key"]: entry["row"] for entry in entries}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{part}: not what an interrupted run leaves; remove it or choose another --output") from None
+    for other in left:
+        if other != run:
+            raise UserError(f"{part}: left by a run with {other}; remove it or choose another --output")
+    _replace(part, whole + end)
+    return done
 
 
 def _score_line(prm: PRM, folder: epath.Path, number: int, line: str, made_by: dict[str, str]) -> dict[str, Any]:
@@ -202,7 +242,7 @@ def _score_line(prm: PRM, folder: epath.Path, number: int, line: str, made_by: d
         row = json.loads(line)
         question, images, candidates = _parse(row)
         scores = prm.score_candidates(question, [folder / name for name in images], candidates)
-    except (UserError, ValueError) as error:
+    except (UserError, ValueError, RecursionError) as error:
         name = row.get("id") if isinstance(row, dict) else None
         logging.error("line %d: %s", number, error)
         return {"id": name, "line": number, "error": str(error)}

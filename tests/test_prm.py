@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import jax
 import numpy as np
 import pytest
@@ -31,7 +31,8 @@ from mmprm_jax.records import UserError
 from mmprm_jax.sharding import put_batch
 
 INTERNLM2, QWEN2 = "internlm2", "qwen2"
-WIDTH = 256  # rows are padded to it: few programs to compile
+WIDTH = 256  # rows are padded to it: one program to compile
+SMALL = {"bucket": 128, "batch_size": 4}
 QUESTION = "What is the area of triangle ABC, in cm²?"
 STEPS = [" The base is 4.", "The height is 3, half of it 1.5.\n", "So the area is \\(\\boxed{6}\\)."]
 
@@ -76,6 +77,7 @@ class Released:
     def config(self, decoder, tokenizer, **text):
         """A config.json for that tokenizer whose rotary positions reach far."""
         config = copy.deepcopy(self.configs[decoder])
+        config |= {"dynamic_image_size": True, "use_thumbnail": True, "max_dynamic_patch": 6}
         config["llm_config"] |= {"vocab_size": len(tokenizer), "max_position_embeddings": 4096, **text}
         return config
 
@@ -83,9 +85,7 @@ class Released:
         folder = self.root / name
         folder.mkdir()
         rng, tensors = np.random.default_rng(seed), {}
-        groups = layout(
-            hf_config.from_hf_config(config), hf_config.kind_of(config), hf_config.decoder_kind(config)
-        )  # fmt: skip
+        groups = layout(hf_config.from_hf_config(config), hf_config.kind_of(config), hf_config.decoder_kind(config))
         for key, shape, _ in (tensor for group in groups for tensor in group.tensors()):
             value = rng.standard_normal(shape)
             if len(shape) > 1:
@@ -109,7 +109,7 @@ class Case:
 
     def __init__(self, folder, mesh):
         self.folder, self.mesh = folder, mesh
-        self.prm = PRM.from_pretrained(folder, mesh, bucket=WIDTH)
+        self.prm = PRM.from_pretrained(folder, mesh, **SMALL)
         self.tokenizer = Tokenizer.load(folder)
         self._loaded = convert.load(folder, mesh)
         model = self._loaded.model
@@ -127,11 +127,10 @@ class Case:
 
     def variant(self, template="mm_prm", **settings):
         """Another PRM of the same parameters."""
-        return PRM(self._loaded, self.tokenizer, prm_template(template), **{"bucket": WIDTH} | settings)
+        return PRM(self._loaded, self.tokenizer, prm_template(template), **SMALL | settings)
 
     def tiles(self, image, most=None):
         """The image as InternVL cuts it."""
-        assert self.config["dynamic_image_size"]
         most = most or self.config["max_dynamic_patch"]
         return image_files.tiles(image, most, self.config["force_image_size"], self.config["use_thumbnail"])
 
@@ -151,7 +150,7 @@ class Case:
         batch = {"tokens": tokens, "valid": valid}
         if self.vision:
             tiles = [tile for image in images for tile in self.tiles(image, most)]
-            pixels = np.zeros((1, 16, *[self.cfg.tile] * 2, 3), np.float32)
+            pixels = np.zeros((1, 2 * (1 + self.config["max_dynamic_patch"]), *[self.cfg.tile] * 2, 3), np.float32)
             if tiles:
                 pixels[0, : len(tiles)] = image_files.normalise(np.stack(tiles))
             batch["pixels"] = pixels
@@ -341,7 +340,7 @@ def test_eight_devices(cases, mesh_of, decoder, shape):
 def test_converted(cases, tmp_path, mesh):
     case = cases[INTERNLM2]
     convert.convert(str(case.folder), str(tmp_path / "ours"), mesh)
-    prm = PRM.from_pretrained(tmp_path / "ours", mesh, bucket=WIDTH)
+    prm = PRM.from_pretrained(tmp_path / "ours", mesh, **SMALL)
     want = case.prm.score(QUESTION, [WIDE], STEPS)
     assert prm.score(QUESTION, [WIDE], STEPS) == want and prm.template == "mm_prm"
 
@@ -351,7 +350,7 @@ def test_bfloat16(cases):
     want = np.array(case.prm.score(QUESTION, [WIDE], STEPS))
     prm = PRM.from_pretrained(case.folder, case.mesh, dtype="bfloat16")
     got = np.array(prm.score(QUESTION, [WIDE], STEPS))
-    assert 0 < np.abs(got - want).max() < 0.05  # NaN fails
+    assert 1e-5 < np.abs(got - want).max() < 0.05  # NaN fails
 
 
 def test_visual_prm(released, mesh_of):
@@ -444,7 +443,7 @@ def refused(*words, call):
 @pytest.fixture
 def quick(monkeypatch):
     """Folders that are refused whatever their weights are: they are not loaded."""
-    monkeypatch.setattr(hf, "load_params", lambda *_: None)
+    monkeypatch.setattr(hf, "load_params", lambda *_: [np.zeros(1, np.float32)])
 
 
 def test_policy(released, tmp_path, mesh, quick):
@@ -457,26 +456,24 @@ def test_fewer_embeddings_than_tokens(released, mesh, quick):
     tokenizer = released.tokenizer(QWEN2)
     size = len(tokenizer)
     folder = released.write("few", released.config(QWEN2, tokenizer, vocab_size=size - 1), tokenizer)
-    refused(
-        str(folder), f"{size} tokens", f"{size - 1} embeddings", call=lambda: PRM.from_pretrained(folder, mesh)
-    )  # fmt: skip
+    refused(str(folder), f"{size} tokens", f"{size - 1} embeddings", call=lambda: PRM.from_pretrained(folder, mesh))
 
 
 def test_template_of_another_kind_of_model(folders, text_only, mesh, quick):
     refused(
-        "has no score head", "'qwen_math_prm' is not for it",
+        "has no score head",
+        "'qwen_math_prm' is not for it",
         call=lambda: PRM.from_pretrained(folders[INTERNLM2], mesh, template="qwen_math_prm"),
-    )  # fmt: skip
+    )
     refused(
-        "has score head", "'mm_prm' is not for it",
+        "has score head",
+        "'mm_prm' is not for it",
         call=lambda: PRM.from_pretrained(text_only.folder, mesh, template="mm_prm"),
-    )  # fmt: skip
+    )
 
 
 def test_unknown_template(folders, mesh, quick):
-    refused(
-        "'mmprm'", "did you mean mm_prm", call=lambda: PRM.from_pretrained(folders[QWEN2], mesh, template="mmprm")
-    )  # fmt: skip
+    refused("'mmprm'", "did you mean mm_prm", call=lambda: PRM.from_pretrained(folders[QWEN2], mesh, template="mmprm"))
 
 
 def test_pickled_weights(released, tmp_path, folders, mesh):
@@ -495,9 +492,7 @@ def test_pickled_weights(released, tmp_path, folders, mesh):
 
 def test_neither_folder_nor_hub_id(tmp_path, mesh):
     for name in (str(tmp_path / "missing"), "missing", "gs://bucket/model"):
-        refused(
-            f"{name}: neither a folder nor a hub id", call=lambda name=name: PRM.from_pretrained(name, mesh)
-        )  # fmt: skip
+        refused(f"{name}: neither a folder nor a hub id", call=lambda name=name: PRM.from_pretrained(name, mesh))
 
 
 def test_hub_id_offline(tmp_path, monkeypatch, mesh):
@@ -505,9 +500,7 @@ def test_hub_id_offline(tmp_path, monkeypatch, mesh):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name in ("nobody/no-such-model", "nobody/no-such-model@main"):
-        refused(
-            "nobody/no-such-model: no such folder", "hub", call=lambda name=name: PRM.from_pretrained(name, mesh)
-        )  # fmt: skip
+        refused("nobody/no-such-model: no such folder", "hub", call=lambda name=name: PRM.from_pretrained(name, mesh))
 
 
 def test_images_that_cannot_be_taken(prm, text_only, tmp_path):
@@ -521,9 +514,10 @@ def test_images_that_cannot_be_taken(prm, text_only, tmp_path):
 def test_placeholders_that_do_not_fit(prm, text_only):
     for question, images in (("<image> <image>", [SQUARE]), ("<image>", [SQUARE, SQUARE]), ("<image>", [])):
         refused(
-            f"{question.count('<image>')} <image> placeholders", f"{len(images)} images",
+            f"{question.count('<image>')} <image> placeholders",
+            f"{len(images)} images",
             call=lambda question=question, images=images: prm.score(question, images, STEPS),
-        )  # fmt: skip
+        )
     refused("1 <image> placeholders", call=lambda: text_only.prm.score("<image>", [], STEPS))
 
 
@@ -549,10 +543,11 @@ BAD = {
     json.dumps(row("names", images="square.png")): "images must be a list of file names",
     json.dumps(row("gone", images=["gone.png"])): "gone.png: image not found",
     json.dumps(row("zero", images=["a\0b.png"])): "null",
+    json.dumps(row("half", images=["\ud800.png"])): "surrogates not allowed",
     json.dumps(row("two", question="<image> <image>")): "2 <image> placeholders",
     json.dumps(row("\ud800", question=0)): "question must be a string",
     json.dumps(row("surrogate", question="\ud800")): "cannot tokenise",
-    "[" * 100_000: "recursion",
+    "[" * 100_000: "decoding a JSON array",
 }
 
 
@@ -572,9 +567,15 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.fixture(scope="module")
+def known():
+    """What ``calls`` scored already: the same files are scored in many tests."""
+    return {}
+
+
 @pytest.fixture
-def calls(prm, monkeypatch):
-    """The questions' images of every ``score_candidates``; ``calls.stop_at``: the call that is interrupted."""
+def calls(prm, known, monkeypatch):
+    """The candidates of every ``score_candidates``; ``calls.stop_at``: the call that is interrupted."""
 
     class Calls(list):
         stop_at = None
@@ -584,8 +585,11 @@ def calls(prm, monkeypatch):
     def counted(question, images, candidates):
         if len(found) == found.stop_at:
             raise KeyboardInterrupt
-        found.append(images)
-        return original(question, images, candidates)
+        found.append(candidates)
+        key = repr((question, [image.name for image in images], candidates))
+        if key not in known:
+            known[key] = original(question, images, candidates)
+        return known[key]
 
     monkeypatch.setattr(prm, "score_candidates", counted)
     return found
@@ -608,9 +612,7 @@ def test_score_file(prm, problems, tmp_path):
 def test_bad_rows_among_good_ones(prm, problems, tmp_path):
     lines = [line for pair in zip(BAD, GOOD * len(BAD), strict=False) for line in pair]
     out = tmp_path / "scores.jsonl"
-    refused(
-        str(out), f"{len(BAD)} of {len(lines)} rows", call=lambda: score_file(prm, "m", problems(lines), out)
-    )  # fmt: skip
+    refused(str(out), f"{len(BAD)} of {len(lines)} rows", call=lambda: score_file(prm, "m", problems(lines), out))
     rows = rows_of(out)
     assert len(rows) == len(lines)
     for number, (line, found) in enumerate(zip(lines, rows, strict=True), 1):
@@ -630,26 +632,24 @@ def test_a_name_that_is_no_text_and_yet_scored(prm, problems, tmp_path):
     assert [r["id"] for r in rows_of(out)] == ["\ud800", GOOD[1]["id"]]
 
 
-@pytest.mark.parametrize("cut", [0, 1, 12, -1])
-def test_interrupted(prm, calls, problems, tmp_path, cut):
-    """With whatever is left of the last line, inside a letter too."""
+@pytest.mark.parametrize("rest", [b"", b"{", '{"key": "é'.encode(), '{"key": "é'.encode()[:-1]])
+def test_interrupted(prm, calls, problems, tmp_path, rest):
+    """Twice; the first time with a piece of a line left, once cut inside a letter."""
     path, whole, out = problems(GOOD), tmp_path / "whole.jsonl", tmp_path / "scores.jsonl"
-    score_file(prm, "m", path, whole)
-    assert len(calls) == len(GOOD)
-    del calls[:]
-    calls.stop_at = 2
-    with pytest.raises(KeyboardInterrupt):
-        score_file(prm, "m", path, out)
     part = tmp_path / "scores.jsonl.part"
-    assert not out.exists() and part.exists() and len(calls) == 2
-    line = json.dumps({"key": "é", "row": {}}, ensure_ascii=False).encode()
-    assert line[:11] == '{"key": "é'.encode()
-    with part.open("ab") as file:
-        file.write(line[:cut] if cut != 12 else line[:10])
+    score_file(prm, "m", path, whole)
+    assert calls == [r["candidates"] for r in GOOD]
     del calls[:]
+    for stop, left in ((2, rest), (3, b"")):
+        calls.stop_at = stop
+        with pytest.raises(KeyboardInterrupt):
+            score_file(prm, "m", path, out)
+        assert len(calls) == stop and part.exists() and not out.exists()
+        with part.open("ab") as file:
+            file.write(left)
     calls.stop_at = None
     assert score_file(prm, "m", path, out) == f"{out}: {len(GOOD)} problems scored"
-    assert len(calls) == len(GOOD) - 2 and not part.exists()
+    assert calls == [r["candidates"] for r in GOOD] and not part.exists()
     assert out.read_bytes() == whole.read_bytes()
 
 
@@ -677,9 +677,11 @@ def test_what_another_run_left_is_kept(cases, prm, calls, problems, tmp_path):
     left, case = part.read_bytes(), cases[INTERNLM2]
     for scorer, model in ((prm, "m"), (case.variant("mm_prm_eval"), "other"), (case.variant(max_tiles=1), "other")):
         refused(
-            str(part), "another", "--output",
+            str(part),
+            "another",
+            "--output",
             call=lambda scorer=scorer, model=model: score_file(scorer, model, problems(GOOD), out),
-        )  # fmt: skip
+        )
         assert part.read_bytes() == left and not out.exists()
 
 
@@ -711,10 +713,10 @@ def mmprm(*arguments):
 
 def test_command_line(cases, problems, tmp_path):
     case = cases[INTERNLM2]
-    path = problems(GOOD[:2])
+    path = problems(GOOD[:1])
     done = mmprm("score", path, f"--model={case.folder}", "--max_tiles=2", "--template=mm_prm_eval")
     out = Path(str(path).replace(".jsonl", ".scores.jsonl"))
-    assert (done.returncode, done.stdout) == (0, f"{out}: 2 problems scored\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{out}: 1 problems scored\n"), done.stderr
     prm = case.variant("mm_prm_eval", max_tiles=2)
     for found, wanted in zip(rows_of(out), GOOD, strict=False):
         images = [tmp_path / name for name in wanted["images"]]

@@ -44,17 +44,25 @@ def is_ours(path: str | os.PathLike) -> bool:
     return (Path(path) / "hf" / hf.MANIFEST).is_file()
 
 
+def inspect(path_or_id: str | os.PathLike, revision: str | None = None) -> tuple[Path, hf.Description]:
+    """The folder of config.json and tokenizer, and the model's description; weights are not read, but checked."""
+    if not is_ours(path_or_id):
+        checkpoint = hf.open_checkpoint(path_or_id, revision)
+        return checkpoint.folder, checkpoint.model
+    folder = Path(path_or_id) / "hf"
+    stored = hf.read_json(folder / hf.MANIFEST)
+    return folder, hf.describe(hf.read_json(folder / "config.json"), hf.Manifest(stored["files"], stored["index"]))
+
+
 def load(path_or_id: str | os.PathLike, mesh: Any, dtype: Any = None, revision: str | None = None) -> Loaded:
     """A released checkpoint (folder or hub id) or a model folder of ours, on ``mesh``; dtype: as stored by default."""
     if not is_ours(path_or_id):
         checkpoint = hf.open_checkpoint(path_or_id, revision)
         return Loaded(checkpoint.folder, checkpoint.model, hf.load_params(checkpoint, mesh, dtype), mesh)
-    folder = Path(path_or_id)
-    stored = hf.read_json(folder / "hf" / hf.MANIFEST)
-    model = hf.describe(hf.read_json(folder / "hf" / "config.json"), hf.Manifest(stored["files"], stored["index"]))
-    kept = jnp.dtype(stored["dtype"])
+    folder, model = inspect(path_or_id)
+    kept = jnp.dtype(hf.read_json(folder / hf.MANIFEST)["dtype"])
     _, abstract = build.abstract(model.cfg, 0, mesh, kept if dtype is None else dtype)
-    return Loaded(folder / "hf", model, load_params(folder / "params", abstract), mesh)
+    return Loaded(folder, model, load_params(Path(path_or_id) / "params", abstract), mesh)
 
 
 def convert(source: str, target: str, mesh: Any, *, dtype: Any = None, prm: bool = False, verify: bool = False) -> str:

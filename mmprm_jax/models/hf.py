@@ -287,6 +287,8 @@ def _place(leaves: tuple[jax.Array, ...], raws: Sequence[jax.Array], layer: Any,
             for leaf, b in zip(leaves, blocks, strict=True)
         )
 
+    if any(leaf.ndim - stacked != raws[0].ndim for leaf in leaves):
+        raws = [jax.sharding.reshard(raw, P()) for raw in raws]  # a split dimension cannot become heads
     layout = tuple(jax.typeof(leaf).sharding.spec for leaf in leaves)
     return jax.sharding.auto_axes(place, out_sharding=layout)(leaves, raws)
 

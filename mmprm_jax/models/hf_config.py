@@ -113,6 +113,9 @@ def _decoder(config: Mapping[str, Any]) -> DecoderConfig:
     # qwen2: always qkv, never out; llama and qwen3: one switch for all four; internlm2 names it otherwise.
     biased = bool(c.get("bias" if kind == "internlm2" else "attention_bias", False))
     rope = c.get("rope_parameters") or {}
+    tied = c.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    if kind_of(config) == NATIVE:  # transformers 4 goes by the language model's own setting, 5 by the whole model's
+        tied = tied or config.get("tie_word_embeddings", False)
     return DecoderConfig(
         vocab_size=_size(c, "vocab_size", where),
         hidden_size=hidden,
@@ -128,7 +131,7 @@ def _decoder(config: Mapping[str, Any]) -> DecoderConfig:
         out_bias=kind != "qwen2" and biased,
         mlp_bias=kind == "llama" and bool(c.get("mlp_bias", False)),
         qk_norm=kind == "qwen3",
-        tied=bool(c.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        tied=bool(tied),
     )
 
 
@@ -138,7 +141,7 @@ def _rope_scaling(scaling: Mapping[str, Any], section: Mapping[str, Any]) -> Rop
         return None
     if kind not in ("linear", "dynamic"):
         raise UserError(f"config.json: rope scaling {kind!r} is not supported; linear and dynamic are")
-    longest = scaling.get("original_max_position_embeddings") or section.get("max_position_embeddings")
+    longest = section.get("max_position_embeddings")
     if kind == "dynamic" and not longest:
         raise UserError("config.json: dynamic rope scaling needs max_position_embeddings")
     return RopeScaling(kind, float(scaling["factor"]), int(longest) if kind == "dynamic" else 0)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from mmprm_jax.models import build, hf
 from mmprm_jax.models.hf_config import decoder_kind, kind_of
@@ -201,7 +202,8 @@ def test_loss_and_gradients(case, prefix):
 
 def test_sequence_longer_than_trained(case):
     scaling = case.cfg.decoder.rope_scaling
-    if scaling is None or scaling.kind != "dynamic":
+    if "long_input_ids" not in case.reference:
+        assert decoder_kind(case.config) != "internlm2"
         return
     tokens = case.reference["long_input_ids"]
     assert tokens.shape[1] > scaling.max_position
@@ -254,4 +256,37 @@ def test_sharded_import_computes_the_same(case_of, mesh_of, name, shape):
         for axis in (part or ())
         for axis in ((part,) if isinstance(part, str) else part)
     }
-    assert used >= split and all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(eight.params))
+    divides = all(size % 8 == 0 for size in (one.cfg.decoder.hidden_size, one.cfg.decoder.intermediate_size))
+    assert (used >= split or not divides) and all(
+        len(x.sharding.device_set) == 8 for x in jax.tree.leaves(eight.params)
+    )
+
+
+def test_activations_are_sharded(case_of, mesh_of):
+    """Rows over data and fsdp; heads, and the vocabulary of the logits, over the tensor axis, where they divide."""
+    case, seen = Case(MODELS[-1], mesh_of(data=2, fsdp=1, tensor=2)), {}
+
+    def forward(model, batch):
+        hidden, (keys, _) = model(batch["tokens"], batch["valid"], batch["pixels"])
+        arrays = {
+            "embeddings": model.embed(batch["tokens"], batch["pixels"]),
+            "visual": model.embed_images(batch["pixels"]),
+            "hidden": hidden,
+            "keys": keys,
+            "logits": model.decoder.logits(hidden),
+        }
+        seen.update({name: jax.typeof(x).sharding.spec for name, x in arrays.items()})
+        return hidden
+
+    batch, decoder = case.batch(), case.cfg.decoder
+    case.run(forward, batch)
+    rows = None if len(batch["tokens"]) % 2 else ("data", "fsdp")
+    heads, vocabulary = (None if size % 2 else "tensor" for size in (decoder.num_kv_heads, decoder.vocab_size))
+    assert {rows, heads, vocabulary} != {None}
+    assert seen == {
+        "embeddings": P(rows, None, None),
+        "visual": P(rows, None, None),
+        "hidden": P(rows, None, None),
+        "keys": P(None, rows, None, heads, None),
+        "logits": P(rows, None, vocabulary),
+    }

@@ -3,7 +3,6 @@
 Needs torch: ``pip install '.[parity]'``, then ``pytest -m parity tests/models/test_parity.py``. Everything is float32.
 """
 
-import copy
 import functools
 import json
 import shutil
@@ -43,12 +42,14 @@ VIT_6B = dict(norm_type="rms_norm", use_qk_norm=True, attention_bias=False)
 QWEN3 = dict(model_type="qwen3", head_dim=16, num_attention_heads=6)
 
 
-def rope(kind="default", theta=100.0, **more):
-    return {"rope_type": kind, "rope_theta": theta, **more}
+def rope(kind="default", **more):
+    return {"rope_type": kind, "rope_theta": 100.0, **more}
 
 
-def case(model_type="qwen2", vision=(), top=(), shard="1GB", **text):
-    return {"text": {"model_type": model_type, **text}, "vision": dict(vision), "top": dict(top), "shard": shard}
+def case(model_type="qwen2", vision=(), top=(), shard="1GB", features=1.0, **text):
+    """``shard``: the largest weight file; ``features``: how large what the vision tower puts out is."""
+    sections = {"text": {"model_type": model_type, **text}, "vision": dict(vision), "top": dict(top)}
+    return {"sections": sections, "shard": shard, "features": features}
 
 
 SHARD = "30KB"
@@ -57,10 +58,14 @@ CASES = {
     "qwen2, sharded": case(shard=SHARD),
     "qwen2, tied": case(tie_word_embeddings=True, top={"tie_word_embeddings": True}),
     "qwen2, tied by the whole model's config only": case(top={"tie_word_embeddings": True}),
+    "qwen2, tied by the language model's config only": case(tie_word_embeddings=True),
     "qwen2, one key/value head each": case(num_key_value_heads=4),
     "qwen2, one key/value head": case(num_key_value_heads=1),
     "qwen2, dynamic scaling, 3 queries to a key": case(
-        num_attention_heads=6, hidden_size=36, rope_parameters=rope("dynamic", factor=2.0), max_position_embeddings=16
+        num_attention_heads=6,
+        hidden_size=36,
+        rope_parameters=rope("dynamic", factor=2.0, original_max_position_embeddings=8),
+        max_position_embeddings=16,
     ),
     "qwen3": case(**QWEN3),
     "qwen3, tied, sharded": case(
@@ -75,6 +80,7 @@ CASES = {
     "vision: rms_norm, qk_norm, no bias": case(vision=VIT_6B),
     "vision: layer_norm, no bias": case(vision={"attention_bias": False}),
     "vision: rms_norm, bias": case(vision={"norm_type": "rms_norm"}),
+    "vision: small features, where the projector's epsilon counts": case(vision=VIT_6B, features=0.01),
     "vision: one token per tile": case(top={"downsample_ratio": 0.25}),
 }
 PADDED = [name for name in CASES if "dynamic" not in name]  # transformers scales by the longest row, padding included
@@ -91,15 +97,19 @@ def randomise(model, seed=0):
     return model.eval()
 
 
-def make(text, vision, top):
+def make(text, vision, top, features=1.0):
     """A random InternVLForConditionalGeneration."""
     side = (vision.get("image_size", 28) // 7 * top.get("downsample_ratio", 0.5)) ** 2
     config = transformers.InternVLConfig(
         text_config={**TEXT, "rope_parameters": rope(), **text}, vision_config={**VISION, **vision},
         image_token_id=IMAGE, image_seq_length=int(side), **{"tie_word_embeddings": False, **top},
     )  # fmt: skip
-    torch.manual_seed(0)
-    return randomise(transformers.InternVLForConditionalGeneration(config))
+    model = randomise(transformers.InternVLForConditionalGeneration(config))
+    with torch.no_grad():
+        for key, p in model.model.vision_tower.named_parameters():
+            if key.startswith("embeddings.") or ".lambda_" in key:
+                p.mul_(features)
+    return model
 
 
 def reload(folder):
@@ -167,7 +177,7 @@ class Pair:
 
     def __init__(self, name, folder, mesh):
         self.name, self.folder, settings = name, folder, CASES[name]
-        self.model = make(settings["text"], settings["vision"], settings["top"])
+        self.model = make(**settings["sections"], features=settings["features"])
         self.model.save_pretrained(folder, max_shard_size=settings["shard"])
         self.ours = Ours(folder, mesh)
         # Left and right padding, several tiles in a row, none in another.
@@ -224,9 +234,8 @@ def test_sequence_longer_than_trained(pair_of, name):
     assert longest == 16
     batch = batch_of(pair.ours.cfg, rows, seed=1)
     got = pair.ours.logits(batch)
-    settings = copy.deepcopy(CASES[name])
-    settings["text"]["rope_parameters"] = rope()
-    unscaled = make(settings["text"], settings["vision"], settings["top"])
+    sections = CASES[name]["sections"]
+    unscaled = make(**{**sections, "text": {**sections["text"], "rope_parameters": rope()}})
     unscaled.load_state_dict(pair.model.state_dict())
     for r, valid in enumerate(batch["valid"]):
         row = {key: value[r : r + 1] for key, value in batch.items()}
@@ -349,23 +358,22 @@ def test_trained_model_is_exported(tmp_path, mesh, mesh_of, pair_of, name):
 
 
 @pytest.mark.parametrize("head", [False, True])
-@pytest.mark.parametrize("kv_heads, theta", [(2, 100.0), (1, 10000.0)])
-def test_text_only_prm(tmp_path, mesh, head, kv_heads, theta):
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_text_only_prm(tmp_path, mesh, head, kv_heads):
     """The layout of Qwen2.5-Math-PRM, whose class is no part of transformers: its body and a head of two layers."""
     text = {**TEXT, "num_key_value_heads": kv_heads}
-    torch.manual_seed(0)
-    body = randomise(transformers.Qwen2Model(transformers.Qwen2Config(**text, rope_parameters=rope(theta=theta))))
+    body = randomise(transformers.Qwen2Model(transformers.Qwen2Config(**text, rope_parameters=rope())))
     size = TEXT["hidden_size"]
     score = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.ReLU(), torch.nn.Linear(size, 2))
     randomise(score, seed=1)
     tensors = {f"model.{k}": v for k, v in body.state_dict().items()}
     tensors |= {f"score.{k}": v for k, v in score.state_dict().items()}
     if head:
-        tensors["lm_head.weight"] = torch.randn(TEXT["vocab_size"], size)
+        tensors["lm_head.weight"] = torch.ones(TEXT["vocab_size"], size)
     source = tmp_path / "source"
     source.mkdir()
     save_file({k: v.numpy() for k, v in tensors.items()}, source / "model.safetensors", {"format": "pt"})
-    config = {"architectures": ["Qwen2ForProcessRewardModel"], "model_type": "qwen2", "rope_theta": theta, **text}
+    config = {"architectures": ["Qwen2ForProcessRewardModel"], "model_type": "qwen2", "rope_theta": 100.0, **text}
     (source / "config.json").write_text(json.dumps(config))
 
     rng = np.random.default_rng(0)
@@ -391,20 +399,20 @@ def test_text_only_prm(tmp_path, mesh, head, kv_heads, theta):
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3, tied, sharded", "llama, linear scaling", *DYNAMIC])
 def test_greedy_generation(pair_of, name):
-    """Left-padded prompts with images; with dynamic scaling a single one, which grows past the trained length."""
+    """Left-padded prompts with images; with dynamic scaling unpadded ones, which grow past the trained length."""
     pair, new = pair_of(name), 8
     dynamic = name in DYNAMIC
-    rows = [(13, 0, 0, 1)] if dynamic else [(20, 2, 0, 1), (20, 0, 0, 3), (20, 6, 0, 2), (20, 9, 0, 0)]
+    rows = [(13, 0, 0, 1), (13, 0, 0, 2)] if dynamic else [(20, 2, 0, 1), (20, 0, 0, 3), (20, 6, 0, 2), (20, 9, 0, 0)]
     batch = batch_of(pair.ours.cfg, rows, seed=3)
     limit = pair.model.config.text_config.max_position_embeddings
-    assert (batch["valid"].sum() < limit < batch["valid"].sum() + new) == dynamic
+    assert (len(batch["tokens"][0]) < limit < len(batch["tokens"][0]) + new) == dynamic
     inputs = as_torch(batch, pair.ours.cfg.tokens_per_tile)
     told = pair.model.generate(
         **inputs, do_sample=False, max_new_tokens=new, return_dict_in_generate=True, output_logits=True
     )
     want = told.sequences[:, len(batch["tokens"][0]) :].numpy()
     best = torch.stack(told.logits).topk(2).values
-    assert (best[..., 0] - best[..., 1]).min() > 10 * TOLERANCE  # no ties
+    assert (best[..., 0] - best[..., 1]).min() > 2 * TOLERANCE  # no ties
     assert want.shape == (len(rows), new) and len(np.unique(want)) > 3
     keys = np.zeros((len(rows), 2), np.uint32)
     with jax.set_mesh(pair.ours.mesh):
