@@ -18,6 +18,7 @@ setup(
         "etils[epath]>=1.12",
         "flax>=0.12",
         "grain>=0.2.15",
+        "huggingface_hub>=0.34",
         "importlib_resources>=6.0",  # tensorflow-datasets needs it and does not say so
         "jax>=0.10",
         "matplotlib>=3.9",
@@ -26,6 +27,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "pillow>=11.0",
+        "safetensors>=0.5",  # bfloat16 in numpy
         "scikit-learn>=1.5",  # its handwritten digits are the embedded data set
         "sentencepiece>=0.2.1",  # reads InternLM2's vocabulary file (tokenizer.model)
         "sympy>=1.13",

@@ -42,7 +42,7 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         print(summarise(argv[2:]))
         return
     if argv[1:2] == ["convert"] and len(argv) == 4:
-        from mmprm_jax.models.convert import convert
+        from mmprm_jax.convert import convert
         from mmprm_jax.sharding import make_mesh
 
         mesh = make_mesh({"fsdp": -1})

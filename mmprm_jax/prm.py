@@ -20,11 +20,12 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
+from mmprm_jax import convert
 from mmprm_jax.data import images as image_files
 from mmprm_jax.data.prompts import PRMTemplate, prm_template
 from mmprm_jax.evaluation.score import Scorer, Solutions
 from mmprm_jax.metrics import progress
-from mmprm_jax.models import build, convert, hf, hf_config
+from mmprm_jax.models import build, hf, hf_config
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import UserError

@@ -20,9 +20,10 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from mmprm_jax import convert
 from mmprm_jax.data import images as image_files
 from mmprm_jax.data.prompts import INTERNVL_SYSTEM, QWEN_MATH_SYSTEM, prm_template
-from mmprm_jax.models import build, convert, hf, hf_config
+from mmprm_jax.models import build, hf, hf_config
 from mmprm_jax.models.hf_layout import layout
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.models.vision import VisionTower

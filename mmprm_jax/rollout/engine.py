@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from mmprm_jax.data.images import normalise
 from mmprm_jax.models.vlm import VLM
@@ -55,7 +56,7 @@ def _generate(params: Any, batch: Any, sampling: Any, *, graphdef: Any, n: int, 
     hidden, prefix = model(batch["tokens"], mask, batch["pixels"])
     first = jnp.sum(mask, axis=1)[:, None]
     keys = jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(jnp.arange(n)))(
-        jax.random.wrap_key_data(batch["keys"], impl="threefry2x32")
+        jax.random.wrap_key_data(jax.sharding.reshard(batch["keys"], P()), impl="threefry2x32")
     )
 
     def pick(hidden: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:

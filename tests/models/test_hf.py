@@ -13,7 +13,8 @@ import pytest
 from conftest import GOLDEN
 from safetensors.numpy import load_file, save_file
 
-from mmprm_jax.models import convert, hf, hf_config
+from mmprm_jax import convert
+from mmprm_jax.models import hf, hf_config
 from mmprm_jax.models.hf_layout import get, layout
 from mmprm_jax.models.released import NAMED, named
 from mmprm_jax.models.tokenizer import Tokenizer

@@ -17,8 +17,9 @@ from conftest import GOLDEN
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from mmprm_jax import convert
 from mmprm_jax.evaluation.score import Scorer, Solutions
-from mmprm_jax.models import build, convert, hf
+from mmprm_jax.models import build, hf
 from mmprm_jax.rollout.engine import _generate
 from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.sharding import put_batch
@@ -364,6 +365,7 @@ def test_text_only_prm(tmp_path, mesh, head, kv_heads):
     text = {**TEXT, "num_key_value_heads": kv_heads}
     body = randomise(transformers.Qwen2Model(transformers.Qwen2Config(**text, rope_parameters=rope())))
     size = TEXT["hidden_size"]
+    torch.manual_seed(0)  # torch's own biases do not start at zero
     score = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.ReLU(), torch.nn.Linear(size, 2))
     randomise(score, seed=1)
     tensors = {f"model.{k}": v for k, v in body.state_dict().items()}

@@ -131,6 +131,7 @@ def test_samples_differ(samples):
 def test_independent_of_batch_and_order(make, problems, samples):
     prefixes, pixels, keys = problems
     assert_same(make(rows=8)(*problems), samples, atol=1e-4)
+    assert_same(make(rows=1)(*problems), samples, atol=1e-4)
     order = [3, 0, 4, 2, 1]
     mixed = make()([prefixes[i] for i in order], pixels[order], keys[order])
     assert_same(mixed, [samples[i] for i in order])
