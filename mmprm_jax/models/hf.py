@@ -203,6 +203,11 @@ def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) 
         for key, shape in expected.items()
         if key not in shapes
     ]
+    problems += [
+        f"misfiled: {key} is not in {name}, where the index says it is"
+        for key, name in claimed.items()
+        if key in shapes
+    ]
     problems += [f"unexpected: {key} {list(shape)}" for key, shape in shapes.items() if key not in expected]
     problems += [
         f"shape: {key} is {list(shapes[key])}, config.json makes it {list(shape)}"

@@ -304,6 +304,14 @@ def lose_a_tensor_of_the_index(folder):
     save_file(tensors, folder / "model-00001-of-00002.safetensors")
 
 
+def misfile(folder):
+    split(folder, 2)
+    index = json.loads((folder / hf.INDEX).read_text())
+    key = sorted(index["weight_map"])[0]
+    index["weight_map"][key] = "model-00002-of-00002.safetensors"
+    (folder / hf.INDEX).write_text(json.dumps(index))
+
+
 def truncate(folder):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) * 2 // 3])
@@ -335,6 +343,7 @@ def retype(dtype):
 BAD = {
     "missing shard": (lose_a_shard, ["1 of 3 weight files are missing", "model-00002-of-00003"]),
     "missing from its shard": (lose_a_tensor_of_the_index, ["1 missing", "the index says"]),
+    "in another shard": (misfile, ["1 misfiled", "is not in model-00002-of-00002"]),
     "truncated": (truncate, ["model.safetensors", "truncated"]),
     "header": (huge_header, ["model.safetensors", "damaged"]),
     "integers": (retype(np.int32), ["1 dtype", "I32", "F32, F16 and BF16"]),
