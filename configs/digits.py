@@ -47,6 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sft.log_every = 10
 
     config.annotate = ConfigDict()
+    config.annotate.mode = "default"  # or paper: the original's search, quirks included
     config.annotate.num_rollouts = 8
     config.annotate.max_searches = 12
     config.annotate.rollout_budget = 80
@@ -64,6 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.annotate.trees_per_shard = 50
 
     config.train_prm = ConfigDict()
+    config.train_prm.mode = "default"  # or paper: one label per tree node, all steps of a right rollout are right
     config.train_prm.label = "soft"  # soft: k / n; hard: 1 where k / n > threshold
     config.train_prm.threshold = 0.0
     config.train_prm.max_paths = 16  # solutions per problem

@@ -59,6 +59,7 @@ class Request:
     problem: Problem
     prefix: tuple[str, ...]
     n: int
+    repeat: int = 0  # how often the same prefix was asked for before; a repeat has rollouts of its own
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from mmprm_jax.report import report as report_page
 from mmprm_jax.rollout.engine import Engine
 from mmprm_jax.rollout.rollouts import Sampler
 from mmprm_jax.rollout.sampling import Sampling
-from mmprm_jax.search import labels, omegaprm
+from mmprm_jax.search import labels, omegaprm, paper
 from mmprm_jax.sharding import make_mesh
 from mmprm_jax.training import losses, optimizers, trainer
 from mmprm_jax.training.checkpoints import load_params, save_params
@@ -98,6 +98,18 @@ def settings_of(cls: type, config: Mapping[str, Any], **more: Any) -> Any:
         raise UserError(str(error)) from None
 
 
+# "paper": as the original MM-PRM does, quirks included.
+SEARCHES = {"default": omegaprm.search, "paper": paper.search}
+EXAMPLES = {"default": labels.step_examples, "paper": paper.step_examples}
+
+
+def one_of(choices: Mapping[str, Any], name: str, key: str) -> str:
+    """``name``, if it is one of ``choices``. Raises UserError."""
+    if name not in choices:
+        raise UserError(f"{key}: {name!r} is not one of {', '.join(choices)}")
+    return name
+
+
 def training_settings(config: ConfigDict, seed: int) -> trainer.Settings:
     """The settings of one training stage."""
     values = {**config.to_dict(), "optimizer": settings_of(optimizers.Settings, config.optimizer)}
@@ -132,7 +144,7 @@ def annotate(run: Run) -> Figures:
     c, folder = run.config.annotate, run.folder("annotate")
     tokenizer = run.tokenizer()
     cfg, problems = run.model(tokenizer), run.problems("train")
-    settings = settings_of(omegaprm.Settings, c)
+    settings, search = settings_of(omegaprm.Settings, c), SEARCHES[one_of(SEARCHES, c.mode, "annotate.mode")]
     sampler = Sampler(
         run.engine(c.rows, tokenizer, cfg, c), tokenizer, cfg, run.pixels(problems, cfg), run.config.seed, "annotate"
     )
@@ -143,7 +155,8 @@ def annotate(run: Run) -> Figures:
     done: dict[int, Tree] = {}
     first = len(problems) - len(todo)
     with Metrics(folder, resume_step=first + 1) as metrics, progress(len(problems), "annotate", "tree", first) as bar:
-        for index, tree in omegaprm.grow([problems[i] for i in todo], settings, sampler, c.in_flight):
+        searches = (search(problems[i], settings) for i in todo)
+        for index, tree in omegaprm.grow(searches, sampler, c.in_flight):
             done[todo[index]] = tree
             bar.update()
             bar.set_postfix(rollouts=sampler.rollouts, refresh=False)
@@ -178,7 +191,8 @@ def train_prm(run: Run) -> Figures:
     cfg = run.model(tokenizer)
     chosen = settings_of(labels.LabelSettings, c)
     trees = read_trees(run.folder("annotate"))
-    examples = [e for tree in trees for e in labels.step_examples(tree, chosen, run.config.seed)]
+    labelled = EXAMPLES[one_of(EXAMPLES, c.mode, "train_prm.mode")]
+    examples = [e for tree in trees for e in labelled(tree, chosen, run.config.seed)]
     if not examples:
         raise UserError("train_prm: no tree has both right and wrong solutions; the policy is too weak or too strong")
     records.write(folder / "examples.jsonl", examples)

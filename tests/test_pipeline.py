@@ -173,6 +173,20 @@ CUTS = {
 
 
 @pytest.mark.slow
+def test_paper_mode(environment, finished, tmp_path):
+    """The original's search and labels on our sampler: other trees from the same policy, nodes of several steps."""
+    workdir = tmp_path / "paper"
+    modes = ("--config.annotate.mode=paper", "--config.train_prm.mode=paper")
+    code, _, err = run(environment, "pipeline", workdir, *modes)
+    assert code == 0, err
+    assert losses_of(workdir, "sft") == losses_of(finished[0], "sft")
+    trees = [json.loads(line) for path in sorted(workdir.glob("annotate/*.jsonl")) for line in path.open()]
+    assert any(len(node["segments"]) > 1 for tree in trees for node in tree["nodes"])
+    examples = [json.loads(line) for line in (workdir / "train_prm" / "examples.jsonl").open()]
+    assert examples and all(min(example["n"]) > 0 for example in examples)  # every node has a label
+
+
+@pytest.mark.slow
 def test_killed_in_every_stage_the_figures_stay_the_same(environment, finished, tmp_path):
     workdir = tmp_path / "killed"
     for stage, mark in CUTS.items():

@@ -19,6 +19,8 @@ from mmprm_jax.rollout.engine import Engine
 def request_key(seed: int, purpose: str, request: Request) -> np.ndarray:
     """The random key of a request, uint32 [2]: a hash of what it is for, whenever and wherever it is sampled."""
     text = "\x1f".join((str(seed), purpose, request.problem.id, *request.prefix))
+    if request.repeat:
+        text += f"\x1e{request.repeat}"
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)
 
 

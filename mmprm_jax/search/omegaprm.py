@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 from mmprm_jax.records import Node, Problem, Request, Rollout, Tree
 
@@ -200,23 +200,21 @@ def search(problem: Problem, settings: Settings) -> Search:
     return builder.tree()
 
 
-def grow(
-    problems: Sequence[Problem], settings: Settings, sample: Sampler, in_flight: int
-) -> Iterator[tuple[int, Tree]]:
-    """Grows the trees of all problems, ``in_flight`` at a time; yields (index of the problem, tree) as they finish.
+def grow(searches: Iterable[Search], sample: Sampler, in_flight: int) -> Iterator[tuple[int, Tree]]:
+    """Runs the searches of many problems, ``in_flight`` at a time; yields (index, tree) as they finish.
 
     Each round calls ``sample`` once with the Requests of every tree in flight; it answers in the same order. A finished
-    tree makes room for the next problem. Trees do not depend on each other, nor on ``in_flight``, as long as what
+    tree makes room for the next one. Trees do not depend on each other, nor on ``in_flight``, as long as what
     ``sample`` returns for a request does not depend on its companions.
     Raises ValueError when an answer does not fit its request.
     """
-    starting = iter(enumerate(problems))
-    searches: dict[int, Search] = {}
+    starting = iter(enumerate(searches))
+    running: dict[int, Search] = {}
     waiting: dict[int, list[Request]] = {}
     while True:
-        for i, problem in itertools.islice(starting, in_flight - len(waiting)):
-            searches[i] = search(problem, settings)
-            waiting[i] = next(searches[i])
+        for i, found in itertools.islice(starting, in_flight - len(waiting)):
+            running[i] = found
+            waiting[i] = next(found)
         if not waiting:
             return
         requests = [request for asked in waiting.values() for request in asked]
@@ -226,7 +224,7 @@ def grow(
         answer = iter(answers)
         for i, asked in list(waiting.items()):
             try:
-                waiting[i] = searches[i].send(list(itertools.islice(answer, len(asked))))
+                waiting[i] = running[i].send(list(itertools.islice(answer, len(asked))))
             except StopIteration as finished:
-                del waiting[i], searches[i]
+                del waiting[i], running[i]
                 yield i, finished.value

@@ -122,7 +122,8 @@ def world(requests):
 @pytest.fixture(scope="module")
 def trees():
     problems = [Problem(f"p{i}", f"q{i}", "1") for i in range(12)]
-    return [tree for _, tree in sorted(omegaprm.grow(problems, omegaprm.Settings(8, 20, 160), world, 10))]
+    searches = [omegaprm.search(p, omegaprm.Settings(8, 20, 160)) for p in problems]
+    return [tree for _, tree in sorted(omegaprm.grow(searches, world, 10))]
 
 
 def test_every_label_of_a_searched_tree_is_its_nodes_count(trees):

@@ -35,7 +35,7 @@ def drive(settings, script, problem=PROBLEM):
 
 
 def trees_of(problems, settings, sample, in_flight=10**6):
-    found = dict(omegaprm.grow(problems, settings, sample, in_flight))
+    found = dict(omegaprm.grow([omegaprm.search(p, settings) for p in problems], sample, in_flight))
     assert sorted(found) == list(range(len(problems)))
     return [found[i] for i in range(len(problems))]
 
