@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.remat = False
 
     config.sft = ConfigDict()
-    config.sft.steps = 500
+    config.sft.steps = 900
     config.sft.batch_size = 64
     config.sft.optimizer = ConfigDict(dict(name="muon", learning_rate=1e-2, warmup=0.05, weight_decay=0.01, clip=1.0))
     config.sft.shift = 1  # augmentation: pixels
