@@ -36,6 +36,7 @@ TINY = VLMConfig.from_dict(
 
 # Golden data of the original implementation; another set with other sizes is checked with MMPRM_GOLDEN=FOLDER.
 GOLDEN = Path(os.environ.get("MMPRM_GOLDEN", Path(__file__).parent / "golden")).absolute()
+MODELS = sorted(path.parent.name for path in (GOLDEN / "models").glob("*/config.json"))
 
 
 @pytest.fixture(scope="session")

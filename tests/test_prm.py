@@ -52,6 +52,22 @@ def has(tokenizer, token):
         return False
 
 
+# Sizes where the golden set has no model of InternVLChatModel's layout with that decoder.
+PLAIN = {
+    "architectures": ["InternVLChatModel"],
+    "downsample_ratio": 0.5,
+    "force_image_size": 28,
+    "vision_config": dict(
+        hidden_size=32, image_size=28, intermediate_size=80, norm_type="layer_norm", num_attention_heads=4,
+        num_hidden_layers=2, patch_size=7, qk_normalization=False, qkv_bias=True,
+    ),
+    "llm_config": dict(
+        hidden_size=48, intermediate_size=96, num_attention_heads=6, num_hidden_layers=2, num_key_value_heads=2,
+        rms_norm_eps=1e-5, rope_theta=1e6,
+    ),
+}  # fmt: skip
+
+
 class Released:
     """Makes folders of random weights, with configurations and tokenizers of the golden set."""
 
@@ -67,6 +83,9 @@ class Released:
             config = json.loads(path.read_text())
             if hf_config.kind_of(config) == hf_config.CHAT:
                 self.configs.setdefault(hf_config.decoder_kind(config), config)
+        for decoder, architecture in ((INTERNLM2, "InternLM2ForCausalLM"), (QWEN2, "Qwen2ForCausalLM")):
+            text = {**PLAIN["llm_config"], "architectures": [architecture]}
+            self.configs.setdefault(decoder, {**PLAIN, "llm_config": text})
 
     def tokenizer(self, decoder, prm=True):
         """The first folder of a tokenizer for that decoder that has ``<prm>``, or that has not."""

@@ -216,7 +216,7 @@ def test_golden_choices_of_the_original(golden):
         right = np.array([row["labels"][c] for row, c in zip(rows, chosen, strict=True)])
         clear = (values == 0) | (values == 1)
         np.testing.assert_array_equal(values[clear], right[clear], name)
-        assert clear.mean() > 0.9
+        assert clear.mean() > 0.5
     closed = expected["closed_form_expected_correct"]
     assert got["random"].sum() == pytest.approx(closed["random"])
     assert got["oracle"].sum() == pytest.approx(closed[f"pass@{n}"])

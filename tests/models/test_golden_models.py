@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, MODELS
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -27,7 +27,6 @@ from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.sharding import put_batch
 from mmprm_jax.training.losses import prm_loss
 
-MODELS = sorted(p.name for p in (GOLDEN / "models").iterdir())
 TOLERANCE = 1e-4
 
 

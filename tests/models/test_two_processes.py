@@ -8,9 +8,18 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, MODELS
 
-MODELS = sorted(p.name for p in (GOLDEN / "models").iterdir())
+from mmprm_jax.models import hf
+
+
+def whole(folder):
+    """Whether the mesh divides the large matrices; where it does not, every process reads all of one."""
+    decoder = hf.open_checkpoint(folder).model.cfg.decoder
+    return all(size % 8 == 0 for size in (decoder.hidden_size, decoder.intermediate_size))
+
+
+WHOLE = [name for name in MODELS if whole(GOLDEN / "models" / name)]
 WORKER = """
 import json, sys
 from pathlib import Path
@@ -43,7 +52,7 @@ print(json.dumps({"read": sum(read)}))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS[-1:])
+@pytest.mark.parametrize("name", WHOLE[-1:])
 def test_each_process_reads_its_part_and_the_files_come_back(golden, tmp_path, name):
     source = golden / "models" / name
     with socket.socket() as s:
