@@ -180,7 +180,7 @@ def test_paper_mode(environment, finished, tmp_path):
     code, _, err = run(environment, "pipeline", workdir, *modes)
     assert code == 0, err
     assert losses_of(workdir, "sft") == losses_of(finished[0], "sft")
-    trees = [json.loads(line) for path in sorted(workdir.glob("annotate/*.jsonl")) for line in path.open()]
+    trees = [json.loads(line) for path in sorted(workdir.glob("annotate/trees-*.jsonl")) for line in path.open()]
     assert any(len(node["segments"]) > 1 for tree in trees for node in tree["nodes"])
     examples = [json.loads(line) for line in (workdir / "train_prm" / "examples.jsonl").open()]
     assert examples and all(min(example["n"]) > 0 for example in examples)  # every node has a label
