@@ -77,6 +77,8 @@ def convert(source: str, target: str, mesh: Any, *, dtype: Any = None, prm: bool
     back = is_ours(source)
     if back and prm:
         raise UserError("a PRM is made on the way from the released checkpoint: mmprm convert CHECKPOINT TARGET --prm")
+    if back and dtype is not None:
+        raise UserError("--dtype is for the way to Orbax; an export has the dtypes of the files that came in")
     loaded = load(source, mesh, dtype)
     if prm:
         loaded, tokenizer = add_prm(loaded)

@@ -47,6 +47,8 @@ class Run:
 
     def __init__(self, config: ConfigDict, workdir: epath.Path, config_text: str):
         self.config, self.workdir, self.config_text = config, workdir, config_text
+        choose(SEARCHES, config.annotate.mode, "annotate.mode")  # told before minutes of training
+        choose(EXAMPLES, config.train_prm.mode, "train_prm.mode")
         self.mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), config.mesh, strict=True)))
         jax.set_mesh(self.mesh)
         self.data = epath.Path(config.data.folder) if config.data.folder else workdir / "data"
@@ -103,11 +105,11 @@ SEARCHES = {"default": omegaprm.search, "paper": paper.search}
 EXAMPLES = {"default": labels.step_examples, "paper": paper.step_examples}
 
 
-def one_of(choices: Mapping[str, Any], name: str, key: str) -> str:
-    """``name``, if it is one of ``choices``. Raises UserError."""
+def choose(choices: Mapping[str, Any], name: str, key: str) -> Any:
+    """The choice of that name. Raises UserError naming the config key."""
     if name not in choices:
         raise UserError(f"{key}: {name!r} is not one of {', '.join(choices)}")
-    return name
+    return choices[name]
 
 
 def training_settings(config: ConfigDict, seed: int) -> trainer.Settings:
@@ -144,7 +146,7 @@ def annotate(run: Run) -> Figures:
     c, folder = run.config.annotate, run.folder("annotate")
     tokenizer = run.tokenizer()
     cfg, problems = run.model(tokenizer), run.problems("train")
-    settings, search = settings_of(omegaprm.Settings, c), SEARCHES[one_of(SEARCHES, c.mode, "annotate.mode")]
+    settings, search = settings_of(omegaprm.Settings, c), choose(SEARCHES, c.mode, "annotate.mode")
     sampler = Sampler(
         run.engine(c.rows, tokenizer, cfg, c), tokenizer, cfg, run.pixels(problems, cfg), run.config.seed, "annotate"
     )
@@ -191,7 +193,7 @@ def train_prm(run: Run) -> Figures:
     cfg = run.model(tokenizer)
     chosen = settings_of(labels.LabelSettings, c)
     trees = read_trees(run.folder("annotate"))
-    labelled = EXAMPLES[one_of(EXAMPLES, c.mode, "train_prm.mode")]
+    labelled = choose(EXAMPLES, c.mode, "train_prm.mode")
     examples = [e for tree in trees for e in labelled(tree, chosen, run.config.seed)]
     if not examples:
         raise UserError("train_prm: no tree has both right and wrong solutions; the policy is too weak or too strong")

@@ -108,6 +108,8 @@ def test_no_truth_reaches_policy_or_prm(finished):
     [
         (["--config.sft.stepz=3"], ["sft.stepz", "sft.steps"]),
         (["--config.sft.steps=many"], ["sft.steps", "int"]),
+        (["--config.annotate.mode=papr"], ["annotate.mode", "'papr'", "default, paper"]),
+        (["--config.train_prm.mode=papr"], ["train_prm.mode", "'papr'", "default, paper"]),
         (["--config.mesh=3,1,1"], ["mesh", "devices"]),
     ],
 )

@@ -255,6 +255,12 @@ def test_import_to_another_dtype(golden, mesh):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b), exact, rounded)
 
 
+def test_an_export_has_the_dtypes_that_came_in(golden, tmp_path, mesh):
+    convert.convert(str(golden / "models" / MODELS[0]), str(tmp_path / "orbax"), mesh)
+    with pytest.raises(UserError, match="--dtype is for the way to Orbax"):
+        convert.convert(str(tmp_path / "orbax"), str(tmp_path / "back"), mesh, dtype=jnp.bfloat16)
+
+
 def test_verify_tells_of_a_difference(golden, tmp_path, mesh, monkeypatch):
     source = copied(golden, MODELS[0], tmp_path / "source")
     original = convert.save_params
