@@ -57,6 +57,29 @@ def test_the_model_computes_with_an_added_token(mesh, tiny, initialised):
     assert float(logits[0, 0, 40]) == pytest.approx(float(logits[0, 0, :40].mean()), abs=1e-5)
 
 
+def test_an_odd_vocabulary_computes_the_same_on_every_mesh(tiny, mesh_of, initialised):
+    """41 tokens: embedding and head are split along the hidden axis, since no axis divides the vocabulary."""
+    tokens, found = jax.numpy.array([[7, 40, 12, 5], [40, 9, 8, 7]]), []
+    for shape, before in zip((dict(data=1), dict(data=2, fsdp=2, tensor=2)), initialised, strict=True):
+        mesh = mesh_of(**shape)
+        with jax.set_mesh(mesh):
+            params = build.add_token(before, mesh)
+            spec = params["decoder"]["embed"].sharding.spec
+            assert tuple(spec) == ((None, ("fsdp", "tensor")) if len(shape) > 1 else ("tensor", "fsdp"))
+
+            def run(params):
+                model = nnx.merge(tiny.graphdef, params)
+                hidden, _ = model(tokens, tokens > 0, None)
+                return model.decoder.logits(hidden), model.decoder.logits_of(hidden, (40, 9))
+
+            found.append(jax.device_get(jax.jit(run)(params)))
+    (one, few), (eight, few_eight) = found
+    scale = np.abs(one).max()
+    np.testing.assert_allclose(eight, one, atol=1e-5 * scale)
+    np.testing.assert_allclose(few, one[..., [40, 9]], atol=1e-5 * scale)
+    np.testing.assert_allclose(few_eight, few, atol=1e-5 * scale)
+
+
 def test_save_and_load_on_another_mesh(tmp_path, tiny, mesh_of, initialised):
     save_params(tmp_path / "params", tiny.params)
     save_params(tmp_path / "params", initialised[0])  # replaces
