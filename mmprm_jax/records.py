@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 from etils import epath
 
@@ -48,7 +48,6 @@ class Rollout:
 
     segments: tuple[str, ...]  # empty: nothing could be parsed
     correct: bool  # the final answer was verified against the problem's answer
-    logprob: float  # sum of the token log-probabilities under the sampling model at temperature 1, in nats
     n_tokens: int  # sampled tokens, the stop token included
 
 
@@ -60,6 +59,26 @@ class Request:
     prefix: tuple[str, ...]
     n: int
     repeat: int = 0  # how often the same prefix was asked for before; a repeat has rollouts of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A request that no sampler could answer."""
+
+    reason: str
+
+
+class Sampler(Protocol):
+    """Answers requests, many at a time and in any order. Implementations: ``rollout.rollouts``, ``rollout.remote``."""
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Takes requests on; returns at once."""
+
+    def collect(self) -> list[tuple[Request, tuple[Rollout, ...] | Failure]]:
+        """The answers that are ready, each request once; waits until there is one. Empty: nothing is outstanding."""
+
+    def release(self, problem_id: str) -> None:
+        """Nothing more will be asked of this problem: what is kept for it may go."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,230 +1,233 @@
-"""OmegaPRM: a tree of step prefixes with Monte Carlo values, grown by binary search for first errors.
+"""OmegaPRM: trees of step prefixes with Monte Carlo values, grown by binary search for first errors.
 
 Source: OmegaPRM (arXiv 2406.06592, section 3) as used by MM-PRM (arXiv 2505.13427). In short: sample rollouts from the
 question; take the wrong rollout that looks most informative; find its first wrong step by binary search, estimating
 every prefix on the way from fresh rollouts; repeat, with the rollouts of the new prefixes as further candidates.
 
-``search`` is a coroutine: it yields what it wants sampled and is sent the samples. It knows nothing of models, so a
-driver can run many trees at once and batch their requests (``grow``) or replay a log. The tree is a pure
-function of the problem, the settings and the samples.
+The numbers of all trees in flight are arrays (``tree.py``); ``Forest`` holds the text. ``grow`` keeps a forest full and
+a sampler busy. A tree is a pure function of its problem, the settings and the samples: neither the number in flight nor
+the order of the answers matters.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from mmprm_jax.records import Node, Problem, Request, Rollout, Tree
+import jax
+import numpy as np
+from jax.sharding import AxisType
 
+from mmprm_jax.records import Failure, Node, Problem, Request, Rollout, Sampler, Tree, UserError
+from mmprm_jax.search import flat, paper, tree
+from mmprm_jax.search.flight import Answered, Coroutines, Flight
+from mmprm_jax.search.settings import Settings, Steps
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Constants of the search. Raises ValueError for values with which no search can work."""
-
-    num_rollouts: int = 16  # per estimated prefix
-    max_searches: int = 200  # binary searches per tree
-    rollout_budget: int = 1000  # no search starts once this many are used; the one under way is finished
-    c_puct: float = 0.125
-    alpha: float = 0.5
-    beta: float = 0.9
-    length_scale: float = 500.0  # L, in sampled tokens
-    right_solutions: int = 0  # of how many right solutions per tree every prefix is estimated, after the searches
-
-    def __post_init__(self) -> None:
-        if self.num_rollouts < 2:
-            raise ValueError(f"num_rollouts is {self.num_rollouts}; a value between 0 and 1 needs at least 2 rollouts")
-        if not (self.alpha > 0 and self.beta > 0 and self.length_scale > 0):
-            raise ValueError("alpha, beta and length_scale must be positive")
-
-
-Answers = list[tuple[Rollout, ...]]
-Search = Generator[list[Request], Answers, Tree]
-Sampler = Callable[[list[Request]], list[tuple[Rollout, ...]]]
-
-
-def quality(mc: float, length: float, settings: Settings) -> float:
-    """Q = alpha^(1 - MC) * beta^(len / L): prefers wrong rollouts of likely right prefixes, and short ones.
-
-    OmegaPRM section 3 (state-rollout value). ``mc`` in [0, 1] is the value of the prefix, ``length`` the tokens of the
-    rollout without the prefix (MM-PRM counts words, which is meaningless for Chinese).
-    """
-    return settings.alpha ** (1.0 - mc) * settings.beta ** (length / settings.length_scale)
-
-
-def exploration(total_visits: int, visits: int, settings: Settings) -> float:
-    """U = c_puct * sqrt(sum of N over all nodes) / (1 + N of this node), the PUCT bonus of OmegaPRM section 3."""
-    return settings.c_puct * math.sqrt(total_visits) / (1 + visits)
+MOST_SEGMENTS = 1024  # a tree has room for solutions of this length, whatever its searches
 
 
 @dataclasses.dataclass
-class _Draft:
-    """A node under construction."""
+class _Text:
+    """What the arrays of one tree only number."""
 
-    parent: int
-    segments: tuple[str, ...]
-    k: int
-    rollouts: tuple[Rollout, ...]
-    waiting: list[tuple[float, int]]  # (-Q, rollout) of the candidates not yet searched, best first
-    visits: int = 0
+    problem: Problem
+    row: int  # of the arrays
+    prefixes: list[Steps] = dataclasses.field(default_factory=list)  # by node
+    rollouts: list[tuple[Rollout, ...]] = dataclasses.field(default_factory=list)  # by node
+    nodes: dict[Steps, int] = dataclasses.field(default_factory=dict)  # prefix -> node
+    # Taken over from the arrays when the searches are over:
+    parents: list[int] = dataclasses.field(default_factory=list)
+    visits: list[int] = dataclasses.field(default_factory=list)
+    searches: tuple[tuple[int, int], ...] = ()
 
-
-def _candidates(rollouts: tuple[Rollout, ...], mc: float, settings: Settings) -> list[tuple[float, int]]:
-    """(-Q, rollout) of the distinct wrong rollouts with at least one proper prefix, best first."""
-    if not 0.0 < mc < 1.0:
-        return []
-    seen: set[tuple[str, ...]] = set()
-    found = []
-    for i, rollout in enumerate(rollouts):
-        if not rollout.correct and len(rollout.segments) > 1 and rollout.segments not in seen:
-            seen.add(rollout.segments)
-            found.append((-quality(mc, rollout.n_tokens, settings), i))
-    return sorted(found)
-
-
-class _Builder:
-    """The growing tree of one problem."""
-
-    def __init__(self, problem: Problem, settings: Settings) -> None:
-        self.problem = problem
-        self.settings = settings
-        self.nodes: list[_Draft] = []
-        self.prefixes: list[tuple[str, ...]] = []
-        self.index: dict[tuple[str, ...], int] = {}  # prefix -> node
-        self.searches: list[tuple[int, int]] = []
-
-    def estimate(self, prefix: tuple[str, ...], parent: int) -> Generator[list[Request], Answers, int]:
-        """Returns the node of ``prefix``; samples its rollouts if there is none yet."""
-        if prefix not in self.index:
-            (rollouts,) = yield [Request(self.problem, prefix, self.settings.num_rollouts)]
-            self.add(prefix, parent, rollouts)
-        return self.index[prefix]
-
-    def add(self, prefix: tuple[str, ...], parent: int, rollouts: tuple[Rollout, ...]) -> None:
-        """Adds the node of a prefix that was sampled."""
-        n = self.settings.num_rollouts
-        if len(rollouts) != n:
-            raise ValueError(f"problem {self.problem.id}: asked for {n} rollouts, was sent {len(rollouts)}")
-        rollouts = tuple(rollouts)
-        k = sum(r.correct for r in rollouts)
-        skip = len(self.prefixes[parent]) if parent >= 0 else 0
-        waiting = _candidates(rollouts, k / n, self.settings)
-        self.index[prefix] = len(self.nodes)
-        self.nodes.append(_Draft(parent, prefix[skip:], k, rollouts, waiting))
+    def add(self, prefix: Steps, rollouts: tuple[Rollout, ...]) -> None:
+        self.nodes[prefix] = len(self.prefixes)
         self.prefixes.append(prefix)
+        self.rollouts.append(rollouts)
 
-    def select(self) -> tuple[int, int] | None:
-        """Removes and returns the (node, rollout) with the highest Q + U; None if no candidate is left.
+    def k(self, node: int) -> int:
+        return sum(r.correct for r in self.rollouts[node])
 
-        Ties: fewer visits, then the older node, then (inside a node) the earlier rollout.
-        """
-        total = sum(node.visits for node in self.nodes)
-        live = [
-            (node.waiting[0][0] - exploration(total, node.visits, self.settings), node.visits, i)
-            for i, node in enumerate(self.nodes)
-            if node.waiting
-        ]
-        if not live:
-            return None
-        chosen = min(live)[2]
-        return chosen, self.nodes[chosen].waiting.pop(0)[1]
+    def missing(self, count: int) -> list[Steps]:
+        """The prefixes of the first ``count`` distinct right solutions that are no nodes yet."""
+        pairs = zip(self.prefixes, self.rollouts, strict=True)
+        solutions = dict.fromkeys(p + r.segments for p, rollouts in pairs for r in rollouts if r.correct)
+        first = itertools.islice(solutions, count)
+        prefixes = dict.fromkeys(solution[:j] for solution in first for j in range(1, len(solution)))
+        return [prefix for prefix in prefixes if prefix not in self.nodes]
 
-    def locate_error(self, node: int, rollout: int) -> Generator[list[Request], Answers, None]:
-        """Binary search for the shortest prefix with MC = 0 among the proper prefixes of a wrong rollout.
-
-        The whole solution is known to be wrong, so it is never sampled; if every proper prefix has MC > 0, the last
-        segment is the error.
-        """
-        base, segments = self.prefixes[node], self.nodes[node].rollouts[rollout].segments
-        parent, left, right = node, 1, len(segments) - 1
-        while left <= right:
-            middle = (left + right) // 2
-            child = yield from self.estimate(base + segments[:middle], parent)
-            if self.nodes[child].k == 0:
-                right = middle - 1
-            else:
-                parent, left = child, middle + 1
-
-    def estimate_right(self, count: int) -> Generator[list[Request], Answers, None]:
-        """Estimates, in one go, every proper prefix of the first ``count`` distinct right solutions.
-
-        The searches estimate prefixes of wrong solutions only, so late right steps would have no label at all.
-        """
-        solutions = dict.fromkeys(
-            self.prefixes[i] + rollout.segments
-            for i, node in enumerate(self.nodes)
-            for rollout in node.rollouts
-            if rollout.correct
-        )
-        wanted = dict.fromkeys(
-            segments[:length]
-            for segments in itertools.islice(solutions, count)
-            for length in range(1, len(segments))
-            if segments[:length] not in self.index
-        )
-        if wanted:
-            answers = yield [Request(self.problem, prefix, self.settings.num_rollouts) for prefix in wanted]
-            for prefix, rollouts in zip(wanted, answers, strict=True):
-                length = max(i for i in range(len(prefix)) if prefix[:i] in self.index)
-                self.add(prefix, self.index[prefix[:length]], rollouts)
+    def hang(self, prefix: Steps, rollouts: tuple[Rollout, ...]) -> None:
+        """Adds a node after the searches, below its longest prefix."""
+        length = max(j for j in range(len(prefix)) if prefix[:j] in self.nodes)
+        self.parents.append(self.nodes[prefix[:length]])
+        self.visits.append(0)
+        self.add(prefix, rollouts)
 
     def tree(self) -> Tree:
-        nodes = tuple(Node(d.parent, d.segments, d.k, len(d.rollouts), d.visits, d.rollouts) for d in self.nodes)
-        return Tree(self.problem, nodes, tuple(self.searches))
+        nodes = []
+        for i, (prefix, parent) in enumerate(zip(self.prefixes, self.parents, strict=True)):
+            segments = prefix[len(self.prefixes[parent]) :] if parent >= 0 else ()
+            nodes.append(Node(parent, segments, self.k(i), len(self.rollouts[i]), self.visits[i], self.rollouts[i]))
+        return Tree(self.problem, tuple(nodes), self.searches)
 
 
-def search(problem: Problem, settings: Settings) -> Search:
-    """Grows the tree of one problem: yields lists of Requests, is sent the n rollouts of each, returns the Tree.
+class Forest(Flight):
+    """The text around one batch of array trees, a row for each tree in flight.
 
     A prefix is asked for once per tree; whoever meets it again reuses its estimate, so a node's parent is the node
     under which it was first met. Every estimated prefix is a node, also those with MC = 0. Candidates are the distinct
     wrong rollouts of nodes with 0 < MC < 1 that have a proper prefix; unparsable (empty) rollouts only count in n. A
-    root that is all right or all wrong has none and ends the search. The selected node's visit count grows by one per
-    search (OmegaPRM section 3). At last ``right_solutions`` solutions are estimated prefix by prefix. Raises ValueError
-    when sent another number of rollouts than asked for.
+    root that is all right or all wrong has none and ends the tree: the seed filter of the papers. At last every prefix
+    of the first ``right_solutions`` distinct right solutions is estimated, in one go: the searches estimate prefixes of
+    wrong solutions only, so late right steps would have no label at all.
     """
-    builder = _Builder(problem, settings)
-    yield from builder.estimate((), -1)
-    while len(builder.searches) < settings.max_searches:
-        if len(builder.nodes) * settings.num_rollouts >= settings.rollout_budget:
-            break
-        selected = builder.select()
-        if selected is None:
-            break
-        builder.searches.append(selected)
-        yield from builder.locate_error(*selected)
-        builder.nodes[selected[0]].visits += 1
-    if 0 < builder.nodes[0].k < settings.num_rollouts:
-        yield from builder.estimate_right(settings.right_solutions)
-    return builder.tree()
+
+    def __init__(self, settings: Settings, capacity: int) -> None:
+        super().__init__(capacity)
+        self._settings, self._constants = settings, tree.Constants.of(settings)
+        n, most, deep = settings.num_rollouts, max(0, settings.max_searches), (MOST_SEGMENTS - 1).bit_length()
+        # The last search starts below the budget and is finished; a binary search adds at most `deep` nodes.
+        self._size = min(max(0, settings.rollout_budget - 1) // n + deep, 1 + most * deep)
+        # One local device, whatever mesh is set outside and whatever other processes do.
+        self._mesh = jax.make_mesh((1,), ("trees",), (AxisType.Explicit,), devices=jax.local_devices()[:1])
+        with jax.set_mesh(self._mesh):
+            self._trees = tree.empty(capacity, self._size, n, min(most, self._size * n))
+        self._texts: dict[int, _Text] = {}
+        self._rows = list(range(capacity))  # the free ones
+
+    def start(self, index: int, problem: Problem) -> None:
+        self._texts[index] = _Text(problem, self._rows.pop())
+        self._ask(index, [Request(problem, (), self._settings.num_rollouts)])
+
+    def drop(self, index: int) -> None:
+        super().drop(index)
+        self._rows.append(self._texts.pop(index).row)
+
+    def _end(self, index: int, result: Tree | Failure) -> None:
+        self._rows.append(self._texts.pop(index).row)
+        self._finished.append((index, result))
+
+    def _advance(self, ready: dict[int, Answered]) -> None:
+        """Moves trees on until each wants a prefix that it has not met, or has ended: a call for all, mostly one."""
+        event, moving = self._quiet(), []
+        for index, answered in ready.items():
+            text = self._texts[index]
+            for request, rollouts in answered.items():
+                if text.parents:
+                    text.hang(request.prefix, rollouts)
+                else:
+                    text.add(request.prefix, rollouts)
+                    self._enter(event, text)
+            if text.parents:
+                self._end(index, text.tree())
+            else:
+                moving.append(index)
+        while moving:
+            with jax.set_mesh(self._mesh):
+                self._trees, report = tree.advance(self._trees, self._constants, event)
+            report = jax.device_get(report)
+            event, met = self._quiet(), {index: self._follow(index, report) for index in moving}
+            moving = [index for index, node in met.items() if node is not None]
+            for index in moving:
+                row = self._texts[index].row
+                event.which[row], event.node[row] = True, met[index]
+
+    def _quiet(self) -> tree.Event:
+        """An event without news, on the host."""
+        b, bn = self.capacity, (self.capacity, self._settings.num_rollouts)
+        which, fresh, candidates = (np.zeros(shape, bool) for shape in (b, b, bn))
+        node, k, length, segments = (np.zeros(shape, np.int32) for shape in (b, b, bn, bn))
+        return tree.Event(which, fresh, node, k, length, segments, candidates)
+
+    def _enter(self, event: tree.Event, text: _Text) -> None:
+        """Puts the newest node of a tree into the event."""
+        row, node = text.row, len(text.prefixes) - 1
+        rollouts = text.rollouts[node]
+        event.which[row], event.fresh[row], event.node[row], event.k[row] = True, node == 0, -1, text.k(node)
+        event.length[row] = [r.n_tokens for r in rollouts]
+        event.segments[row] = [len(r.segments) for r in rollouts]
+        wrong: dict[Steps, int] = {}
+        for i, rollout in enumerate(rollouts):
+            if not rollout.correct and len(rollout.segments) > 1:
+                wrong.setdefault(rollout.segments, i)
+        event.candidates[row, list(wrong.values())] = True
+
+    def _follow(self, index: int, report: tree.Report) -> int | None:
+        """Does what the arrays say of a tree. Returns the node it wants if that is an old one."""
+        text, s = self._texts[index], self._settings
+        row = text.row
+        if report.status[row] == tree.FULL:
+            reason = f"problem {text.problem.id}: its tree outgrew {self._size} nodes, which are enough for "
+            reason += f"rollout_budget {s.rollout_budget}, num_rollouts {s.num_rollouts}, max_searches {s.max_searches}"
+            self._end(index, Failure(f"{reason} and solutions of up to {MOST_SEGMENTS} segments"))
+        elif report.status[row] == tree.FINISHED:
+            size = len(text.prefixes)
+            text.parents, text.visits = (x[row, :size].tolist() for x in (report.parent, report.visits))
+            text.searches = tuple((int(i), int(j)) for i, j in report.log[row, : report.searches[row]])
+            missing = text.missing(s.right_solutions) if 0 < text.k(0) < s.num_rollouts else []
+            if missing:
+                self._ask(index, [Request(text.problem, prefix, s.num_rollouts) for prefix in missing])
+            else:
+                self._end(index, text.tree())
+        else:
+            node = report.node[row]
+            rollout = text.rollouts[node][report.rollout[row]]
+            prefix = text.prefixes[node] + rollout.segments[: report.middle[row]]
+            if prefix in text.nodes:
+                return text.nodes[prefix]
+            self._ask(index, [Request(text.problem, prefix, s.num_rollouts)])
+        return None
 
 
-def grow(searches: Iterable[Search], sample: Sampler, in_flight: int) -> Iterator[tuple[int, Tree]]:
-    """Runs the searches of many problems, ``in_flight`` at a time; yields (index, tree) as they finish.
+# How the trees of a run are grown. "paper": as the original MM-PRM does, quirks included. "flat": as VisualPRM does.
+SEARCHES: dict[str, Callable[[Settings, int], Flight]] = {
+    "default": Forest,
+    "paper": lambda settings, capacity: Coroutines(paper.search, settings, capacity),
+    "flat": lambda settings, capacity: Coroutines(flat.search, settings, capacity),
+}
 
-    Each round calls ``sample`` once with the Requests of every tree in flight; it answers in the same order. A finished
-    tree makes room for the next one. Trees do not depend on each other, nor on ``in_flight``, as long as what
-    ``sample`` returns for a request does not depend on its companions.
-    Raises ValueError when an answer does not fit its request.
+
+def grow(
+    problems: Iterable[tuple[int, Problem]], forest: Flight, sampler: Sampler
+) -> Iterator[tuple[int, Tree | Failure]]:
+    """Grows the trees of (index, problem) pairs; yields (index, tree) as they finish, or (index, failure).
+
+    Keeps the forest full and asks the sampler for more as soon as it is known what; a request that fails costs its own
+    tree only. Raises UserError if two problems have the same id, ValueError if an answer does not fit its request.
     """
-    starting = iter(enumerate(searches))
-    running: dict[int, Search] = {}
-    waiting: dict[int, list[Request]] = {}
+    starting, ids = iter(problems), set()
+    open_requests: dict[Request, int] = {}  # to which tree a request belongs
+    growing: dict[int, Problem] = {}
     while True:
-        for i, found in itertools.islice(starting, in_flight - len(waiting)):
-            running[i] = found
-            waiting[i] = next(found)
-        if not waiting:
+        for index, problem in itertools.islice(starting, forest.room):
+            if problem.id in ids:
+                raise UserError(f"problem {problem.id}: there are two problems with this id")
+            ids.add(problem.id)
+            growing[index] = problem
+            forest.start(index, problem)
+        wanted = forest.requests()
+        open_requests.update((request, index) for index, request in wanted)
+        if wanted:
+            sampler.submit([request for _, request in wanted])
+        ended = forest.finished()
+        for index, result in ended:
+            sampler.release(growing.pop(index).id)
+            yield index, result
+        if ended:
+            continue  # there is room now
+        if not open_requests:
             return
-        requests = [request for asked in waiting.values() for request in asked]
-        answers = sample(requests)
-        if len(answers) != len(requests):
-            raise ValueError(f"the sampler was sent {len(requests)} requests and answered {len(answers)}")
-        answer = iter(answers)
-        for i, asked in list(waiting.items()):
-            try:
-                waiting[i] = running[i].send(list(itertools.islice(answer, len(asked))))
-            except StopIteration as finished:
-                del waiting[i], running[i]
-                yield i, finished.value
+        answers = sampler.collect()
+        if not answers:
+            raise RuntimeError(f"the sampler has no answers while {len(open_requests)} requests are open")
+        for request, answer in answers:
+            index = open_requests.pop(request)
+            if index in growing and isinstance(answer, Failure):
+                forest.drop(index)
+                del growing[index]
+                yield index, answer
+            elif index in growing:
+                forest.answer(index, request, answer)
+            if index not in growing and index not in open_requests.values():  # the last of a tree that failed
+                sampler.release(request.problem.id)

@@ -1,6 +1,6 @@
 """The search and the labels of the original MM-PRM, its quirks included: mode ``paper``.
 
-``search`` is a coroutine like ``omegaprm.search`` and fits the same driver. What it does differently: search nodes are
+``search`` is a coroutine (``flight.Coroutines``). What it does differently from ``omegaprm``: search nodes are
 never merged, so a prefix that is met again is sampled again; empty rollouts are candidates (and, being short, the best
 ones); lengths are words; nodes hold several steps; ties go by heap order; and every step of a right rollout counts as
 right without an estimate. Source: MM-PRM's ``omegaprm.py``, ``traverse.py`` and ``prm_data_format.py``.
@@ -20,9 +20,7 @@ import numpy as np
 
 from mmprm_jax.records import Node, Problem, Request, Rollout, StepExample, Tree
 from mmprm_jax.search.labels import LabelSettings
-from mmprm_jax.search.omegaprm import Answers, Search, Settings
-
-Steps = tuple[str, ...]
+from mmprm_jax.search.settings import Answers, Search, Settings, Steps
 
 
 @dataclasses.dataclass(eq=False)
@@ -122,7 +120,7 @@ class _Builder:
 
 
 def search(problem: Problem, settings: Settings) -> Search:
-    """Grows the tree of one problem as the original does; see ``omegaprm.search`` for the protocol.
+    """Grows the tree of one problem as the original does; see ``flight.Coroutines`` for the protocol.
 
     A node that was judged, not sampled, has n = 0 and counts as wrong.
     """

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+from fake_samplers import FakeSampler
 
 from mmprm_jax import records
 from mmprm_jax.records import Node, Problem, Rollout, StepExample, Tree
@@ -20,7 +21,7 @@ ALL = LabelSettings(max_paths=100, balance=False)
 def roll(text: str, correct: bool = False) -> Rollout:
     """'a b =1' -> segments a, b, <answer>1</answer>."""
     segments = (f"<answer>{s[1:]}</answer>" if s.startswith("=") else s for s in text.split())
-    return Rollout(tuple(segments), correct, -1.0, 10)
+    return Rollout(tuple(segments), correct, 10)
 
 
 def node(parent: int, text: str, k: int, *rollouts: Rollout) -> Node:
@@ -105,25 +106,22 @@ def test_impossible_settings():
     LabelSettings(max_paths=1, balance=False)
 
 
-def world(requests):
+def world(request):
     """Random solutions of random length, keyed by problem and prefix."""
-    answers = []
-    for request in requests:
-        rng = np.random.default_rng(zlib.crc32("|".join((request.problem.id, *request.prefix)).encode()))
-        rollouts = []
-        for _ in range(request.n):
-            steps = " ".join(f"s{rng.integers(3)}" for _ in range(rng.integers(1, 5)))
-            correct = bool(rng.random() < 0.4)
-            rollouts.append(roll(f"{steps} ={1 if correct else rng.integers(2, 9)}", correct))
-        answers.append(tuple(rollouts))
-    return answers
+    rng = np.random.default_rng(zlib.crc32("|".join((request.problem.id, *request.prefix)).encode()))
+    rollouts = []
+    for _ in range(request.n):
+        steps = " ".join(f"s{rng.integers(3)}" for _ in range(rng.integers(1, 5)))
+        correct = bool(rng.random() < 0.4)
+        rollouts.append(roll(f"{steps} ={1 if correct else rng.integers(2, 9)}", correct))
+    return tuple(rollouts)
 
 
 @pytest.fixture(scope="module")
 def trees():
     problems = [Problem(f"p{i}", f"q{i}", "1") for i in range(12)]
-    searches = [omegaprm.search(p, omegaprm.Settings(8, 20, 160)) for p in problems]
-    return [tree for _, tree in sorted(omegaprm.grow(searches, world, 10))]
+    forest = omegaprm.Forest(omegaprm.Settings(8, 20, 160), 10)
+    return [tree for _, tree in sorted(omegaprm.grow(enumerate(problems), forest, FakeSampler(world)))]
 
 
 def test_every_label_of_a_searched_tree_is_its_nodes_count(trees):
