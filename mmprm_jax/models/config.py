@@ -80,7 +80,9 @@ class VLMConfig:
 
     @property
     def tokens_per_tile(self) -> int:
-        """Visual tokens of one image tile."""
+        """Visual tokens of one image tile; 0 without a vision tower."""
+        if self.vision is None:
+            return 0
         return (self.tile // self.vision.patch_size // self.downsample) ** 2
 
     @classmethod

@@ -53,7 +53,7 @@ class Attention(nnx.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out, state = attend(rotary(q, rope), rotary(k, rope), v, state)
-        return plus(dot("bsgrk,grkd->bsd", out, self.o[...], BATCH), self.o_bias), state
+        return plus(dot("bsghk,ghkd->bsd", out, self.o[...], BATCH), self.o_bias), state
 
 
 class MLP(nnx.Module):
@@ -121,16 +121,18 @@ class Decoder(nnx.Module):
         x, aux = scan_layers(self.layers, body, x, jnp.arange(self.cfg.num_layers), remat=self.remat)
         return self.norm(x), aux
 
-    def decode(self, x: jax.Array, rope: Rope, attend: Attend, state: Any) -> tuple[jax.Array, Any]:
-        """As ``__call__``, but ``attend`` gets ``(layer index, state)``; the state goes from layer to layer."""
+    def decode(
+        self, layers: Sequence[DecoderLayer], x: jax.Array, rope: Rope, attend: Attend, states: Sequence[Any]
+    ) -> tuple[jax.Array, list[Any]]:
+        """As ``__call__`` with single layers; each layer's ``attend`` gets, and returns, a state of its own.
 
-        def body(layer: DecoderLayer, carry: Any, _: None) -> tuple[Any, None]:
-            x, index, state = carry
-            x, state = layer(x, rope, attend, (index, state))
-            return (x, index + 1, state), None
-
-        (x, _, state), _ = scan_layers(self.layers, body, (x, 0, state))
-        return self.norm(x), state
+        A scan would copy every cache, and on some backends every weight, out of its stack in each step.
+        """
+        after = []
+        for layer, state in zip(layers, states, strict=True):
+            x, state = layer(x, rope, attend, state)
+            after.append(state)
+        return self.norm(x), after
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, V] in float32."""

@@ -1,181 +1,414 @@
 """The sampling engine: tokens in, tokens and log-probabilities out. It knows no text.
 
-One jitted call prefills a batch of prefixes (image and tokens) once and samples n continuations of each. The n samples
-of a prefix share one copy of its keys and values; each sample has a cache of its own for what it adds.
+A group asks for n samples that continue one prefix. A prefix is computed once, token by token of what is new in it
+(``extend``): images and question of a problem first, each further step on top of what is known. Groups wait for a row,
+their samples for a slot; slots are refilled on the device as samples finish. Only ``step`` waits for the device, for
+what the step before has started, so the caller's work overlaps with decoding.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import PartitionSpec as P
+from absl import logging
 
 from mmprm_jax.data.images import normalise
-from mmprm_jax.models.vlm import VLM
-from mmprm_jax.rollout.sampling import Sampling, draw
-from mmprm_jax.sharding import BATCH, dot, fit_spec, put_batch
+from mmprm_jax.models.config import VLMConfig
+from mmprm_jax.records import UserError
+from mmprm_jax.rollout import device
+from mmprm_jax.rollout.cache import CacheFull, PrefixCache
+from mmprm_jax.rollout.sampling import Sampling
+from mmprm_jax.sharding import put_batch
+
+_CHUNK = 1024  # tokens; longer pieces of a prefix are computed one after the other, which bounds the attention's memory
+_ADMITTED = 16  # rows of one call
+_LEAST = 128  # tokens of one call at least; smaller ones, too, sum in another order
+_BATCH = 2048  # tokens of one call, about; larger matrix products may sum in another order
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
     tokens: tuple[int, ...]  # the stop token included, if it was reached
-    logprob: float  # sum over tokens, temperature 1, in nats
+    logprobs: tuple[float, ...]  # of each token, unfiltered and at temperature 1, in nats
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole sample."""
+        return float(np.sum(self.logprobs))
 
 
-def _shared_attention(q: Any, prefix: Any, mask: Any, suffix: Any, length: Any) -> jax.Array:
-    """Softmax attention of each sample over its group's prefix and its own suffix.
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """n samples that continue one prefix. Sample i depends on ``key`` and i, not on any other group.
 
-    q [R, n, G, Q, D]; prefix (k, v) [R, P, G, D] with mask [R, P]; suffix (k, v) [R, n, T, G, D], of which the first
-    ``length`` entries count -> [R, n, G, Q, D].
+    Prefixes of one ``problem`` share what they have in common; its images are those of ``pixels``.
     """
-    q = q * q.shape[-1] ** -0.5
-    before = dot("rngqd,rpgd->rgqnp", q, prefix[0], BATCH, "tensor", dtype=jnp.float32)
-    before = jnp.where(mask[:, None, None, None, :], before, -1e30)
-    after = dot("rngqd,rntgd->rgqnt", q, suffix[0], BATCH, "tensor", dtype=jnp.float32)
-    after = jnp.where(jnp.arange(after.shape[-1]) < length, after, -1e30)
-    top = jnp.maximum(before.max(axis=-1), after.max(axis=-1))[..., None]
-    before, after = jnp.exp(before - top), jnp.exp(after - top)
-    total = before.sum(axis=-1) + after.sum(axis=-1)
-    out = dot("rgqnp,rpgd->rngqd", before, prefix[1], BATCH, None, "tensor", dtype=jnp.float32)
-    out = out + dot("rgqnt,rntgd->rngqd", after, suffix[1], BATCH, None, "tensor", dtype=jnp.float32)
-    return (out / total.transpose(0, 3, 1, 2)[..., None]).astype(q.dtype)
+
+    id: Hashable
+    problem: str
+    prefix: tuple[int, ...]
+    pixels: np.ndarray | None  # uint8 (or normalised float32) [tiles, H, W, 3]
+    key: np.ndarray  # uint32 [2]
+    n: int
+    sampling: Sampling
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "n", "max_new", "stop"))
-def _generate(params: Any, batch: Any, sampling: Any, *, graphdef: Any, n: int, max_new: int, stop: int) -> Any:
-    """batch: tokens, valid [R, P] (left-padded), pixels, keys [R, 2] -> tokens [R, n, T], lengths, logprobs [R, n]."""
-    model: VLM = nnx.merge(graphdef, params)
-    rows, mask = batch["tokens"].shape[0], batch["valid"]
-    hidden, prefix = model(batch["tokens"], mask, batch["pixels"])
-    first = jnp.sum(mask, axis=1)[:, None]
-    keys = jax.vmap(lambda k: jax.vmap(lambda i: jax.random.fold_in(k, i))(jnp.arange(n)))(
-        jax.random.wrap_key_data(jax.sharding.reshard(batch["keys"], P()), impl="threefry2x32")
-    )
+@dataclasses.dataclass
+class Counts:
+    """Work done so far, over all shards."""
 
-    def pick(hidden: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.decoder.logits(hidden)
-        logits = jax.sharding.reshard(logits, fit_spec(logits.shape, (BATCH,)))
-        uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t))))(keys)
-        return draw(jnp.broadcast_to(logits, (rows, n, logits.shape[-1])), uniform, sampling)
+    prefix_tokens: int = 0  # computed, without padding
+    padded_tokens: int = 0  # computed beyond those, to fill rows up to their bucket
+    images: int = 0  # problems whose images went through the tower
+    samples: int = 0
+    tokens: int = 0  # sampled
+    steps: int = 0  # decoding steps
+    slot_steps: int = 0  # steps times slots
+    live_steps: int = 0  # of those, slots that worked on a sample
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        layer, (t, cache) = state
-        cache = tuple(
-            jax.lax.dynamic_update_slice(c, x[None, :, :, None], (layer, 0, 0, t, 0, 0))
-            for c, x in zip(cache, (k, v), strict=True)
-        )
-        own = tuple(jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
-        shared = tuple(jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in prefix)
-        return _shared_attention(q, shared, mask, own, t + 1), (t, cache)
+    @property
+    def occupancy(self) -> float:
+        """Share of the slots' steps that worked on a sample."""
+        return self.live_steps / max(self.slot_steps, 1)
 
-    def running(state: Any) -> jax.Array:
-        return (state["t"] < max_new - 1) & ~jnp.all(state["done"])
 
-    def step(s: Any) -> Any:
-        t = s["t"]
-        x = model.decoder.embed_tokens(s["last"])
-        rope = model.decoder.rope(first + t + jnp.zeros_like(s["last"]), first[:, 0] + t + 1)
-        hidden, (_, cache) = model.decoder.decode(x, rope, attend, (t, s["cache"]))
-        token, logprob = pick(hidden, t + 1)
-        live = ~s["done"]
-        return {
-            "t": t + 1,
-            "last": token,
-            "cache": cache,
-            "tokens": jnp.where((jnp.arange(max_new) == t + 1) & live[..., None], token[..., None], s["tokens"]),
-            "logprob": s["logprob"] + jnp.where(live, logprob, 0.0),
-            "length": s["length"] + live,
-            "done": s["done"] | (token == stop),
-        }
+def bucket(size: int, least: int) -> int:
+    """The next size with three significant bits: 32, 40, 48, 56, 64, 80, 96, …; at most a fifth is padding."""
+    unit = max(least, 1 << max(size.bit_length() - 3, 0))
+    return -(-size // unit) * unit
 
-    token, logprob = pick(hidden[:, -1:], jnp.int32(0))
-    layers, _, _, groups, depth = prefix[0].shape
-    shape = (layers, rows, n, max_new, groups, depth)
-    spec = fit_spec(shape, (None, BATCH, None, None, "tensor"))
-    state = {
-        "t": jnp.int32(0),
-        "last": token,
-        "cache": (jnp.zeros(shape, prefix[0].dtype, out_sharding=spec),) * 2,
-        "tokens": jnp.where(jnp.arange(max_new) == 0, token[..., None], 0),
-        "logprob": logprob,
-        "length": jnp.ones_like(token),
-        "done": token == stop,
-    }
-    state = jax.lax.while_loop(running, step, state)
-    return state["tokens"], state["length"], state["logprob"]
+
+def _batch(count: int, width: int) -> int:
+    """Rows of ``width`` tokens that are computed together when there are ``count`` left: 1, 4 or 16, if they fit."""
+    most = max(1, _BATCH // width)
+    return min(most, next((size for size in (1, 4) if count <= size and size * width >= _LEAST), 16))
+
+
+@dataclasses.dataclass
+class _Part:
+    """Up to M samples of a group in one row."""
+
+    group: Group
+    offset: int
+    n: int
+    places: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class _New:
+    """What is not known yet of a group's prefix."""
+
+    shard: int
+    group: Group
+    known: list[int]  # places
+    tokens: tuple[int, ...]
+    places: list[int]  # of ``tokens``
+
+
+class Recompiled(Exception):
+    """A program was compiled again for shapes that it had been compiled for."""
 
 
 class Engine:
-    """Samples continuations for any number of prefixes, ``rows`` prefixes at a time."""
+    """Samples any number of groups. Create it, and call it, under ``jax.set_mesh(mesh)``."""
 
     def __init__(
         self,
         graphdef: Any,
         params: Any,
+        cfg: VLMConfig,
+        image_token: int,
         mesh: Any,
-        sampling: Sampling,
         *,
-        stop: int,
-        rows: int,
+        slots: int,
+        samples: int,
         max_new: int,
-        bucket: int = 16,
+        places: int,
+        rows: int = 0,
+        steps: int = 32,
+        least: int = 32,
     ):
-        self._graphdef, self._params, self._mesh = graphdef, params, mesh
-        self._sampling = sampling.arrays()
-        self._stop, self._rows, self._max_new, self._bucket = stop, rows, max_new, bucket
-
-    def sample(
-        self, prefixes: Sequence[Sequence[int]], pixels: np.ndarray, keys: np.ndarray, n: int
-    ) -> list[list[Sample]]:
-        """``n`` samples of each prefix.
-
-        pixels uint8 [N, tiles, H, W, 3]; keys uint32 [N, 2]: sample i of a prefix depends on its key and i, not on the
-        other prefixes. Prefixes of similar length share a batch; the padded width is a prefix's own, so that its
-        companions cannot change a rounding.
+        """slots: samples decoded at a time (rounded up to a multiple of the shards). samples: of one row. max_new: the
+        most tokens of a sample. places: tokens of prefixes that are kept, over all shards. rows: resident prefixes;
+        0: enough for three times the slots. steps: of one call of the device at most. least: unit of padding, tokens.
         """
-        if not len(prefixes) == len(keys) == len(pixels):
-            raise ValueError("prefixes, pixels and keys must have the same length")
-        widths = [-(-len(prefix) // self._bucket) * self._bucket for prefix in prefixes]
-        results: list[list[Sample]] = [[] for _ in prefixes]
-        for width, chosen in self._plan(widths, [len(prefix) for prefix in prefixes]):
-            tokens, lengths, logprobs = self._batch(
-                [prefixes[i] for i in chosen], pixels[chosen], keys[chosen], n, width
+        b = device.shards(mesh)
+        self._graphdef, self._params, self._cfg, self._mesh = graphdef, params, cfg, mesh
+        self._image_token, self._shards, self._samples, self._max_new = image_token, b, samples, max_new
+        self._slots = -(-slots // b)
+        self._rows_per_shard = -(-rows // b) or max(2, -(-3 * self._slots // samples))
+        self._steps, self._least, self._places = steps, least, -(-places // b)
+        decoder, dtype = cfg.decoder, params["decoder"]["embed"].dtype
+        self._dtype = dtype
+        self._layers = device.unstack(params, graphdef=graphdef)
+        self._pool = device.new_pool(decoder, mesh, self._places, dtype)
+        self._width = 0
+        self._rows: Any = []
+        self._state = device.new_state(decoder, mesh, self._slots, self._rows_per_shard, samples, max_new, dtype)
+        self._cache = PrefixCache(self._places, b)
+        self._waiting: list[collections.deque[_Part]] = [collections.deque() for _ in range(b)]
+        self._resident: list[dict[int, _Part]] = [{} for _ in range(b)]
+        self._queue: list[list[int]] = [[] for _ in range(b)]
+        self._found: dict[Hashable, list[Sample | None]] = {}
+        self._report: Any = None
+        self._signatures: set[Any] = set()
+        self.frozen = False  # after a warm-up: no new shapes are expected
+        self.strict = False  # raise Recompiled instead of warning
+        self._warned = False
+        self.counts = Counts()
+
+    def submit(self, group: Group) -> None:
+        """Takes a group on. Raises ValueError for one that this engine cannot sample."""
+        limit, most = self._cfg.decoder.rope_scaling, group.sampling.max_new_tokens
+        shown, tiles = group.prefix.count(self._image_token), 0 if group.pixels is None else len(group.pixels)
+        if not group.prefix or group.n < 1:
+            raise ValueError("needs a prefix and at least one sample")
+        if most > self._max_new:
+            raise ValueError(f"max_new_tokens is {most}; this engine samples {self._max_new} at most")
+        if limit is not None and limit.kind == "dynamic" and len(group.prefix) + most > limit.max_position:
+            raise ValueError(f"{len(group.prefix)} + {most} tokens; the model's positions end at {limit.max_position}")
+        if len(group.prefix) > self._places:
+            raise ValueError(f"a prefix of {len(group.prefix)} tokens; there is room for {self._places} (cache_tokens)")
+        if shown and shown != tiles * self._cfg.tokens_per_tile:
+            raise ValueError(f"{shown} image tokens, but {tiles} tiles of {self._cfg.tokens_per_tile}")
+        self._found[group.id] = [None] * group.n
+        shard = self._cache.shard(group.problem)
+        for offset in range(0, group.n, self._samples):
+            self._waiting[shard].append(_Part(group, offset, min(self._samples, group.n - offset)))
+
+    @property
+    def busy(self) -> bool:
+        """Whether any group is not finished."""
+        return bool(self._found)
+
+    def release(self, problem: str) -> None:
+        """Forgets the prefixes of a problem."""
+        self._cache.release(problem)
+
+    def step(self) -> list[tuple[Hashable, list[Sample]]]:
+        """Starts the next piece of work and returns the groups that the one before has finished."""
+        finished = self._harvest()
+        self._admit()
+        if any(self._resident):
+            self._decode()
+        return finished
+
+    def sample(self, groups: Sequence[Group]) -> list[list[Sample]]:
+        """The samples of each group, in order; ids must differ."""
+        for group in groups:
+            self.submit(group)
+        found: dict[Hashable, list[Sample]] = {}
+        while self.busy:
+            found.update(self.step())
+        return [found[group.id] for group in groups]
+
+    def _harvest(self) -> list[tuple[Hashable, list[Sample]]]:
+        """Waits for the decoding under way; takes finished rows off."""
+        if self._report is None:
+            return []
+        report, self._report = self._report, None
+        count, head, steps, live = (np.asarray(report[name]) for name in ("count", "head", "steps", "live"))
+        self.counts.steps += int(steps)
+        self.counts.slot_steps += int(steps) * self._slots * self._shards
+        self.counts.live_steps += int(live)
+        finished, tokens, logprobs = [], None, None
+        for b, resident in enumerate(self._resident):
+            self._queue[b] = self._queue[b][head[b] :]
+            for row, part in list(resident.items()):
+                if not np.all(count[b, row, : part.n]):
+                    continue
+                if tokens is None:
+                    tokens, logprobs = np.asarray(report["tokens"]), np.asarray(report["logprobs"])
+                del resident[row]
+                found = self._found[part.group.id]
+                for i in range(part.n):
+                    size = count[b, row, i]
+                    values = (x[b, row, i, :size].tolist() for x in (tokens, logprobs))
+                    found[part.offset + i] = Sample(*map(tuple, values))
+                    self.counts.tokens += int(size)
+                self.counts.samples += part.n
+                if None not in found:
+                    finished.append((part.group.id, self._found.pop(part.group.id)))
+        return finished
+
+    def _admit(self) -> None:
+        """Gives free rows to waiting groups and computes what is new in their prefixes."""
+        chosen: list[list[tuple[int, _Part]]] = [[] for _ in self._waiting]
+        work: list[list[_New]] = []  # by the order in which they can be computed
+        for b, waiting in enumerate(self._waiting):
+            fresh: dict[int, int] = {}  # place -> its index in ``work``
+            for row in [row for row in range(self._rows_per_shard) if row not in self._resident[b]][: len(waiting)]:
+                new = self._find(b, waiting[0], {part.group.problem for _, part in chosen[b]})
+                if new is None:
+                    break  # no room in the pool until these are in their rows
+                chosen[b].append((row, waiting.popleft()))
+                if new.tokens:
+                    wave = 1 + max((fresh.get(place, -1) for place in new.known), default=-1)
+                    fresh |= dict.fromkeys(new.places, wave)
+                    work += [[] for _ in range(wave + 1 - len(work))]
+                    work[wave].append(new)
+        if not any(chosen):
+            return
+        for wave in work:
+            for batch in self._batches(wave):
+                self._extend(batch)
+        self._widen([part for parts in chosen for _, part in parts])
+        for start in range(0, max(map(len, chosen)), _ADMITTED):
+            self._place([parts[start : start + _ADMITTED] for parts in chosen])
+        for b, parts in enumerate(chosen):
+            self._resident[b].update(parts)
+            self._queue[b] += [row * self._samples + i for row, part in parts for i in range(part.n)]
+
+    def _find(self, b: int, part: _Part, keep: set[str]) -> _New | None:
+        """Looks the prefix of a group up in the pool, and makes room for what is new in it."""
+        group = part.group
+        known = self._cache.find(group.problem, group.prefix)
+        tokens = group.prefix[len(known) :]
+        try:
+            places = self._cache.add(group.problem, known, tokens, keep)
+        except CacheFull as error:
+            if keep:
+                return None
+            raise UserError(f"problem {group.problem}: {error}; raise cache_tokens") from None
+        part.places = known + places
+        return _New(b, group, known, tokens, places)
+
+    def _batches(self, work: list[_New]) -> Iterator[tuple[int, list[list[_New]]]]:
+        """(width, one list for each shard) of what is computed together: like lengths, with or without images."""
+        kinds = collections.defaultdict(lambda: [[] for _ in range(self._shards)])
+        for new in work:
+            width = bucket(min(len(new.tokens), _CHUNK), self._least)
+            kinds[self._image_token in new.tokens, width][new.shard].append(new)
+        for (_, width), parts in sorted(kinds.items(), key=lambda item: item[0]):
+            most, start = max(map(len, parts)), 0
+            while start < most:
+                size = _batch(most - start, width)
+                yield width, [part[start : start + size] for part in parts]
+                start += size
+
+    def _extend(self, batch: tuple[int, list[list[_New]]]) -> None:
+        width, parts = batch
+        rows = _batch(max(map(len, parts)), width)
+        visual, pictures = self._look(parts)
+        shape = (self._shards, rows, width)
+        for start in range(0, max(len(new.tokens) for part in parts for new in part), _CHUNK):
+            longest = max(len(new.known) + min(start, len(new.tokens)) for part in parts for new in part)
+            known = 1 << (longest + width - 1).bit_length() if longest else width
+            arrays = {
+                "tokens": np.zeros(shape, np.int32),
+                "picture": np.full(shape, -1, np.int32),
+                "known": np.zeros((*shape[:2], known), np.int32),
+                "length": np.zeros(shape[:2], np.int32),
+                "places": np.full(shape, self._places, np.int32),
+            }
+            for b, part in enumerate(parts):
+                for i, new in enumerate(part):
+                    end = min(start + _CHUNK, len(new.tokens))
+                    before, size = new.known + new.places[:start], max(0, end - start)
+                    arrays["tokens"][b, i, :size] = new.tokens[start:end]
+                    arrays["places"][b, i, :size] = new.places[start:end]
+                    arrays["known"][b, i, : len(before)], arrays["length"][b, i] = before, len(before)
+                    if visual is not None:
+                        arrays["picture"][b, i, :size] = pictures[b][i][start:end]
+                    self.counts.prefix_tokens += size
+                    self.counts.padded_tokens -= size
+            self.counts.padded_tokens += math.prod(shape)
+            signature = (rows, width, known, None if visual is None else visual.shape)
+            self._pool = self._run(
+                device.extend, signature, self._params, self._pool, put_batch(arrays, self._mesh), visual
             )
-            for row, i in enumerate(chosen):
-                results[i] = [
-                    Sample(tuple(tokens[row, j, : lengths[row, j]].tolist()), float(logprobs[row, j])) for j in range(n)
-                ]
-        return results
 
-    def _plan(self, widths: list[int], lengths: list[int]) -> Iterator[tuple[int, list[int]]]:
-        """(width, indices) of each batch: one width, at most ``rows`` prefixes, similar lengths together."""
-        for width in sorted(set(widths)):
-            same = sorted((i for i, w in enumerate(widths) if w == width), key=lambda i: lengths[i])
-            for start in range(0, len(same), self._rows):
-                yield width, same[start : start + self._rows]
+    def _look(self, parts: list[list[_New]]) -> tuple[jax.Array | None, list[list[np.ndarray]]]:
+        """The visual tokens of new images and, for every new token, which of its shard's it shows (-1: none)."""
+        per_tile, indices, tiles = self._cfg.tokens_per_tile, [], []
+        for part in parts:
+            indices.append([])
+            tiles.append([])
+            for new in part:
+                shown = np.array(new.tokens) == self._image_token
+                index = sum(map(len, tiles[-1])) * per_tile + np.cumsum(shown) - 1
+                indices[-1].append(np.where(shown, index, -1))
+                if shown.any():
+                    tiles[-1].append(new.group.pixels)
+                    self.counts.images += 1
+        most = max(sum(map(len, group)) for group in tiles)
+        if not most:
+            return None, indices
+        size = self._cfg.tile
+        pixels = np.zeros((self._shards, bucket(most, 1), size, size, 3), np.float32)
+        for b, group in enumerate(tiles):
+            if group:
+                stacked = normalise(np.concatenate(group))
+                pixels[b, : len(stacked)] = stacked
+        put = put_batch({"pixels": pixels}, self._mesh)["pixels"]
+        return self._run(device.tower, pixels.shape[1], self._params, put), indices
 
-    def _batch(self, prefixes: list[Sequence[int]], pixels: np.ndarray, keys: np.ndarray, n: int, width: int) -> Any:
-        tokens, valid = np.zeros((self._rows, width), np.int32), np.zeros((self._rows, width), bool)
-        for row, prefix in enumerate(prefixes):
-            tokens[row, width - len(prefix) :] = prefix
-            valid[row, width - len(prefix) :] = True
-        valid[len(prefixes) :, -1] = True
-        fill = [(0, self._rows - len(prefixes))]
-        batch = {
-            "tokens": tokens,
-            "valid": valid,
-            "pixels": normalise(np.pad(pixels, fill + [(0, 0)] * (pixels.ndim - 1))),
-            "keys": np.pad(keys, fill + [(0, 0)]),
+    def _widen(self, parts: list[_Part]) -> None:
+        """Makes the rows wide enough for the longest prefix; less wide when all use less than half of it."""
+        resident = [part for shard in self._resident for part in shard.values()]
+        needed = bucket(max(len(part.places) for part in parts + resident), self._least)
+        if needed > self._width or 2 * needed <= self._width:
+            if self._rows:
+                self._rows = device.resize(self._rows, needed)
+            else:
+                self._rows = device.new_rows(self._cfg.decoder, self._mesh, self._rows_per_shard, needed, self._dtype)
+            self._width = needed
+
+    def _place(self, parts: list[list[tuple[int, _Part]]]) -> None:
+        """Copies prefixes into rows and draws the first tokens."""
+        shape = (self._shards, _ADMITTED)
+        arrays = {
+            "at": np.full(shape, self._rows_per_shard, np.int32),
+            "places": np.zeros((*shape, self._width), np.int32),
+            "tokens": np.zeros((*shape, self._width), np.int32),
+            "length": np.zeros(shape, np.int32),
+            "offset": np.zeros(shape, np.int32),
+            "key": np.zeros((*shape, 2), np.uint32),
         }
-        out = _generate(
-            self._params, put_batch(batch, self._mesh), self._sampling,
-            graphdef=self._graphdef, n=n, max_new=self._max_new, stop=self._stop,
-        )  # fmt: skip
-        return jax.device_get(out)
+        for name, value in Sampling().arrays().items():
+            arrays[name] = np.broadcast_to(value, shape + value.shape).copy()
+        for b, rows in enumerate(parts):
+            for i, (row, part) in enumerate(rows):
+                length = len(part.places)
+                arrays["at"][b, i], arrays["length"][b, i], arrays["offset"][b, i] = row, length, part.offset
+                arrays["places"][b, i, :length], arrays["tokens"][b, i, :length] = part.places, part.group.prefix
+                arrays["key"][b, i] = part.group.key
+                for name, value in part.group.sampling.arrays().items():
+                    arrays[name][b, i] = value
+        put = put_batch(arrays, self._mesh)
+        self._rows, self._state = self._run(
+            device.admit, self._width, self._params, self._rows, self._state, self._pool, put
+        )
+
+    def _decode(self) -> None:
+        size = self._rows_per_shard * self._samples
+        order, tail = np.zeros((self._shards, size), np.int32), np.zeros(self._shards, np.int32)
+        for b, queue in enumerate(self._queue):
+            order[b, : len(queue)], tail[b] = queue, len(queue)
+        queue = put_batch({"order": order, "head": np.zeros_like(tail), "tail": tail}, self._mesh)
+        limit = {"most": self._steps, "least": min(8, self._steps), "free": self._slots // 16}
+        limit = {name: np.int32(value) for name, value in limit.items()}
+        self._state, self._report = self._run(
+            device.decode, self._width, self._params, self._layers, self._rows, self._state, queue, limit
+        )
+
+    def _run(self, program: Any, signature: Any, *args: Any) -> Any:
+        """Calls a program; tells when it is compiled although its shapes are not new."""
+        before = program._cache_size()
+        out = program(*args, graphdef=self._graphdef)
+        key = (program.__name__, signature)
+        if program._cache_size() > before and (self.frozen or key in self._signatures):
+            message = f"{key[0]} was compiled again for the sizes {signature}"
+            if self.strict:
+                raise Recompiled(message)
+            if not self._warned:
+                logging.warning("%s: this costs time; later ones are not reported", message)
+            self._warned = True
+        self._signatures.add(key)
+        return out

@@ -1,56 +1,151 @@
-"""Drawing the next token. Parameters are arrays: changing them never recompiles."""
+"""Drawing the next token. Parameters are arrays, one set per request: changing them never recompiles."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+MAX_STOPS = 4
+_BLOCK = 128  # tokens; the inverse CDF looks for the block first, then inside of it
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Raises ValueError outside of: temperature > 0; top_k >= 0, 0 keeps all tokens; top_p in (0, 1].
+    """How one request is sampled. Raises ValueError outside of the stated ranges.
 
-    top_p keeps the smallest set of tokens that has this probability.
+    The order is that of ``transformers`` and vLLM: repetition penalty, temperature, top-k, top-p, min-p.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = 1.0  # >= 0; 0: the most likely token, of equal ones the first
+    top_k: int = 0  # the k most likely tokens; 0: all
+    top_p: float = 1.0  # in (0, 1]: the smallest set of tokens that has this share of what top-k left
+    min_p: float = 0.0  # in [0, 1]: tokens at least this likely relative to the most likely one
+    repetition_penalty: float = 1.0  # > 0: divides positive logits of tokens in prompt or answer, multiplies others
+    max_new_tokens: int = 128  # >= 1
+    stop: tuple[int, ...] = ()  # at most MAX_STOPS ids that end a sample; the stop token is part of it
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
-            raise ValueError(f"{self}: temperature must be positive, top_p in (0, 1], top_k 0 or positive")
+        checks = {
+            "temperature must be >= 0": self.temperature >= 0,
+            "top_k must be 0 or positive": self.top_k >= 0,
+            "top_p must lie in (0, 1]": 0 < self.top_p <= 1,
+            "min_p must lie in [0, 1]": 0 <= self.min_p <= 1,
+            "repetition_penalty must be positive": self.repetition_penalty > 0,
+            "max_new_tokens must be positive": self.max_new_tokens > 0,
+            f"at most {MAX_STOPS} stop ids": len(self.stop) <= MAX_STOPS,
+        }
+        failed = [message for message, good in checks.items() if not good]
+        if failed:
+            raise ValueError(f"{self}: {'; '.join(failed)}")
 
-    def arrays(self) -> dict[str, Any]:
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Scalars, and ``stop`` int32 [MAX_STOPS], filled up with -1."""
         return {
-            "temperature": jnp.float32(self.temperature),
-            "top_k": jnp.int32(self.top_k),
-            "top_p": jnp.float32(self.top_p),
+            "temperature": np.float32(self.temperature),
+            "top_k": np.int32(self.top_k),
+            "top_p": np.float32(self.top_p),
+            "min_p": np.float32(self.min_p),
+            "penalty": np.float32(self.repetition_penalty),
+            "max_new": np.int32(self.max_new_tokens),
+            "stop": np.array(self.stop + (-1,) * (MAX_STOPS - len(self.stop)), np.int32),
         }
 
 
-def draw(logits: jax.Array, uniform: jax.Array, parameters: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Inverse-CDF sampling from the filtered distribution.
+def _sortable(x: jax.Array) -> jax.Array:
+    """float32 -> int32 in the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
-    logits [..., V] float32, uniform [...] in [0, 1) -> token [...] int32 and its log-probability [...] under the
-    unfiltered distribution at temperature 1. Tokens of equal logit are ordered by id.
+
+def _largest(good: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    """The largest int32 t with ``good(t)``, which must hold up to some t; the least int32 if it never does."""
+
+    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
+        ok = good(middle)
+        return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+
+    limits = jnp.iinfo(jnp.int32)
+    bounds = jnp.full(shape, limits.min, jnp.int32), jnp.full(shape, limits.max, jnp.int32)
+    return jax.lax.fori_loop(0, 32, halve, bounds)[0]
+
+
+def _weights(logits: jax.Array, seen: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
+    """Unnormalised probabilities [..., V] after all filters; tokens that are out have 0."""
+    size, greedy = logits.shape[-1], p["temperature"] == 0
+    penalty = p["penalty"][..., None]
+    x = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    x = x / jnp.where(greedy, 1.0, p["temperature"])[..., None]
+    x = x - jnp.max(x, axis=-1, keepdims=True)
+    key, weight = _sortable(x), jnp.exp(x)
+    top_k = jnp.where(greedy, 1, jnp.where(p["top_k"] > 0, p["top_k"], size))
+    shape, limits = top_k.shape, jnp.iinfo(jnp.int32)
+
+    def mass(t: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(key >= t[..., None], weight, 0.0), axis=-1)
+
+    def count(t: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(key >= t[..., None], 1.0, 0.0), axis=-1)  # exact below 2^24 tokens
+
+    everything = jnp.full(shape, limits.min, jnp.int32)
+    kth = jax.lax.cond(jnp.any(top_k < size), lambda: _largest(lambda t: count(t) >= top_k, shape), lambda: everything)
+    # No threshold reaches an infinite share, so that top_p = 1 keeps all.
+    share = jnp.where(p["top_p"] < 1, p["top_p"] * mass(kth), jnp.inf)
+    nucleus = jax.lax.cond(
+        jnp.any(p["top_p"] < 1), lambda: _largest(lambda t: mass(t) >= share, shape), lambda: everything
+    )
+    keep = (key >= jnp.maximum(kth, nucleus)[..., None]) & (weight >= p["min_p"][..., None])
+    return jnp.where(keep, weight, 0.0)
+
+
+def _rank(cumulative: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array:
+    """The first index whose cumulative weight exceeds ``target``, at most the last one of positive weight."""
+    last = jnp.max(jnp.where(weight > 0, jnp.arange(weight.shape[-1]), 0), axis=-1)
+    return jnp.minimum(jnp.sum(cumulative <= target[..., None], axis=-1), last)
+
+
+def draw(
+    logits: jax.Array, seen: jax.Array, uniform: jax.Array, parameters: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Inverse-CDF sampling, in the order of the ids, from the filtered distribution.
+
+    logits [..., V] float32; seen [..., V] bool: tokens of prompt and answer so far; uniform [...] in [0, 1); parameters
+    as from ``Sampling.arrays``, each [...] -> token [...] int32 and its log-probability [...] in nats under the
+    unfiltered, unpenalised distribution at temperature 1. Nothing is sorted: thresholds are found by bisection. Tokens
+    of equal logit are kept or left out together.
     """
+    weight = _weights(logits, seen, parameters)
+    uniform = jnp.where(parameters["temperature"] == 0, 0.0, uniform)
     size = logits.shape[-1]
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) + 0 * logits.astype(jnp.int32)
-    negative, order = jax.lax.sort((-logits, ids), dimension=-1, num_keys=1, is_stable=True)
-    probabilities = jax.nn.softmax(-negative / parameters["temperature"], axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    top_k = jnp.where(parameters["top_k"] > 0, parameters["top_k"], size)
-    keep = (before < parameters["top_p"]) & (jnp.arange(size) < top_k)
-    keep = keep | (jnp.arange(size) == 0)
-    kept = jnp.where(keep, probabilities, 0.0)
-    cumulative = jnp.cumsum(kept, axis=-1)
-    rank = jnp.sum(cumulative <= uniform[..., None] * cumulative[..., -1:], axis=-1)
-    rank = jnp.minimum(rank, jnp.sum(keep, axis=-1) - 1)
-    chosen = jnp.arange(size) == rank[..., None]
-    token = jnp.sum(jnp.where(chosen, order, 0), axis=-1)
-    logprob = jnp.sum(jnp.where(chosen, -negative, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-    return token, logprob
+    blocks = jnp.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, -size % _BLOCK)])
+    blocks = blocks.reshape(*weight.shape[:-1], -1, _BLOCK)
+    sums = blocks.sum(axis=-1)
+    ends = jnp.cumsum(sums, axis=-1)
+    target = uniform * ends[..., -1]
+    block = _rank(ends, sums, target)
+    at = jnp.arange(sums.shape[-1]) == block[..., None]
+    start = jnp.sum(jnp.where(at, ends - sums, 0.0), axis=-1)
+    inside = jnp.sum(jnp.where(at[..., None], blocks, 0.0), axis=-2)
+    token = block * _BLOCK + _rank(start[..., None] + jnp.cumsum(inside, axis=-1), inside, target)
+    chosen = jnp.sum(jnp.where(jnp.arange(size) == token[..., None], logits, 0.0), axis=-1)
+    return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def uniforms(keys: jax.Array, *indices: Any) -> jax.Array:
+    """One number in [0, 1) for each key: uint32 [..., 2] folded with each of ``indices`` [...] in turn."""
+
+    def one(key: jax.Array, *indices: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(key, impl="threefry2x32")
+        for index in indices:
+            key = jax.random.fold_in(key, index)
+        return jax.random.uniform(key)
+
+    shape = keys.shape[:-1]
+    flat = jax.vmap(one)(keys.reshape(-1, 2), *(jnp.broadcast_to(i, shape).reshape(-1) for i in indices))
+    return flat.reshape(shape)
