@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from mmprm_jax.answers.verify import is_correct
+from mmprm_jax.data import images
 from mmprm_jax.data.encode import prompt_ids
-from mmprm_jax.data.prompts import final_answer, split_segments
+from mmprm_jax.data.prompts import PolicyTemplate, final_answer, split_segments, step_text
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import Request, Rollout
-from mmprm_jax.rollout.engine import Engine
+from mmprm_jax.records import Failure, Problem, Request, Rollout, UserError
+from mmprm_jax.rollout.engine import Engine, Group, Sample
+from mmprm_jax.rollout.sampling import Sampling
+
+Pixels = Callable[[Problem], np.ndarray | None]  # uint8 [tiles, H, W, 3] of a problem
+Prompt = Callable[[Problem, tuple[str, ...], int], Sequence[int]]  # (problem, prefix, tiles) -> ids
+Verify = Callable[[Sequence[tuple[str | None, str]]], Sequence[bool]]  # (answer, gold) pairs
 
 
 def request_key(seed: int, purpose: str, request: Request) -> np.ndarray:
@@ -24,40 +32,137 @@ def request_key(seed: int, purpose: str, request: Request) -> np.ndarray:
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)
 
 
-class Sampler:
-    """Samples search requests with a policy and verifies the final answers."""
+def plain_prompt(tokenizer: Tokenizer, cfg: VLMConfig) -> Prompt:
+    """Prompts of a policy of our own: its tokenizer knows the tags of steps."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        cfg: VLMConfig,
-        pixels: Mapping[str, np.ndarray],
-        seed: int,
-        purpose: str,
-    ):
-        """``pixels``: uint8 [tiles, H, W, 3] by problem id."""
-        self._engine, self._tokenizer, self._cfg, self._pixels = engine, tokenizer, cfg, pixels
+    def ids(problem: Problem, prefix: tuple[str, ...], tiles: int) -> list[int]:
+        prompt = prompt_ids(tokenizer, cfg, problem.question, tiles > 0)
+        return prompt + [i for segment in prefix for i in tokenizer.encode(segment)]
+
+    return ids
+
+
+def template_prompt(tokenizer: Tokenizer, cfg: VLMConfig, template: PolicyTemplate) -> Prompt:
+    """Prompts of a released policy."""
+
+    def ids(problem: Problem, prefix: tuple[str, ...], tiles: int) -> list[int]:
+        pictures = [tiles * cfg.tokens_per_tile] if tiles else []
+        return tokenizer.encode_prompt(template.build(problem.question, list(map(step_text, prefix)), pictures))[0]
+
+    return ids
+
+
+def file_pixels(folder: str, cfg: VLMConfig, max_tiles: int) -> Pixels:
+    """The tiles of a problem's image, opened when they are needed."""
+
+    def pixels(problem: Problem) -> np.ndarray | None:
+        if problem.image is None:
+            return None
+        return images.tiles(images.open_image(f"{folder}/{problem.image}"), max_tiles, cfg.tile)
+
+    return pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What turns problems into tokens and tokens into text."""
+
+    tokenizer: Tokenizer
+    prompt: Prompt
+    pixels: Pixels
+    sampling: Sampling
+
+
+class LocalSampler:
+    """Samples requests with an engine and verifies the final answers while the device goes on: a ``records.Sampler``.
+
+    ``seed`` and ``purpose`` name the random numbers.
+    """
+
+    def __init__(self, engine: Engine, policy: Policy, seed: int, purpose: str, verify: Verify):
+        self.engine, self._policy, self._verify = engine, policy, verify
         self._seed, self._purpose = seed, purpose
-        self.rollouts = self.tokens = 0
+        self._requests: dict[int, Request] = {}
+        self._pixels: dict[str, np.ndarray | None] = {}
+        self._failed: list[Any] = []
+        self._numbers = itertools.count()
 
-    def __call__(self, requests: Sequence[Request]) -> list[tuple[Rollout, ...]]:
-        """The rollouts of each request; all requests ask for the same number."""
-        prefixes = []
+    def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            ids = prompt_ids(self._tokenizer, self._cfg, request.problem.question, request.problem.image is not None)
-            prefixes.append(ids + [i for segment in request.prefix for i in self._tokenizer.encode(segment)])
-        pixels = np.stack([self._pixels[r.problem.id] for r in requests])
-        keys = np.stack([request_key(self._seed, self._purpose, r) for r in requests])
-        samples = self._engine.sample(prefixes, pixels, keys, requests[0].n)
-        self.rollouts += sum(len(group) for group in samples)
-        self.tokens += sum(len(sample.tokens) for group in samples for sample in group)
+            number = next(self._numbers)
+            try:
+                self.engine.submit(self._group(number, request))
+            except (UserError, ValueError) as error:
+                self._failed.append((request, Failure(str(error))))
+            else:
+                self._requests[number] = request
+
+    def collect(self) -> list[tuple[Request, tuple[Rollout, ...] | Failure]]:
         return [
-            tuple(self._rollout(request, sample.tokens, sample.logprob) for sample in group)
-            for request, group in zip(requests, samples, strict=True)
+            (request, found if isinstance(found, Failure) else tuple(rollout for rollout, _ in found))
+            for request, found in self._collect()
         ]
 
-    def _rollout(self, request: Request, tokens: tuple[int, ...], logprob: float) -> Rollout:
-        segments = split_segments(self._tokenizer.decode(tokens))
-        correct = is_correct(final_answer(segments), request.problem.answer)
-        return Rollout(segments, correct, logprob, len(tokens))
+    def release(self, problem_id: str) -> None:
+        self.engine.release(problem_id)
+        self._pixels.pop(problem_id, None)
+
+    def solve(
+        self, requests: Sequence[Request], update: Callable[[int], Any] = lambda n: None
+    ) -> list[list[tuple[Rollout, float]]]:
+        """The rollouts of each request and their log-probabilities (nats), in order. Raises UserError on a failure.
+
+        update: called with the number of requests that were answered since the last call.
+        """
+        self.submit(requests)
+        found: dict[Request, list[tuple[Rollout, float]]] = {}
+        while answers := self._collect():
+            for request, rollouts in answers:
+                if isinstance(rollouts, Failure):
+                    raise UserError(f"problem {request.problem.id}: {rollouts.reason}")
+                found[request] = rollouts
+            update(len(answers))
+        for request in requests:
+            self.release(request.problem.id)
+        return [found[request] for request in requests]
+
+    def _group(self, number: int, request: Request) -> Group:
+        problem = request.problem
+        if problem.id not in self._pixels:
+            self._pixels[problem.id] = self._policy.pixels(problem)
+        pixels = self._pixels[problem.id]
+        prefix = self._policy.prompt(problem, request.prefix, 0 if pixels is None else len(pixels))
+        key = request_key(self._seed, self._purpose, request)
+        return Group(number, problem.id, tuple(prefix), pixels, key, request.n, self._policy.sampling)
+
+    def _collect(self) -> list[tuple[Request, list[tuple[Rollout, float]] | Failure]]:
+        """As ``collect``, with log-probabilities."""
+        answers, self._failed = self._failed, []
+        while not answers and self.engine.busy:
+            finished = self.engine.step()
+            answers = self._verified([(self._requests.pop(number), samples) for number, samples in finished])
+        return answers
+
+    def _verified(
+        self, finished: list[tuple[Request, list[Sample]]]
+    ) -> list[tuple[Request, list[tuple[Rollout, float]]]]:
+        texts = [
+            [split_segments(self._policy.tokenizer.decode(sample.tokens)) for sample in samples]
+            for _, samples in finished
+        ]
+        pairs = [
+            (final_answer(segments), request.problem.answer)
+            for (request, _), group in zip(finished, texts, strict=True)
+            for segments in group
+        ]
+        verdicts = iter(self._verify(pairs)) if pairs else iter(())
+        return [
+            (
+                request,
+                [
+                    (Rollout(segments, bool(next(verdicts)), len(sample.tokens)), sample.logprob)
+                    for segments, sample in zip(group, samples, strict=True)
+                ],
+            )
+            for (request, samples), group in zip(finished, texts, strict=True)
+        ]
