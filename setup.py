@@ -18,6 +18,7 @@ setup(
         "etils[epath]>=1.12",
         "flax>=0.12",
         "grain>=0.2.15",
+        "httpx2>=2.0",  # rollouts from servers, asynchronously
         "huggingface_hub>=0.34",
         "importlib_resources>=6.0",  # tensorflow-datasets needs it and does not say so
         "jax>=0.10",
@@ -26,6 +27,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
+        "pebble>=5.0",  # worker processes with deadlines, for verifying answers
         "pillow>=11.0",
         "safetensors>=0.5",  # bfloat16 in numpy
         "scikit-learn>=1.5",  # its handwritten digits are the embedded data set
@@ -41,6 +43,8 @@ setup(
         "gcs": ["etils[epath-gcs]>=1.12"],  # gs:// paths
         "test": TEST,
         "parity": [*TEST, "torch>=2.4"],  # the reference of tests/models/test_parity.py
+        "bench": ["torch>=2.4"],  # Hugging Face generate, for comparison
+        "tpu": ["libtpu"],  # also compiles for TPU topologies where there is no TPU
         "dev": [*TEST, "ruff>=0.12"],
     },
     entry_points={"console_scripts": ["mmprm = mmprm_jax.main:run"]},

@@ -1,0 +1,375 @@
+"""Rollouts from OpenAI-compatible servers (vLLM, SGLang): images as data URLs, retries, many servers.
+
+One HTTP request per rollout, each with its own seed. Asked for n choices, SGLang's deterministic mode gives all of them
+one seed and so one text, some servers give fewer, and none says how many tokens each has; for a single choice
+``usage.completion_tokens`` does. Servers cache prompts, and a problem has a home server: the prompt is computed once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import logging as python_logging
+import os
+import queue
+import random
+import re
+import threading
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import httpx2
+import numpy as np
+from absl import logging
+from etils import epath
+from PIL import Image
+
+from mmprm_jax.data.images import open_image
+from mmprm_jax.data.prompts import final_answer, policy_template, split_segments, step_text
+from mmprm_jax.models import tokenizer as tok
+from mmprm_jax.models.tokenizer import Segment
+from mmprm_jax.records import Failure, Problem, Request, Rollout, UserError
+from mmprm_jax.rollout.rollouts import request_key
+from mmprm_jax.rollout.sampling import Sampling
+
+MAX_ANSWER = 64 * 2**20  # bytes
+MAX_MESSAGE = 300  # characters of a server's own words in an error
+CONNECT_TIMEOUT = 10.0  # seconds
+FAILURES_IN_A_ROW = 3  # then a server rests
+_HINT = "; are the address (most end in /v1), the model's name and the variable OPENAI_API_KEY right?"
+
+Verify = Callable[[Sequence[tuple[str | None, str]]], Sequence[bool]]
+Sample = tuple[tuple[str, ...], int]  # segments, number of tokens
+
+
+class _Retry(Exception):
+    """An attempt failed in a way that may pass."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Server:
+    url: str
+    in_flight: int = 0
+    failures: int = 0  # in a row
+    rests_until: float = 0.0  # time.monotonic()
+
+
+def image_url(path: epath.PathLike) -> str:
+    """The image in a file as a data URL with the pixels of ``open_image``. Raises UserError as that does."""
+    image, data = open_image(path), epath.Path(path).read_bytes()
+    with Image.open(io.BytesIO(data)) as raw:
+        kind = raw.format
+        plain = kind in ("PNG", "JPEG") and raw.mode in ("RGB", "L")
+    if not plain:  # servers composite an alpha channel; open_image drops it
+        kind, encoded = "PNG", io.BytesIO()
+        image.save(encoded, kind)
+        data = encoded.getvalue()
+    return f"data:{Image.MIME[kind]};base64,{base64.b64encode(data).decode()}"
+
+
+def _messages(prompt: Sequence[Segment], image: str | None) -> list[dict[str, Any]]:
+    """A template's turns as chat messages, the open one last. A content without an image is a string, not a list."""
+    turns: list[list[str]] = []  # per turn the texts between its images, the first one led by the role
+    inside = False
+    for segment in prompt:
+        marker = segment.text if segment.marker else None
+        if marker in (tok.TURN_START, tok.TURN_END):
+            inside = marker == tok.TURN_START
+            turns += [[""]] * inside
+        elif marker == tok.IMAGE:
+            turns[-1] = [*turns[-1], ""]
+        elif inside and marker not in (tok.IMAGE_START, tok.IMAGE_END):
+            turns[-1] = [*turns[-1][:-1], turns[-1][-1] + segment.text]
+    messages = []
+    for head, *rest in turns:
+        role, _, text = head.partition("\n")
+        parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        for after in rest:
+            parts.append({"type": "image_url", "image_url": {"url": image}})
+            parts.append({"type": "text", "text": after.removeprefix("\n")})  # servers put that newline themselves
+        messages.append({"role": role, "content": [p for p in parts if p.get("text") != ""] if rest else text})
+    return messages
+
+
+def chat_body(
+    model: str, sampling: Sampling, template: str, request: Request, image: str | None, seed: int
+) -> dict[str, Any]:
+    """The JSON that asks for one rollout. ``image``: the data URL of the problem's image.
+
+    template: "continue" (the steps so far open the assistant turn, there is no system message) or the name of a policy
+    template. Raises UserError for another template and when the question's ``<image>`` placeholders do not fit.
+    """
+    build = policy_template("plain" if template == "continue" else template).build
+    steps = [step_text(segment) for segment in request.prefix]
+    messages = _messages(build(request.problem.question, steps, [] if image is None else [1]), image)
+    continued = bool(messages[-1]["content"])
+    return {  # every setting: one left out would be taken from the model's generation_config.json
+        "model": model,
+        "messages": messages if continued else messages[:-1],
+        "n": 1,
+        "seed": seed,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k or -1,  # -1: all
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "max_tokens": sampling.max_new_tokens,
+        "skip_special_tokens": False,  # <step> is one in some tokenizers
+        **({"stop_token_ids": list(sampling.stop)} if sampling.stop else {}),
+        **({"continue_final_message": True, "add_generation_prompt": False} if continued else {}),
+    }
+
+
+def _seed(key: np.ndarray, rollout: int) -> int:
+    """31 bits for one rollout of the request with that key (uint32 [2])."""
+    digest = hashlib.blake2b(key.tobytes() + rollout.to_bytes(4, "little"), digest_size=4).digest()
+    return int.from_bytes(digest, "little") & 0x7FFFFFFF
+
+
+def _read_answer(data: bytes) -> tuple[str, int]:
+    """Text and number of tokens of a server's answer. Raises _Retry unless it is exactly one finished choice."""
+    try:
+        answer = json.loads(data)
+        (choice,) = answer["choices"]
+        text, finish = choice["message"]["content"], choice["finish_reason"]
+        n_tokens = answer["usage"]["completion_tokens"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _Retry(
+            "the answer is not JSON with one choice, its message.content and finish_reason, and "
+            f"usage.completion_tokens ({type(error).__name__}: {error})"
+        ) from None
+    if text is None and n_tokens in (0, 1):
+        text = ""  # some servers say null for a stop token alone
+    counted = type(n_tokens) is int and n_tokens >= bool(text)
+    if not (counted and isinstance(text, str) and finish in ("stop", "length")):
+        kind = type(text).__name__
+        raise _Retry(f"the answer's content is {kind}, finish_reason {finish!r}, completion_tokens {n_tokens!r}")
+    return text.encode(errors="replace").decode(), n_tokens  # a lone surrogate could not be written to a file
+
+
+def _server(url: str) -> _Server:
+    with contextlib.suppress(httpx2.InvalidURL):
+        base = httpx2.URL(url)
+        if base.scheme in ("http", "https") and base.host and not (base.userinfo or base.query or base.fragment):
+            return _Server(url.rstrip("/"))
+    shown = re.sub(r"//.*@", "//***@", url)
+    raise UserError(f"{shown!r} is no server's address such as http://host:8000/v1 (a key goes into OPENAI_API_KEY)")
+
+
+class RemoteSampler:
+    """Samples from servers and verifies the final answers (``records.Sampler``). Close it, or use it in ``with``.
+
+    Requests are asyncio tasks in one thread; ``collect`` verifies in the caller's. A rollout that is refused, or still
+    fails after ``max_attempts``, makes a Failure of its request. ``rollouts`` and ``tokens`` count what was collected.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[str],
+        model: str,
+        folder: epath.PathLike,
+        seed: int,
+        purpose: str,
+        verify: Verify,
+        sampling: Sampling,
+        template: str = "continue",
+        concurrency: int = 64,
+        timeout: float = 600.0,
+        max_attempts: int = 8,
+        backoff: float = 1.0,
+        pause: float = 60.0,
+    ):
+        """Raises UserError for bad addresses, an unknown template and an OPENAI_API_KEY that no header can hold.
+
+        servers: base URLs such as http://host:8000/v1, all of the same model. folder: where image paths start. verify:
+        is each of these (answer or None, gold) right? template: see ``chat_body``. concurrency: HTTP requests under way
+        per server. timeout: seconds for a whole answer. backoff: seconds before the first retry, doubled for each
+        further one, with jitter. pause: the longest wait in seconds: of a retry, of a Retry-After, and of a server that
+        failed FAILURES_IN_A_ROW times.
+        """
+        self._servers = [_server(url) for url in servers]
+        if not self._servers:
+            raise UserError("remote rollouts need at least one server's address such as http://host:8000/v1")
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UserError("OPENAI_API_KEY holds characters that a key cannot have; set it again, or unset it")
+        policy_template("plain" if template == "continue" else template)
+        self._model, self._sampling, self._template = model, sampling, template
+        self._folder, self._seed, self._purpose, self._verify = epath.Path(folder), seed, purpose, verify
+        self._concurrency, self._timeout, self._max_attempts = concurrency, timeout, max_attempts
+        self._backoff, self._pause = backoff, pause
+        self.rollouts = self.tokens = self.retries = self._outstanding = 0
+        self._ready: queue.Queue[tuple[Request | None, list[Sample] | Failure | Exception]] = queue.Queue()
+        self._images: dict[str, asyncio.Task[str]] = {}  # by problem id
+        self._freed = asyncio.Event()  # set, and replaced, when a place at a server becomes free
+        self._gate = asyncio.Semaphore(concurrency * len(self._servers))  # first come, first served
+        python_logging.getLogger("httpx2").setLevel(python_logging.WARNING)  # otherwise a line per request
+        self._client = httpx2.AsyncClient(
+            headers={"Content-Type": "application/json"}
+            | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+            timeout=httpx2.Timeout(None, connect=min(CONNECT_TIMEOUT, timeout)),  # _post times the whole
+            limits=httpx2.Limits(max_connections=None, keepalive_expiry=2.0),  # before the server closes it (5 s)
+        )
+        self._loop, self._group = asyncio.new_event_loop(), asyncio.TaskGroup()
+        self._main = self._loop.create_task(self._run())
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._main,), daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> RemoteSampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drops what is under way; afterwards no thread and no connection is left."""
+        if self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._main.cancel)
+        self._thread.join()
+        self._loop.close()
+        self._ready.put((None, RuntimeError("the sampler was closed while requests were outstanding")))
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Takes requests on; returns at once."""
+        for request in requests:
+            self._loop.call_soon_threadsafe(lambda r=request: self._group.create_task(self._answer(r)))
+            self._outstanding += 1
+
+    def collect(self) -> list[tuple[Request, tuple[Rollout, ...] | Failure]]:
+        """The answers that are ready, each request once; waits until there is one. Empty: nothing is outstanding."""
+        ready = []
+        while self._outstanding and not (ready and self._ready.empty()):
+            request, outcome = self._ready.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+            ready.append((request, outcome))
+            self._outstanding -= 1
+        done = [(*sample, request) for request, outcome in ready if isinstance(outcome, list) for sample in outcome]
+        right = self._verify([(final_answer(segments), request.problem.answer) for segments, _, request in done])
+        verified = [Rollout(s, bool(ok), n) for (s, n, _), ok in zip(done, right, strict=True)]
+        self.rollouts += len(verified)
+        self.tokens += sum(rollout.n_tokens for rollout in verified)
+        rest = iter(verified)
+        return [(r, o if isinstance(o, Failure) else tuple(itertools.islice(rest, len(o)))) for r, o in ready]
+
+    def release(self, problem_id: str) -> None:
+        """Nothing more will be asked of this problem: its image is forgotten."""
+        self._loop.call_soon_threadsafe(self._images.pop, problem_id, None)
+
+    # What follows runs in the loop's thread.
+
+    async def _run(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            async with self._group:  # holds the tasks of the requests, and cancels them when it is cancelled
+                await asyncio.Event().wait()  # until close()
+        await self._client.aclose()
+        await self._loop.shutdown_default_executor()
+
+    async def _answer(self, request: Request) -> None:
+        outcome: list[Sample] | Failure | Exception
+        try:
+            async with asyncio.TaskGroup() as group:  # one rollout given up ends the others
+                key, image = request_key(self._seed, self._purpose, request), await self._image(request.problem)
+                tasks = [group.create_task(self._sample(request, image, _seed(key, i))) for i in range(request.n)]
+            outcome = [task.result() for task in tasks]
+        except* UserError as errors:
+            outcome = Failure(str(errors.exceptions[0]))
+        except* Exception as errors:  # a bug here: collect raises it, lest the caller wait for ever
+            outcome = errors
+        self._ready.put((request, outcome))
+
+    async def _image(self, problem: Problem) -> str | None:
+        if problem.image is None:
+            return None
+        if problem.id not in self._images:
+            reading = asyncio.to_thread(image_url, self._folder / problem.image)
+            self._images[problem.id] = self._loop.create_task(reading)
+        return await self._images[problem.id]
+
+    async def _sample(self, request: Request, image: str | None, seed: int) -> Sample:
+        """One rollout. Raises UserError when it is refused and after the last attempt."""
+        home = self._servers[zlib.crc32(request.problem.id.encode()) % len(self._servers)]
+        server, reason = None, ""
+        async with self._gate:
+            body = chat_body(self._model, self._sampling, self._template, request, image, seed)
+            last, data = body["messages"][-1], json.dumps(body).encode()
+            for attempt in range(self._max_attempts):
+                if attempt:
+                    self.retries += 1
+                    await asyncio.sleep(min(self._pause, self._backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1))
+                try:
+                    async with self._place(home, avoid=server) as server:
+                        text, n_tokens = await self._post(server, data)
+                except _Retry as error:
+                    reason = self._say(str(error))
+                    server.failures += 1
+                    if server.failures >= FAILURES_IN_A_ROW:
+                        server.rests_until = time.monotonic() + self._pause
+                        logging.warning("%s rests for %g s: %s", server.url, self._pause, reason)
+                else:
+                    server.failures = 0
+                    if last["role"] == "assistant":  # some servers repeat what they were to continue
+                        text = text.removeprefix(last["content"])
+                    return split_segments(text), n_tokens
+        raise UserError(f"{server.url}: {reason}; given up after {self._max_attempts} attempts")
+
+    @contextlib.asynccontextmanager
+    async def _place(self, home: _Server, avoid: _Server | None) -> AsyncIterator[_Server]:
+        """A place at a server that does not rest: not at ``avoid`` if there is another, at ``home`` if it has room."""
+        while True:
+            now, freed = time.monotonic(), self._freed
+            awake = [s for s in self._servers if s.rests_until <= now]
+            free = [s for s in awake if s.in_flight < self._concurrency and (s is not avoid or len(awake) == 1)]
+            if free:
+                break
+            wake = min((s.rests_until - now for s in self._servers if s.rests_until > now), default=None)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(freed.wait(), wake)
+        server = min(free, key=lambda s: (s is not home, s.in_flight))
+        server.in_flight += 1
+        try:
+            yield server
+        finally:
+            server.in_flight -= 1
+            self._freed.set()
+            self._freed = asyncio.Event()
+
+    async def _post(self, server: _Server, body: bytes) -> tuple[str, int]:
+        """Text and number of tokens of one answer. Raises _Retry, or UserError when the server refuses the request."""
+        data = bytearray()
+        try:
+            async with asyncio.timeout(self._timeout):
+                async with self._client.stream("POST", f"{server.url}/chat/completions", content=body) as response:
+                    async for chunk in response.aiter_bytes():
+                        data += chunk
+                        if len(data) > MAX_ANSWER:
+                            raise _Retry(f"the answer is larger than {MAX_ANSWER} bytes")
+        except TimeoutError:
+            raise _Retry(f"no whole answer in {self._timeout:g} s") from None
+        except (httpx2.HTTPError, OSError) as error:
+            raise _Retry(f"{type(error).__name__} {error}") from None
+        status = response.status_code
+        if status == 200:
+            return _read_answer(bytes(data))
+        reason = f"HTTP {status}: {data.decode(errors='replace')}"
+        if status in (408, 409, 429) or status >= 500:
+            with contextlib.suppress(ValueError):  # it may be a date: then the usual backoff has to do
+                asked = min(float(response.headers.get("Retry-After", "0")), self._pause)
+                server.rests_until = max(server.rests_until, time.monotonic() + asked)
+            raise _Retry(reason)
+        raise UserError(f"{server.url}: {self._say(reason)}{_HINT if status in (401, 403, 404) else ''}")
+
+    def _say(self, text: str) -> str:
+        """A server's words, fit for an error: without the key, on one line, of bounded length."""
+        text = text.replace(self._key, "***") if self._key else text
+        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "…"
