@@ -47,7 +47,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sft.log_every = 10
 
     config.annotate = ConfigDict()
-    config.annotate.mode = "default"  # or paper: the original's search, quirks included
+    config.annotate.mode = "default"  # or paper: the original's search, quirks included; or flat: no search
+    config.annotate.policy = ""  # a released checkpoint, or the model's name on the servers; "": this run's own policy
+    config.annotate.template = ""  # how it is asked; "": internvl, or continue on servers; or paper
+    config.annotate.dtype = ""  # of its weights; "": as stored
+    config.annotate.max_tiles = 6  # of one image
+    config.annotate.servers = ()  # addresses of OpenAI-compatible servers; (): our own engine
+    config.annotate.concurrency = 64  # requests under way at each server
+    config.annotate.lockstep = False  # several processes: one model over all their devices, not one in each
     config.annotate.num_rollouts = 8
     config.annotate.max_searches = 12
     config.annotate.rollout_budget = 80
@@ -56,13 +63,20 @@ def get_config(arg: str = "") -> ConfigDict:
     config.annotate.beta = 0.9
     config.annotate.length_scale = 500.0
     config.annotate.right_solutions = 2
+    config.annotate.flat_solutions = 4  # mode flat only
     config.annotate.temperature = 0.7
     config.annotate.top_k = 50
     config.annotate.top_p = 0.9
+    config.annotate.min_p = 0.0
+    config.annotate.repetition_penalty = 1.0
     config.annotate.max_new_tokens = 40
-    config.annotate.rows = 128
-    config.annotate.in_flight = 512
+    config.annotate.slots = 512  # rollouts decoded at a time
+    config.annotate.in_flight = 512  # trees
+    config.annotate.cache_tokens = 200_000  # prefix tokens kept on the devices
+    config.annotate.verify_workers = 1  # processes
     config.annotate.trees_per_shard = 50
+    config.annotate.checkpoint_seconds = 30.0  # between two saves of the trees in flight
+    config.annotate.skip_failed = False  # go on without problems whose tree failed
 
     config.train_prm = ConfigDict()
     config.train_prm.mode = "default"  # or paper: one label per tree node, all steps of a right rollout are right
@@ -87,7 +101,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate.top_k = 50
     config.evaluate.top_p = 0.9
     config.evaluate.max_new_tokens = 40
-    config.evaluate.rows = 64
+    config.evaluate.slots = 512
+    config.evaluate.cache_tokens = 50_000
     config.evaluate.score_rows = 256
 
     if arg == "smoke":
@@ -95,8 +110,8 @@ def get_config(arg: str = "") -> ConfigDict:
         config.model.decoder.num_layers = 2
         config.sft.update(steps=60, checkpoint_every=20)
         config.annotate.update(
-            num_rollouts=4, max_searches=4, rollout_budget=24, rows=32, in_flight=32, trees_per_shard=16
+            num_rollouts=4, max_searches=4, rollout_budget=24, slots=64, in_flight=32, trees_per_shard=16
         )
         config.train_prm.update(steps=40, checkpoint_every=20)
-        config.evaluate.update(rows=16, score_rows=64)
+        config.evaluate.update(slots=64, score_rows=64)
     return config

@@ -23,6 +23,12 @@ from mmprm_jax.records import UserError
 _PREFIX = "config."
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 _MAX_LISTED = 12
+# What a run may be resumed with another value of: when and where work is done, never its result.
+SCHEDULING = ("mesh",) + tuple(
+    f"annotate.{key}"
+    for key in ("slots", "in_flight", "cache_tokens", "verify_workers", "checkpoint_seconds", "servers", "concurrency",
+                "lockstep", "skip_failed")
+)  # fmt: skip
 
 
 def split_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -55,7 +61,7 @@ def to_text(config: ConfigDict) -> str:
 
 
 def guard_workdir(
-    workdir: epath.PathLike, config: ConfigDict, ignore: Sequence[str] = ("mesh",), primary: bool = True
+    workdir: epath.PathLike, config: ConfigDict, ignore: Sequence[str] = SCHEDULING, primary: bool = True
 ) -> epath.Path:
     """Creates the work directory and ties it to the config, which is kept in its ``config.json``.
 

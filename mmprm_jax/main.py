@@ -2,6 +2,8 @@
 
 ``mmprm <stage> --config=FILE[:ARG] --workdir=DIR [--config.key=value …]`` runs one stage, or with ``pipeline`` all.
 ``mmprm summary WORKDIR [WORKDIR …]`` compares finished runs, e.g. of several seeds.
+``mmprm bench rollout [CASE …]`` compares the sampling engine with Hugging Face's generate, ``mmprm bench annotate``
+many trees at once with one after the other; both take ``--json=FILE``.
 ``mmprm convert SOURCE TARGET [--prm] [--verify] [--dtype=…]`` takes a released checkpoint (a folder or a hub id) to
 Orbax, or back. ``mmprm score PROBLEMS.jsonl --model=MODEL`` scores solutions with a released PRM.
 """
@@ -24,10 +26,21 @@ _OUTPUT = flags.DEFINE_string("output", None, "score: the file to write; default
 _TEMPLATE = flags.DEFINE_string("template", None, "score: the prompt; default: by the model's kind")
 _MAX_TILES = flags.DEFINE_integer("max_tiles", 0, "score: tiles of one image; 0: as in the model's config.json")
 
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "annotate: one of several processes; on TPU pods and under Slurm they find each other, elsewhere the variables"
+    " JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it",
+)
+_JSON = flags.DEFINE_string("json", None, "bench: a file for the ratios and what they were measured on")
+_PAIRS = flags.DEFINE_integer("pairs", 2, "bench rollout: runs of each side")
+_TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x4"], "bench rollout: TPUs to compile for, e.g. v5e:2x4; or none")
+
 _USAGE = (
     "usage: mmprm {data,sft,annotate,train_prm,evaluate,report,pipeline} --config=FILE[:ARG] --workdir=DIR"
     " [--config.key=value …] or: mmprm summary WORKDIR [WORKDIR …] or: mmprm convert SOURCE TARGET [--prm] [--verify]"
     " [--dtype=bfloat16] or: mmprm score PROBLEMS.jsonl --model=MODEL [--output=FILE] [--template=NAME]"
+    " or: mmprm bench {rollout [CASE …],annotate} [--json=FILE]"
 )
 
 
@@ -62,6 +75,17 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         output = _OUTPUT.value or f"{argv[2].removesuffix('.jsonl')}.scores.jsonl"
         print(score_file(prm, _MODEL.value, argv[2], output))
         return
+    if argv[1:2] == ["bench"] and argv[2:3] in (["rollout"], ["annotate"]):
+        from mmprm_jax.bench import annotate, common, rollout
+
+        if argv[2] == "rollout":
+            result = rollout.run(argv[3:], _PAIRS.value, _TOPOLOGIES.value)
+        else:
+            result = annotate.run()
+            print(annotate.table(result))
+        if _JSON.value:
+            common.write_json(_JSON.value, result)
+        return
     names = ("data", "sft", "annotate", "train_prm", "evaluate", "report", "pipeline")
     if len(argv) != 2 or argv[1] not in names:
         raise UserError(_USAGE)
@@ -71,7 +95,10 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
                 f"--{flag.name} is missing; e.g. mmprm {argv[1]} --config=configs/digits.py --workdir=runs/digits"
             )
     config = configs.load(_CONFIG.value, overrides)
-    workdir = configs.guard_workdir(_WORKDIR.value, config)
+    primary = not _DISTRIBUTED.value or _join_processes()
+    if _DISTRIBUTED.value and argv[1] != "annotate":
+        raise UserError(f"--distributed is for mmprm annotate; run mmprm {argv[1]} in one process")
+    workdir = configs.guard_workdir(_WORKDIR.value, config, primary=primary)
 
     _cache_compilations(os.fspath(workdir / "compilation_cache"))
     from mmprm_jax import stages
@@ -81,6 +108,20 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         stages.pipeline(run)
     else:
         stages.run_stage(run, argv[1])
+
+
+def _join_processes() -> bool:
+    """Meets the other processes; returns whether this is the first one. Raises UserError."""
+    import jax
+
+    from mmprm_jax.records import UserError
+
+    count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--distributed: the processes did not find each other ({error})") from None
+    return jax.process_index() == 0
 
 
 def _cache_compilations(folder: str) -> None:

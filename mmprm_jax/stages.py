@@ -19,22 +19,35 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mmprm_jax import records
+from mmprm_jax import annotate as annotation
+from mmprm_jax import convert, records
+from mmprm_jax.answers.verify import is_correct
 from mmprm_jax.data import digits, encode
-from mmprm_jax.data.prompts import final_answer
+from mmprm_jax.data.prompts import final_answer, policy_template
 from mmprm_jax.evaluation import best_of_n
 from mmprm_jax.evaluation.score import Scorer, Solutions
-from mmprm_jax.metrics import Metrics, progress
+from mmprm_jax.metrics import progress
 from mmprm_jax.models import build
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import Candidate, Problem, Request, ScoredCandidate, SFTExample, Tree, UserError
+from mmprm_jax.records import Candidate, Problem, Request, ScoredCandidate, SFTExample, UserError
 from mmprm_jax.report import report as report_page
 from mmprm_jax.rollout.engine import Engine
-from mmprm_jax.rollout.rollouts import Sampler
+from mmprm_jax.rollout.rollouts import (
+    LocalSampler,
+    Pixels,
+    Policy,
+    Verify,
+    file_pixels,
+    plain_prompt,
+    template_prompt,
+)
 from mmprm_jax.rollout.sampling import Sampling
-from mmprm_jax.search import labels, omegaprm, paper
+from mmprm_jax.search import labels, paper
+from mmprm_jax.search.omegaprm import SEARCHES
+from mmprm_jax.search.settings import Settings
+from mmprm_jax.search.store import read_trees
 from mmprm_jax.sharding import make_mesh
 from mmprm_jax.training import losses, optimizers, trainer
 from mmprm_jax.training.checkpoints import load_params, save_params
@@ -49,7 +62,8 @@ class Run:
         self.config, self.workdir, self.config_text = config, workdir, config_text
         choose(SEARCHES, config.annotate.mode, "annotate.mode")  # told before minutes of training
         choose(EXAMPLES, config.train_prm.mode, "train_prm.mode")
-        self.mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), config.mesh, strict=True)))
+        self.mesh_shape = dict(zip(("data", "fsdp", "tensor"), config.mesh, strict=True))
+        self.mesh = make_mesh(self.mesh_shape)
         jax.set_mesh(self.mesh)
         self.data = epath.Path(config.data.folder) if config.data.folder else workdir / "data"
 
@@ -83,12 +97,49 @@ class Run:
         graphdef, abstract = build.abstract(cfg, tokenizer.id(tok.IMAGE), self.mesh)
         return graphdef, load_params(self.folder(stage) / "params", abstract)
 
-    def engine(self, rows: int, tokenizer: Tokenizer, cfg: VLMConfig, settings: ConfigDict) -> Engine:
-        """The policy as a sampling engine for ``rows`` prefixes at a time."""
-        graphdef, params = self.load("sft", tokenizer, cfg)
-        sampling = settings_of(Sampling, settings)
-        stop = tokenizer.id(tok.TURN_END)
-        return Engine(graphdef, params, self.mesh, sampling, stop=stop, rows=rows, max_new=settings.max_new_tokens)
+    def policy(self, settings: ConfigDict, mesh: Any, tokenizer: Tokenizer, cfg: VLMConfig, pixels: Pixels) -> Sampled:
+        """The policy that this run trained."""
+        graphdef, abstract = build.abstract(cfg, tokenizer.id(tok.IMAGE), mesh)
+        params = load_params(self.folder("sft") / "params", abstract)
+        sampling = settings_of(Sampling, settings, stop=(tokenizer.id(tok.TURN_END),))
+        policy = Policy(tokenizer, plain_prompt(tokenizer, cfg), pixels, sampling)
+        return Sampled(graphdef, params, cfg, tokenizer.id(tok.IMAGE), policy)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A policy with its weights, ready for an engine."""
+
+    graphdef: Any
+    params: Any
+    cfg: VLMConfig
+    image_token: int
+    policy: Policy
+
+    def sampler(self, run: Run, settings: ConfigDict, mesh: Any, purpose: str, n: int, verify: Verify) -> LocalSampler:
+        """Samples with ``settings``; n: rollouts per request, as a rule."""
+        engine = Engine(
+            self.graphdef, self.params, self.cfg, self.image_token, mesh, slots=settings.slots, samples=n,
+            max_new=settings.max_new_tokens, places=settings.cache_tokens,
+        )  # fmt: skip
+        return LocalSampler(engine, self.policy, run.config.seed, purpose, verify)
+
+
+def released_policy(run: Run, settings: ConfigDict, mesh: Any) -> Sampled:
+    """The checkpoint that ``settings.policy`` names: a folder, a hub id, or what ``mmprm convert`` wrote."""
+    loaded = convert.load(settings.policy, mesh, settings.dtype or None)
+    tokenizer, cfg = Tokenizer.load(loaded.folder), loaded.model.cfg
+    image_token = tokenizer.id(tok.IMAGE) if cfg.vision else -1
+    graphdef, _ = build.abstract(cfg, image_token, mesh)
+    prompt = template_prompt(tokenizer, cfg, policy_template(settings.template or "internvl"))
+    sampling = settings_of(Sampling, settings, stop=(tokenizer.id(tok.TURN_END),))
+    policy = Policy(tokenizer, prompt, file_pixels(run.data, cfg, settings.max_tiles), sampling)
+    return Sampled(graphdef, loaded.params, cfg, image_token, policy)
+
+
+def is_correct_all(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
+    """Whether the answer of each (answer, gold) pair is right."""
+    return [is_correct(answer, gold) for answer, gold in pairs]
 
 
 def settings_of(cls: type, config: Mapping[str, Any], **more: Any) -> Any:
@@ -100,9 +151,7 @@ def settings_of(cls: type, config: Mapping[str, Any], **more: Any) -> Any:
         raise UserError(str(error)) from None
 
 
-# "paper": as the original MM-PRM does, quirks included.
-SEARCHES = {"default": omegaprm.search, "paper": paper.search}
-EXAMPLES = {"default": labels.step_examples, "paper": paper.step_examples}
+EXAMPLES = {"default": labels.step_examples, "paper": paper.step_examples}  # paper: as the original does
 
 
 def choose(choices: Mapping[str, Any], name: str, key: str) -> Any:
@@ -142,47 +191,31 @@ def sft(run: Run) -> Figures:
 
 
 def annotate(run: Run) -> Figures:
-    """OmegaPRM tree search over the training problems; a shard of finished trees at a time."""
-    c, folder = run.config.annotate, run.folder("annotate")
-    tokenizer = run.tokenizer()
-    cfg, problems = run.model(tokenizer), run.problems("train")
-    settings, search = settings_of(omegaprm.Settings, c), choose(SEARCHES, c.mode, "annotate.mode")
-    sampler = Sampler(
-        run.engine(c.rows, tokenizer, cfg, c), tokenizer, cfg, run.pixels(problems, cfg), run.config.seed, "annotate"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = [range(i, min(i + c.trees_per_shard, len(problems))) for i in range(0, len(problems), c.trees_per_shard)]
-    left = [shard for shard in shards if not shard_path(folder, shard).exists()]
-    todo = [i for shard in left for i in shard]
-    done: dict[int, Tree] = {}
-    first = len(problems) - len(todo)
-    with Metrics(folder, resume_step=first + 1) as metrics, progress(len(problems), "annotate", "tree", first) as bar:
-        searches = (search(problems[i], settings) for i in todo)
-        for index, tree in omegaprm.grow(searches, sampler, c.in_flight):
-            done[todo[index]] = tree
-            bar.update()
-            bar.set_postfix(rollouts=sampler.rollouts, refresh=False)
-            while left and all(i in done for i in left[0]):
-                shard = left.pop(0)
-                records.write(shard_path(folder, shard), [done[i] for i in shard])
-                metrics.write(len(problems) - sum(map(len, left)), rollouts=sampler.rollouts, tokens=sampler.tokens)
-    trees = read_trees(folder)
-    if [tree.problem for tree in trees] != problems:
-        raise UserError(f"{folder}: holds trees of other problems than {run.data}; use another --workdir")
-    return {"trees": len(trees), "rollouts": sum(node.n for tree in trees for node in tree.nodes)}
+    """A search tree for every training problem."""
+    c, folder, problems = run.config.annotate, run.folder("annotate"), run.problems("train")
+    together = c.lockstep or jax.process_count() == 1
+    share = (0, 1) if together else (jax.process_index(), jax.process_count())
+    mesh = run.mesh if together else make_mesh(run.mesh_shape, jax.local_devices())
 
+    def make(verify: Verify) -> LocalSampler:
+        if c.policy:
+            return released_policy(run, c, mesh).sampler(run, c, mesh, "annotate", c.num_rollouts, verify)
+        tokenizer = run.tokenizer()
+        cfg = run.model(tokenizer)
+        tiles = run.pixels(problems, cfg)
+        policy = run.policy(c, mesh, tokenizer, cfg, lambda p: tiles[p.id] if p.image else None)
+        return policy.sampler(run, c, mesh, "annotate", c.num_rollouts, verify)
 
-def shard_path(folder: epath.Path, shard: range) -> epath.Path:
-    """The file of the trees of problems ``shard``."""
-    return folder / f"trees-{shard.start:06d}.jsonl"
-
-
-def read_trees(folder: epath.Path) -> list[Tree]:
-    """All finished trees of an annotation folder, in the order of the problems."""
-    shards = sorted(folder.glob("trees-*.jsonl"))
-    if not shards:
-        raise UserError(f"{folder}: no trees there; run `mmprm annotate` first")
-    return [tree for shard in shards for tree in records.read(shard, Tree)]
+    if c.servers:
+        source = annotation.remote(c, run.data, run.config.seed, settings_of(Sampling, c))
+    else:
+        source = annotation.local(make, c)
+    with jax.set_mesh(mesh), source as sampler:
+        failed = annotation.run(
+            folder, problems, sampler, settings_of(Settings, c), c, worker=share[0], workers=share[1],
+            writes=not together or jax.process_index() == 0,
+        )  # fmt: skip
+    return annotation.finish(folder, problems, failed, c.skip_failed)
 
 
 def train_prm(run: Run) -> Figures:
@@ -215,18 +248,17 @@ def sample_candidates(run: Run, split: str, tokenizer: Tokenizer, cfg: VLMConfig
     c, path = run.config.evaluate, run.folder("evaluate") / f"{split}_candidates.jsonl"
     problems = run.problems(split)
     if not path.exists():
-        engine = run.engine(c.rows, tokenizer, cfg, c)
-        sampler = Sampler(engine, tokenizer, cfg, run.pixels(problems, cfg), run.config.seed, "evaluate")
-        found = []
+        tiles = run.pixels(problems, cfg)
+        policy = run.policy(c, run.mesh, tokenizer, cfg, lambda p: tiles[p.id] if p.image else None)
+        sampler = policy.sampler(run, c, run.mesh, "evaluate", c.n, is_correct_all)
+        requests = [Request(p, (), c.n) for p in problems]
         with progress(len(problems), f"sample {split}", "problem") as bar:
-            for start in range(0, len(problems), c.rows):
-                part = problems[start : start + c.rows]
-                for problem, group in zip(part, sampler([Request(p, (), c.n) for p in part]), strict=True):
-                    found += [
-                        Candidate(problem.id, r.segments, final_answer(r.segments), r.correct, r.logprob, r.n_tokens)
-                        for r in group
-                    ]
-                bar.update(len(part))
+            groups = sampler.solve(requests, bar.update)
+        found = [
+            Candidate(problem.id, r.segments, final_answer(r.segments), r.correct, logprob, r.n_tokens)
+            for problem, group in zip(problems, groups, strict=True)
+            for r, logprob in group
+        ]
         records.write(path, found)
     stored = records.read_all(path, Candidate)
     groups: dict[str, list[Candidate]] = {p.id: [] for p in problems}
@@ -288,8 +320,9 @@ def policy_control(run: Run, tokenizer: Tokenizer, cfg: VLMConfig) -> Figures:
     c, problems = run.config.evaluate, run.problems("test")
     pixels = run.pixels(problems, cfg)
     shuffled = dict(zip(pixels, np.roll(np.stack(list(pixels.values())), 1, axis=0), strict=True))
-    sampler = Sampler(run.engine(c.rows, tokenizer, cfg, c), tokenizer, cfg, shuffled, run.config.seed, "control")
-    groups = sampler([Request(p, (), c.n) for p in problems])
+    policy = run.policy(c, run.mesh, tokenizer, cfg, lambda p: shuffled[p.id] if p.image else None)
+    sampler = policy.sampler(run, c, run.mesh, "control", c.n, is_correct_all)
+    groups = [[r for r, _ in group] for group in sampler.solve([Request(p, (), c.n) for p in problems])]
     accuracy, stderr = best_of_n.mean_and_stderr(np.array([[r.correct for r in g] for g in groups]).mean(axis=1))
     answers = Counter(final_answer(r.segments) for g in groups for r in g)
     gold = Counter(p.answer for p in problems)
@@ -402,13 +435,16 @@ def run_stage(run: Run, stage: str) -> None:
         logging.info("%s: already done", stage)
         return
     before = list(STAGES)[: list(STAGES).index(stage)]
+    if stage == "annotate" and (run.config.annotate.policy or run.config.annotate.servers):
+        before = []  # somebody else's policy, on the problems of data.folder
     unfinished = [name for name in before if run.figures(name) is None and name != "report"]
     if unfinished:
         raise UserError(f"{stage}: the stage {unfinished[0]} has not finished; run `mmprm {unfinished[0]}` first")
     run.folder(stage).mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     figures = STAGES[stage](run)
-    write_json(run.folder(stage) / "done.json", figures | {"seconds": round(time.monotonic() - started, 1)})
+    if jax.process_index() == 0:
+        write_json(run.folder(stage) / "done.json", figures | {"seconds": round(time.monotonic() - started, 1)})
 
 
 def pipeline(run: Run) -> None:

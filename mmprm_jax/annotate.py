@@ -1,0 +1,162 @@
+"""``mmprm annotate``: a search tree for every training problem, on any number of processes, durable.
+
+Processes share the problems shard by shard, each with an engine on its own devices; in ``lockstep`` all of them run one
+engine whose mesh spans their devices: then every process does the same with the same numbers, only the first one
+verifies answers (and tells the others) and writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from mmprm_jax import records
+from mmprm_jax.answers.workers import Verifier
+from mmprm_jax.metrics import Metrics, progress
+from mmprm_jax.records import Failure, Problem, Sampler, Tree, UserError
+from mmprm_jax.rollout.remote import RemoteSampler
+from mmprm_jax.rollout.rollouts import LocalSampler, Verify
+from mmprm_jax.search.omegaprm import SEARCHES, grow
+from mmprm_jax.search.settings import Settings
+from mmprm_jax.search.store import Recalling, Store, each_tree, missing
+
+_SECONDS = 10.0  # between two rows of metrics
+_LONG = 30 * 24 * 3600 * 1000  # ms; a process that dies is noticed sooner
+
+
+def told_by_the_first(verify: Verify) -> Verify:
+    """Verdicts of the first process, for all of them: a time-out could differ."""
+
+    def verdicts(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
+        mine = verify(pairs) if jax.process_index() == 0 else [False] * len(pairs)
+        return multihost_utils.broadcast_one_to_all(np.array(mine, np.int32)).astype(bool).tolist()
+
+    return verdicts
+
+
+def wait_for_all(name: str) -> None:
+    """Waits for all processes, however long they take: a collective operation may give up after half a minute."""
+    ocp.multihost.get_barrier_sync_fn()(key=f"annotate_{name}", timeout_ms=_LONG)
+
+
+class _Gauge:
+    """What the progress bar and the metrics show of a sampler."""
+
+    def __init__(self, sampler: Sampler):
+        self._sampler = sampler
+        self._start = self._last = (time.monotonic(), 0, 0, 0, 0)
+
+    def read(self, last: bool) -> dict[str, float]:
+        """Totals of this run; rates and slot occupancy since the reading before. The last one: of the whole run."""
+        now, engine = time.monotonic(), getattr(self._sampler, "engine", None)
+        counts = engine.counts if engine else None
+        rollouts, tokens = (counts.samples, counts.tokens) if counts else (self._sampler.rollouts, self._sampler.tokens)
+        live, all_ = (counts.live_steps, counts.slot_steps) if counts else (0, 0)
+        then, rollouts_then, tokens_then, live_then, all_then = self._start if last else self._last
+        self._last = (now, rollouts, tokens, live, all_)
+        seconds = max(now - then, 1e-9)
+        values = {
+            "rollouts": rollouts, "tokens": tokens, "rollouts_per_second": (rollouts - rollouts_then) / seconds,
+            "tokens_per_second": (tokens - tokens_then) / seconds,
+        }  # fmt: skip
+        if all_ > all_then:
+            values["slot_occupancy"] = (live - live_then) / (all_ - all_then)
+        return values
+
+
+def run(
+    folder: epath.Path, problems: Sequence[Problem], sampler: Sampler, settings: Settings, config: ConfigDict,
+    *, worker: int = 0, workers: int = 1, writes: bool = True,
+) -> dict[int, str]:  # fmt: skip
+    """Grows the trees of this worker's share that are not there yet.
+
+    Returns the reasons of those that failed; of several processes of one worker, only that which writes does.
+    """
+    store = Store(folder, problems, config.trees_per_shard, worker, workers, config.checkpoint_seconds, writes)
+    if workers == 1:  # of several processes in lockstep, the first one must not go on before all have read
+        wait_for_all("read")
+    store.mend()
+    share, shown = store.done + len(store.todo), writes and worker == 0
+    forest = SEARCHES[config.mode](settings, config.in_flight)
+    gauge, due = _Gauge(sampler), time.monotonic() + _SECONDS
+    metrics = Metrics(folder, resume_step=store.done + 1, enabled=shown)
+    with metrics, progress(share, "annotate", "tree", store.done, enabled=shown) as bar:
+        todo = ((i, problems[i]) for i in store.todo)
+        for index, result in grow(todo, forest, Recalling(sampler, store)):
+            store.add(index, result)
+            if isinstance(result, Failure):
+                logging.error("problem %s: %s", problems[index].id, result.reason)
+            else:
+                bar.update()
+            last = store.done + len(store.failed) == share
+            if last or time.monotonic() >= due:
+                values, due = gauge.read(last), time.monotonic() + _SECONDS
+                metrics.write(store.done, **values)
+                bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in values.items()), refresh=False)
+    if store.failed and writes:
+        store.save()
+        if config.skip_failed:
+            store.give_up()
+    return store.failed if writes else {}
+
+
+def finish(folder: epath.Path, problems: Sequence[Problem], failed: dict[int, str], skip: bool) -> dict[str, Any]:
+    """The figures of an annotation, when all processes are done.
+
+    Raises UserError, in every process, when trees failed and are not to be skipped.
+    """
+    wait_for_all("grown")
+    count = int(np.sum(multihost_utils.process_allgather(np.int32(len(failed)))))
+    if count and not skip:
+        first = next((f", such as that of {problems[i].id}: {reason}" for i, reason in sorted(failed.items())), "")
+        raise UserError(
+            f"{count} of {len(problems)} trees failed{first}. All others are kept; the same command tries these again,"
+            " --config.annotate.skip_failed=true goes on without them"
+        )
+    figures = dict.fromkeys(("trees", "rollouts", "all_right", "all_wrong"), 0)
+
+    def counted() -> Iterator[Tree]:
+        for tree in each_tree(folder):
+            root = tree.nodes[0]
+            figures["trees"] += 1
+            figures["rollouts"] += sum(node.n for node in tree.nodes)
+            figures["all_right"] += root.k == root.n  # not searched: too easy
+            figures["all_wrong"] += root.k == 0  # not searched: too hard
+            yield tree
+
+    left_out = list(missing(problems, counted()))
+    if jax.process_index() == 0:
+        records.write(folder / "failed.jsonl", left_out)
+        for path in folder.glob("*.part*"):
+            path.unlink(missing_ok=True)
+    return figures | {"failed": len(left_out)}
+
+
+@contextlib.contextmanager
+def remote(config: ConfigDict, folder: epath.Path, seed: int, sampling: Any) -> Iterator[RemoteSampler]:
+    """A sampler of the servers that ``config`` names."""
+    with (
+        Verifier(config.verify_workers) as verify,
+        RemoteSampler(
+            config.servers, config.policy, folder, seed, "annotate", verify, sampling, config.template or "continue",
+            concurrency=config.concurrency,
+        ) as sampler,
+    ):  # fmt: skip
+        yield sampler
+
+
+@contextlib.contextmanager
+def local(make: Any, config: ConfigDict) -> Iterator[LocalSampler]:
+    """A sampler of our own engine; ``make(verify)`` builds it."""
+    with Verifier(config.verify_workers) as verify:
+        yield make(told_by_the_first(verify) if config.lockstep else verify)
