@@ -1,0 +1,127 @@
+"""``mmprm bench annotate``: many trees at once against one problem at a time, on the same engine.
+
+The policy is random and so are its trees: numbers, of which four make a step; sixteen rollouts to a prefix, and an
+answer is right when its last number is small. Lengths of rollouts are about geometric, as those of a sampler whose
+stop token is likely everywhere. Both ways grow the same trees (that is checked). One by one means one call of sixteen
+rollouts under way, as the original MM-PRM's loop has for each GPU, on an engine of sixteen slots. Unlike the original,
+which computes images and prefixes anew for every rollout, it shares them here too: the ratio is the loop's alone.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmprm_jax.bench.common import machine
+from mmprm_jax.models import build
+from mmprm_jax.models.config import DecoderConfig, VisionConfig, VLMConfig
+from mmprm_jax.records import Problem, Tree
+from mmprm_jax.rollout.engine import Engine
+from mmprm_jax.rollout.rollouts import LocalSampler, Policy
+from mmprm_jax.rollout.sampling import Sampling
+from mmprm_jax.search.omegaprm import Forest, grow
+from mmprm_jax.search.settings import Settings
+from mmprm_jax.sharding import make_mesh
+
+CFG = VLMConfig(  # the sizes of configs/digits.py
+    vision=VisionConfig(
+        image_size=24, patch_size=4, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128,
+        layer_scale_init=1.0,
+    ),
+    decoder=DecoderConfig(
+        vocab_size=64, hidden_size=64, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=128,
+        rope_theta=1e4,
+    ),
+)  # fmt: skip
+IMAGE, FIRST, STOPS, STEP = 0, 1, (60, 61), 4
+ROLLOUTS, LONGEST = 16, 64
+SETTINGS = Settings(num_rollouts=ROLLOUTS, max_searches=8, rollout_budget=160, length_scale=50.0)
+
+
+class Numbers:
+    """Tokens to the text of steps and an answer, and back."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        numbers = [max(t, FIRST) for t in tokens if t not in STOPS] or [FIRST]
+        steps = [numbers[i : i + STEP] for i in range(0, len(numbers), STEP)]
+        done = "".join(f"<step>{' '.join(map(str, step))}</step>" for step in steps[:-1])
+        return f"{done}<answer>{' '.join(map(str, steps[-1]))}</answer>"
+
+    def prompt(self, problem: Problem, prefix: tuple[str, ...], tiles: int) -> list[int]:
+        numbers = [int(n) for text in (problem.question, *prefix) for n in re.findall(r"\d+", text)]
+        return [FIRST, *[IMAGE] * (tiles * CFG.tokens_per_tile), *numbers]
+
+
+def _pixels(problem: Problem) -> np.ndarray:
+    size = CFG.vision.image_size
+    return np.random.default_rng(int(problem.id)).integers(0, 256, (1, size, size, 3), np.uint8)
+
+
+def _verify(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
+    return [int(answer.split()[-1]) < 30 for answer, _ in pairs]
+
+
+def problems(count: int) -> list[Problem]:
+    """Questions of 20 to 60 numbers, each with an image."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(map(str, rng.integers(FIRST, 60, rng.integers(20, 61)))) for _ in range(count)]
+    return [Problem(str(i), text, "", "image") for i, text in enumerate(texts)]
+
+
+def _grow(some: Sequence[Problem], slots: int, in_flight: int) -> tuple[list[Tree], dict[str, float]]:
+    """The trees of ``some``, and the rates; compiled on the same problems before."""
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        graphdef, params = build.initialise(CFG, IMAGE, 0, mesh)
+        for _ in range(2):
+            engine = Engine(
+                graphdef, params, CFG, IMAGE, mesh, slots=slots, samples=ROLLOUTS, max_new=LONGEST, places=200_000
+            )
+            numbers, sampling = Numbers(), Sampling(max_new_tokens=LONGEST, stop=STOPS)
+            sampler = LocalSampler(engine, Policy(numbers, numbers.prompt, _pixels, sampling), 0, "bench", _verify)
+            start = time.perf_counter()
+            trees = dict(grow(enumerate(some), Forest(SETTINGS, in_flight), sampler))
+            seconds = time.perf_counter() - start
+    labels = sum(len(tree.nodes) for tree in trees.values())
+    counts = engine.counts
+    figures = {
+        "seconds": seconds,
+        "trees": len(trees),
+        "labels_per_second": labels / seconds,
+        "rollouts_per_second": counts.samples / seconds,
+        "tokens_per_second": counts.tokens / seconds,
+        "slot_occupancy": counts.occupancy,
+        "mean_tokens": counts.tokens / counts.samples,
+        "prefix_tokens": counts.prefix_tokens,
+        "padded_tokens": counts.padded_tokens,
+        "images": counts.images,
+    }
+    return [trees[i] for i in range(len(trees))], figures
+
+
+def run(count: int = 256, alone: int = 16, slots: int = 256, in_flight: int = 64) -> dict[str, Any]:
+    """Grows ``count`` trees at once and the first ``alone`` of them one by one. Raises ValueError if those differ."""
+    before, some = machine(), problems(count)
+    many_trees, many = _grow(some, slots, in_flight)
+    one_trees, one = _grow(some[:alone], ROLLOUTS, 1)
+    if many_trees[:alone] != one_trees:
+        raise ValueError("the trees grown one by one are not those grown together")
+    ratios = {
+        f"{name}_ratio": many[f"{name}_per_second"] / one[f"{name}_per_second"] for name in ("labels", "rollouts")
+    }
+    return {"machine": before, "slots": slots, "in_flight": in_flight, "together": many, "one_by_one": one, **ratios}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = [f"{'':22}{'together':>12}{'one by one':>12}"]
+    for name in result["together"]:
+        a, b = (result[side][name] for side in ("together", "one_by_one"))
+        lines.append(f"{name.replace('_', ' '):22}{a:12.4g}{b:12.4g}")
+    lines.append(f"together / one by one: labels {result['labels_ratio']:.2f}, rollouts {result['rollouts_ratio']:.2f}")
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""What every benchmark needs: children that take turns, the machine's description and limits, the JSON file."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmprm_jax.records import UserError
+
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "numpy", "torch", "transformers")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Python, and those of the libraries that are installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on: cpu, cores, load (runnable processes, mean of the last minute), versions."""
+    name = platform.processor()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
+    except OSError:  # not Linux
+        pass
+    return {"cpu": name, "cores": cores(), "load": load(), "system": platform.platform(), "versions": versions()}
+
+
+def load() -> float:
+    """Runnable processes, mean of the last minute; beyond those of the benchmark they make its figures too low."""
+    return os.getloadavg()[0]
+
+
+def _seconds(f: Callable[[], Any], repeats: int) -> float:
+    """The shortest of ``repeats`` calls after one that compiles."""
+    jax.block_until_ready(f())
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(f())
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def peak_flops(size: int = 2048, dtype: Any = jnp.float32, repeats: int = 8) -> float:
+    """FLOP/s of the default device in a large square matrix product, the best of ``repeats``."""
+    a = jnp.full((size, size), 0.5, dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    return 2 * size**3 / _seconds(lambda: product(a, a), repeats)
+
+
+def copy_bandwidth(size: int = 1 << 28, repeats: int = 8) -> float:
+    """Bytes/s that the default device reads and writes when it copies ``size`` bytes, the best of ``repeats``."""
+    x = jnp.zeros((size // 4,), jnp.float32)
+    change = jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes / _seconds(lambda: change(x), repeats)
+
+
+def write_json(path: str | os.PathLike, result: dict[str, Any]) -> None:
+    """Writes a benchmark's result."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(result, file, indent=2)
+        file.write("\n")
+
+
+class Child:
+    """A generator that runs in a process of its own: ``next`` lets it go on to its next value, and waits for it.
+
+    make: a function of a module, called with ``args`` in the child. Raises UserError when the child fails.
+    """
+
+    def __init__(self, make: Callable[..., Iterator[Any]], *args: Any):
+        context = multiprocessing.get_context("spawn")  # a forked child of a process with XLA's threads may hang
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, make, args), daemon=True)
+        self._process.start()
+        other.close()
+
+    def __next__(self) -> Any:
+        try:
+            self._pipe.send(None)
+            good, value = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join(10)
+            raise UserError(f"a process of the benchmark ended with {self._process.exitcode}: out of memory?") from None
+        if not good:
+            raise UserError(f"a process of the benchmark failed:\n{value}")
+        return value
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pipe.close()  # a child that waits ends by itself
+        self._process.join(5)
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(pipe: Any, make: Callable[..., Iterator[Any]], args: tuple[Any, ...]) -> None:
+    values = iter(())
+    try:
+        pipe.recv()
+        values = make(*args)
+        for value in values:
+            pipe.send((True, value))
+            pipe.recv()
+        pipe.send((False, "it had nothing more to do"))
+    except EOFError:  # the parent is done
+        pass
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
