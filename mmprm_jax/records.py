@@ -172,7 +172,9 @@ def from_dict(cls: type[Record], row: dict[str, Any]) -> Record:
 
 def to_json(record: Any) -> str:
     """One line of JSON; equal records give equal bytes."""
-    return json.dumps(dataclasses.asdict(record), ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(dataclasses.asdict(record), ensure_ascii=False, separators=(",", ":"))
+    # half a surrogate pair, which UTF-8 cannot hold, stays a JSON escape
+    return text.encode(errors="backslashreplace").decode()
 
 
 def write(path: epath.PathLike, records: Iterable[Any]) -> int:

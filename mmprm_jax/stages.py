@@ -193,6 +193,8 @@ def sft(run: Run) -> Figures:
 def annotate(run: Run) -> Figures:
     """A search tree for every training problem."""
     c, folder, problems = run.config.annotate, run.folder("annotate"), run.problems("train")
+    if c.servers and not c.policy:
+        raise UserError("annotate.policy is empty; it names the model that the servers have")
     together = c.lockstep or jax.process_count() == 1
     share = (0, 1) if together else (jax.process_index(), jax.process_count())
     mesh = run.mesh if together else make_mesh(run.mesh_shape, jax.local_devices())
@@ -436,7 +438,7 @@ def run_stage(run: Run, stage: str) -> None:
         return
     before = list(STAGES)[: list(STAGES).index(stage)]
     if stage == "annotate" and (run.config.annotate.policy or run.config.annotate.servers):
-        before = []  # somebody else's policy, on the problems of data.folder
+        before = [] if run.config.data.folder else ["data"]  # somebody else's policy
     unfinished = [name for name in before if run.figures(name) is None and name != "report"]
     if unfinished:
         raise UserError(f"{stage}: the stage {unfinished[0]} has not finished; run `mmprm {unfinished[0]}` first")

@@ -61,7 +61,7 @@ class PrefixCache:
             if len(free) >= len(tokens):
                 break
             if other not in keep and other != problem and self._problems[other].shard == entry.shard:
-                self.release(other)
+                self.forget(other)
         if len(free) < len(tokens):
             raise CacheFull(f"{len(tokens)} more tokens do not fit into {self._places}")
         places, place = [], known[-1] if known else -1
@@ -72,8 +72,14 @@ class PrefixCache:
             place = new
         return places
 
+    def forget(self, problem: str) -> None:
+        """Frees the places of a problem, which stays in its pool."""
+        entry = self._problems[problem]
+        self._free[entry.shard] += entry.following.values()
+        entry.following.clear()
+
     def release(self, problem: str) -> None:
-        """Forgets a problem, if it is known."""
-        entry = self._problems.pop(problem, None)
-        if entry:
-            self._free[entry.shard] += entry.following.values()
+        """Forgets a problem and its pool, if it is known."""
+        if problem in self._problems:
+            self.forget(problem)
+            del self._problems[problem]

@@ -156,6 +156,7 @@ class Engine:
         self._resident: list[dict[int, _Part]] = [{} for _ in range(b)]
         self._queue: list[list[int]] = [[] for _ in range(b)]
         self._found: dict[Hashable, list[Sample | None]] = {}
+        self._refused: list[Any] = []
         self._report: Any = None
         self._signatures: set[Any] = set()
         self.frozen = False  # after a warm-up: no new shapes are expected
@@ -167,6 +168,8 @@ class Engine:
         """Takes a group on. Raises ValueError for one that this engine cannot sample."""
         limit, most = self._cfg.decoder.rope_scaling, group.sampling.max_new_tokens
         shown, tiles = group.prefix.count(self._image_token), 0 if group.pixels is None else len(group.pixels)
+        if group.id in self._found:
+            raise ValueError(f"a group {group.id!r} is under way already")
         if not group.prefix or group.n < 1:
             raise ValueError("needs a prefix and at least one sample")
         if most > self._max_new:
@@ -189,23 +192,32 @@ class Engine:
 
     def release(self, problem: str) -> None:
         """Forgets the prefixes of a problem."""
+        if any(part.group.problem == problem for waiting in self._waiting for part in waiting):
+            return  # they are bound to its pool
         self._cache.release(problem)
 
-    def step(self) -> list[tuple[Hashable, list[Sample]]]:
-        """Starts the next piece of work and returns the groups that the one before has finished."""
+    def step(self) -> list[tuple[Hashable, list[Sample] | UserError]]:
+        """Starts the next piece of work and returns the groups that the one before has finished.
+
+        A group whose prefix does not fit into the pool comes back as a UserError.
+        """
         finished = self._harvest()
         self._admit()
         if any(self._resident):
             self._decode()
-        return finished
+        refused, self._refused = self._refused, []
+        return finished + refused
 
     def sample(self, groups: Sequence[Group]) -> list[list[Sample]]:
-        """The samples of each group, in order; ids must differ."""
+        """The samples of each group, in order. Raises what ``submit`` raises, and UserError for a refused group."""
         for group in groups:
             self.submit(group)
-        found: dict[Hashable, list[Sample]] = {}
+        found: dict[Hashable, Any] = {}
         while self.busy:
             found.update(self.step())
+        for samples in found.values():
+            if isinstance(samples, UserError):
+                raise samples
         return [found[group.id] for group in groups]
 
     def _harvest(self) -> list[tuple[Hashable, list[Sample]]]:
@@ -220,6 +232,7 @@ class Engine:
         finished, tokens, logprobs = [], None, None
         for b, resident in enumerate(self._resident):
             self._queue[b] = self._queue[b][head[b] :]
+            before = set(resident)
             for row, part in list(resident.items()):
                 if not np.all(count[b, row, : part.n]):
                     continue
@@ -235,6 +248,8 @@ class Engine:
                 self.counts.samples += part.n
                 if None not in found:
                     finished.append((part.group.id, self._found.pop(part.group.id)))
+            gone = before - set(resident)  # samples that ended with their first token never took a slot
+            self._queue[b] = [sample for sample in self._queue[b] if sample // self._samples not in gone]
         return finished
 
     def _admit(self) -> None:
@@ -243,10 +258,16 @@ class Engine:
         work: list[list[_New]] = []  # by the order in which they can be computed
         for b, waiting in enumerate(self._waiting):
             fresh: dict[int, int] = {}  # place -> its index in ``work``
-            for row in [row for row in range(self._rows_per_shard) if row not in self._resident[b]][: len(waiting)]:
-                new = self._find(b, waiting[0], {part.group.problem for _, part in chosen[b]})
-                if new is None:
-                    break  # no room in the pool until these are in their rows
+            free = [row for row in range(self._rows_per_shard) if row not in self._resident[b]]
+            while free and waiting:
+                try:
+                    new = self._find(b, waiting[0], {part.group.problem for _, part in chosen[b]})
+                except CacheFull as error:
+                    if chosen[b]:
+                        break  # there is room again when these are in their rows
+                    self._refuse(b, error)
+                    continue
+                row = free.pop(0)
                 chosen[b].append((row, waiting.popleft()))
                 if new.tokens:
                     wave = 1 + max((fresh.get(place, -1) for place in new.known), default=-1)
@@ -265,19 +286,27 @@ class Engine:
             self._resident[b].update(parts)
             self._queue[b] += [row * self._samples + i for row, part in parts for i in range(part.n)]
 
-    def _find(self, b: int, part: _Part, keep: set[str]) -> _New | None:
-        """Looks the prefix of a group up in the pool, and makes room for what is new in it."""
+    def _refuse(self, b: int, error: CacheFull) -> None:
+        """Gives the first waiting group back."""
+        group = self._waiting[b].popleft().group
+        self._waiting[b] = collections.deque(part for part in self._waiting[b] if part.group is not group)
+        del self._found[group.id]
+        self._refused.append((group.id, UserError(f"problem {group.problem}: {error}; raise cache_tokens")))
+
+    def _find(self, b: int, part: _Part, keep: set[str]) -> _New:
+        """Looks the prefix of a group up in the pool, and makes room for what is new in it. Raises CacheFull."""
         group = part.group
         known = self._cache.find(group.problem, group.prefix)
-        tokens = group.prefix[len(known) :]
         try:
-            places = self._cache.add(group.problem, known, tokens, keep)
-        except CacheFull as error:
-            if keep:
-                return None
-            raise UserError(f"problem {group.problem}: {error}; raise cache_tokens") from None
+            places = self._cache.add(group.problem, known, group.prefix[len(known) :], keep)
+        except CacheFull:
+            if group.problem in keep or not known:
+                raise
+            self._cache.forget(group.problem)  # its other branches fill the pool
+            known = []
+            places = self._cache.add(group.problem, known, group.prefix, keep)
         part.places = known + places
-        return _New(b, group, known, tokens, places)
+        return _New(b, group, known, group.prefix[len(known) :], places)
 
     def _batches(self, work: list[_New]) -> Iterator[tuple[int, list[list[_New]]]]:
         """(width, one list for each shard) of what is computed together: like lengths, with or without images."""
@@ -332,7 +361,9 @@ class Engine:
             tiles.append([])
             for new in part:
                 shown = np.array(new.tokens) == self._image_token
-                index = sum(map(len, tiles[-1])) * per_tile + np.cumsum(shown) - 1
+                start = sum(map(len, tiles[-1])) * per_tile
+                start += new.group.prefix[: len(new.known)].count(self._image_token)
+                index = start + np.cumsum(shown) - 1
                 indices[-1].append(np.where(shown, index, -1))
                 if shown.any():
                     tiles[-1].append(new.group.pixels)

@@ -139,8 +139,9 @@ class LocalSampler:
         """As ``collect``, with log-probabilities."""
         answers, self._failed = self._failed, []
         while not answers and self.engine.busy:
-            finished = self.engine.step()
-            answers = self._verified([(self._requests.pop(number), samples) for number, samples in finished])
+            finished = [(self._requests.pop(number), samples) for number, samples in self.engine.step()]
+            answers = [(request, Failure(str(e))) for request, e in finished if isinstance(e, UserError)]
+            answers += self._verified([(r, samples) for r, samples in finished if not isinstance(samples, UserError)])
         return answers
 
     def _verified(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MAX_STOPS = 4
+GREEDY = 1e-6  # logits divided by less would overflow
 _BLOCK = 128  # tokens; the inverse CDF looks for the block first, then inside of it
 
 
@@ -21,7 +22,7 @@ class Sampling:
     The order is that of ``transformers`` and vLLM: repetition penalty, temperature, top-k, top-p, min-p.
     """
 
-    temperature: float = 1.0  # >= 0; 0: the most likely token, of equal ones the first
+    temperature: float = 1.0  # >= 0; below GREEDY: the most likely token, of equal ones the first
     top_k: int = 0  # the k most likely tokens; 0: all
     top_p: float = 1.0  # in (0, 1]: the smallest set of tokens that has this share of what top-k left
     min_p: float = 0.0  # in [0, 1]: tokens at least this likely relative to the most likely one
@@ -78,7 +79,7 @@ def _largest(good: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> 
 
 def _weights(logits: jax.Array, seen: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
     """Unnormalised probabilities [..., V] after all filters; tokens that are out have 0."""
-    size, greedy = logits.shape[-1], p["temperature"] == 0
+    size, greedy = logits.shape[-1], p["temperature"] < GREEDY
     penalty = p["penalty"][..., None]
     x = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     x = x / jnp.where(greedy, 1.0, p["temperature"])[..., None]
@@ -105,9 +106,10 @@ def _weights(logits: jax.Array, seen: jax.Array, p: dict[str, jax.Array]) -> jax
 
 
 def _rank(cumulative: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array:
-    """The first index whose cumulative weight exceeds ``target``, at most the last one of positive weight."""
+    """The first index of positive weight whose cumulative weight exceeds ``target``; else the last such index."""
     last = jnp.max(jnp.where(weight > 0, jnp.arange(weight.shape[-1]), 0), axis=-1)
-    return jnp.minimum(jnp.sum(cumulative <= target[..., None], axis=-1), last)
+    found = (weight > 0) & (cumulative > target[..., None])  # a rounded sum must not choose what has no weight
+    return jnp.min(jnp.where(found, jnp.arange(weight.shape[-1]), last[..., None]), axis=-1)
 
 
 def draw(
@@ -121,7 +123,7 @@ def draw(
     of equal logit are kept or left out together.
     """
     weight = _weights(logits, seen, parameters)
-    uniform = jnp.where(parameters["temperature"] == 0, 0.0, uniform)
+    uniform = jnp.where(parameters["temperature"] < GREEDY, 0.0, uniform)
     size = logits.shape[-1]
     blocks = jnp.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, -size % _BLOCK)])
     blocks = blocks.reshape(*weight.shape[:-1], -1, _BLOCK)
