@@ -43,8 +43,7 @@ setup(
         "gcs": ["etils[epath-gcs]>=1.12"],  # gs:// paths
         "test": TEST,
         "parity": [*TEST, "torch>=2.4"],  # the reference of tests/models/test_parity.py
-        "bench": ["torch>=2.4"],  # Hugging Face generate, for comparison
-        "tpu": ["libtpu"],  # also compiles for TPU topologies where there is no TPU
+        "bench": ["torch>=2.4", "libtpu"],  # Hugging Face generate, for comparison; the compiler for TPU topologies
         "dev": [*TEST, "ruff>=0.12"],
     },
     entry_points={"console_scripts": ["mmprm = mmprm_jax.main:run"]},

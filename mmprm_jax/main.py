@@ -34,7 +34,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 _JSON = flags.DEFINE_string("json", None, "bench: a file for the ratios and what they were measured on")
 _PAIRS = flags.DEFINE_integer("pairs", 2, "bench rollout: runs of each side")
-_TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x4"], "bench rollout: TPUs to compile for, e.g. v5e:2x4; or none")
+_TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x4"], "bench rollout: TPUs to compile for; empty: none")
 
 _USAGE = (
     "usage: mmprm {data,sft,annotate,train_prm,evaluate,report,pipeline} --config=FILE[:ARG] --workdir=DIR"

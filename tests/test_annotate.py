@@ -154,6 +154,7 @@ def test_slots_and_a_small_cache_do_not_show(whole, tmp_path, sampler_of, mesh):
     assert toy.files(tmp_path) == whole[1]
 
 
+@pytest.mark.slow
 def test_devices_do_not_show(whole, tmp_path, sampler_of, mesh_of):
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
     sampler = sampler_of(16, mesh)
@@ -178,6 +179,7 @@ def test_other_modes(whole, tmp_path, sampler_of, mesh, mode):
     assert any(tree.searches for tree in trees) == (mode == "paper")
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_files_of_one(whole, tmp_path, sampler_of, mesh):
     shares = []
     for worker in (0, 1):

@@ -30,7 +30,7 @@ from mmprm_jax.models.config import DecoderConfig
 from mmprm_jax.models.layers import attention
 from mmprm_jax.models.vlm import VLM
 from mmprm_jax.rollout.sampling import Sampling, draw, uniforms
-from mmprm_jax.sharding import BATCH, dot, fit_spec, reshape
+from mmprm_jax.sharding import BATCH, dot, fit_spec, reshape, take_rows
 
 State = dict[str, Any]
 _NONE = -1e30  # the score of what must not be attended to
@@ -425,6 +425,9 @@ def decode(
     kv, batch, own = P(BATCH, None, heads[2]), P(BATCH), P(BATCH, heads[2])
     attend_shard = per_shard(_attend, (kv, kv, kv, (own, own), (heads, heads), batch, batch), (kv, (own, own)))
     length = state["row"]["length"]
+    # All angles at once: inside of the loop, every layer would compute their sines anew.
+    longest = rows[0][0].shape[3] + state["own_v"][0].shape[2]
+    angles = [table[0] for table in model.decoder.rope(jnp.arange(longest)[None], jnp.ones(1, jnp.int32))]
     layer = nnx.split(model.decoder.layers)[0]
     head, layers = layers["head"], [nnx.merge(layer, weights) for weights in layers["layers"]]
     split = P(BATCH, *fit_spec((s,), ("tensor",)))  # slots over all devices: each draws for its own
@@ -450,7 +453,7 @@ def decode(
         plan = per_shard(_plan, batch, batch)(slot, state["out"])
         position = reshape(slot["start"] + slot["t"] - 1, (b * s, 1), BATCH)
         x = model.decoder.embed_tokens(reshape(slot["last"], (b * s, 1), BATCH))
-        rope = model.decoder.rope(position, jnp.ones_like(position[:, 0]))
+        rope = tuple(take_rows(table, position, BATCH) for table in angles)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
             own, prefix = caches
