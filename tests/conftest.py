@@ -100,3 +100,20 @@ class Tiny:
 @pytest.fixture(scope="session")
 def tiny(mesh_of):
     return Tiny(mesh_of(data=1))
+
+
+def generate_greedily(graphdef, params, cfg, image_token, mesh, batch, new):
+    """The ``new`` likeliest tokens behind each row of a padded batch, by the engine. int [B, new]."""
+    from mmprm_jax.rollout.engine import Engine, Group
+    from mmprm_jax.rollout.sampling import Sampling
+
+    groups = []
+    for i, (tokens, valid, pixels) in enumerate(zip(batch["tokens"], batch["valid"], batch["pixels"], strict=True)):
+        prefix = tuple(tokens[valid].tolist())
+        tiles = prefix.count(image_token) // cfg.tokens_per_tile
+        key = np.zeros(2, np.uint32)
+        sampling = Sampling(temperature=0, max_new_tokens=new)
+        groups.append(Group(i, str(i), prefix, np.asarray(pixels[:tiles]) if tiles else None, key, 1, sampling))
+    with jax.set_mesh(mesh):
+        engine = Engine(graphdef, params, cfg, image_token, mesh, slots=4, samples=1, max_new=new, places=2000)
+        return np.array([samples[0].tokens for samples in engine.sample(groups)])

@@ -18,10 +18,10 @@ from mmprm_jax.records import (
 )
 
 PROBLEM = Problem("p1", "What is ½ of 4?\nSay.", "2", image="images/p1.png", source="digits")
-ROLLOUTS = (Rollout(("s2", "2"), True, -1.5, 9), Rollout((), False, -0.25, 3))
+ROLLOUTS = (Rollout(("s2", "2"), True, 9), Rollout((), False, 3))
 NODES = (
     Node(-1, (), 1, 2, 1, ROLLOUTS),
-    Node(0, ("s1", "s2"), 0, 1, 0, (Rollout(("3",), False, -2.0, 4),)),
+    Node(0, ("s1", "s2"), 0, 1, 0, (Rollout(("3",), False, 4),)),
     Node(1, ("s3",), 0, 0, 0, ()),
 )
 CANDIDATE = Candidate("p1", ("s1", "2"), "2", True, -3.0, 12)
@@ -80,10 +80,10 @@ def test_bad_row_names_file_and_line(tmp_path, bad, wanted):
 
 def test_bad_nested_row_names_the_nested_type(tmp_path):
     row = json.loads(records.to_json(ALL[5]))
-    del row["nodes"][1]["rollouts"][0]["logprob"]
+    del row["nodes"][1]["rollouts"][0]["n_tokens"]
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps(row))
-    assert message(path, Tree).startswith(f"{path}, line 1: not a Rollout: missing keys ['logprob']")
+    assert message(path, Tree).startswith(f"{path}, line 1: not a Rollout: missing keys ['n_tokens']")
 
 
 def test_invalid_json_empty_and_missing_files(tmp_path):

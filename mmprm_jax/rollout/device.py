@@ -408,6 +408,16 @@ def _refill(slot: State, row: State, out: State, queue: State) -> tuple[State, S
     return slot, {**queue, "head": queue["head"] + jnp.sum(taken)}, {"taken": taken, "at": at, "last": last}
 
 
+def _goes_on(limit: State, carry: Any) -> jax.Array:
+    """Whether ``decode`` makes another step."""
+    state, queue, steps, _ = carry
+    free = jnp.sum(~state["slot"]["alive"], axis=1)
+    dry = jnp.any((queue["head"] == queue["tail"]) & (free > limit["free"]))
+    waiting = jnp.any(queue["head"] < queue["tail"])
+    enough = (steps >= limit["most"]) | ((steps >= limit["least"]) & dry)
+    return (jnp.any(state["slot"]["alive"]) | waiting) & ~enough
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
 def decode(
     params: Any, layers: Any, rows: Any, state: State, queue: State, limit: State, *, graphdef: Any
@@ -438,14 +448,6 @@ def decode(
         each = per_shard(_mark, (split, batch, *(split,) * 4), split)
         spread = [jax.sharding.reshard(x, split) for x in (token, new["taken"], new["at"], new["last"])]
         return each(seen, rows, *spread)
-
-    def running(carry: Any) -> jax.Array:
-        state, queue, steps, _ = carry
-        free = jnp.sum(~state["slot"]["alive"], axis=1)
-        dry = jnp.any((queue["head"] == queue["tail"]) & (free > limit["free"]))
-        waiting = jnp.any(queue["head"] < queue["tail"])
-        enough = (steps >= limit["most"]) | ((steps >= limit["least"]) & dry)
-        return (jnp.any(state["slot"]["alive"]) | waiting) & ~enough
 
     def step(carry: Any) -> Any:
         state, queue, steps, live = carry
@@ -479,6 +481,7 @@ def decode(
     # a slot that takes nothing has its last token marked already
     seen = mark(state["seen"], state["row"]["seen"], slot["last"], new)
     state = {**state, "slot": slot, "seen": seen}
-    state, queue, steps, live = jax.lax.while_loop(running, step, (state, queue, jnp.int32(0), jnp.int32(0)))
+    goes_on = functools.partial(_goes_on, limit)
+    state, queue, steps, live = jax.lax.while_loop(goes_on, step, (state, queue, jnp.int32(0), jnp.int32(0)))
     report = {**state["out"], "head": queue["head"], "steps": steps, "live": live}
     return state, jax.tree.map(lambda x: jax.sharding.reshard(x, P()), report)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, MODELS
+from conftest import GOLDEN, MODELS, generate_greedily
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -22,8 +22,6 @@ from mmprm_jax.models.hf_layout import layout
 from mmprm_jax.models.layers import attention, scan_layers
 from mmprm_jax.models.vision import pixel_shuffle
 from mmprm_jax.models.vlm import positions_of
-from mmprm_jax.rollout.engine import _generate
-from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.sharding import put_batch
 from mmprm_jax.training.losses import prm_loss
 
@@ -232,13 +230,8 @@ def test_sequence_longer_than_trained(case):
 def test_greedy_generation(case):
     want = case.reference["gen_tokens"]
     batch = case.batch("gen_")
-    keys = np.zeros((len(want), 2), np.uint32)
-    with jax.set_mesh(case.mesh):
-        tokens, _, _ = _generate(
-            case.params, put_batch({**batch, "keys": keys}, case.mesh), Sampling(top_k=1).arrays(),
-            graphdef=case.graphdef, n=1, max_new=want.shape[1], stop=-1,
-        )  # fmt: skip
-    np.testing.assert_array_equal(np.asarray(tokens)[:, 0], want)
+    model = case.graphdef, case.params, case.cfg, case.image, case.mesh
+    np.testing.assert_array_equal(generate_greedily(*model, batch, want.shape[1]), want)
     ids = np.concatenate([batch["tokens"], want], axis=1)
     mask = np.concatenate([batch["valid"], np.ones_like(want, bool)], axis=1)
     got = case.run(logits, case.batch(tokens=ids, mask=mask))

@@ -46,7 +46,7 @@ def png():
 
 
 def tree(name="t", text="<step>3+4</step>", image="a.png", values=((-1, 1), (0, 2), (0, 0), (2, 1))):
-    rollouts = tuple(Rollout((text, f"<answer>{i}</answer>"), i == 4, -1.0, 3) for i in range(5))
+    rollouts = tuple(Rollout((text, f"<answer>{i}</answer>"), i == 4, 3) for i in range(5))
     nodes = [Node(p, (text,) if p >= 0 else (), k, 2, 1, rollouts) for p, k in values]
     return Tree(Problem(name, text, text, image), tuple(nodes), ((0, 1),))
 
@@ -141,7 +141,7 @@ def test_every_key_is_optional(write, key):
 def test_unknown_standard_errors_and_unestimated_nodes(write):
     numbers = metrics((1,))
     numbers["best_of_n"]["1"]["random"] = {"accuracy": 1.0, "stderr": float("nan")}
-    bare = Tree(Problem("p", "q", "a"), (Node(-1, (), 0, 0, 0, (Rollout((), False, 0.0, 1),)),), ())
+    bare = Tree(Problem("p", "q", "a"), (Node(-1, (), 0, 0, 0, (Rollout((), False, 1),)),), ())
     page = Page(write(numbers, [bare]))
     assert "nan" in page.text and "0/0" in page.text and "nothing could be parsed" in page.text
 
