@@ -1,10 +1,11 @@
-"""``mmprm bench annotate``: many trees at once against one problem at a time, on the same engine.
+"""``mmprm bench annotate``: many trees at once against one problem at a time.
 
 The policy is random and so are its trees: numbers, of which four make a step; sixteen rollouts to a prefix, and an
 answer is right when its last number is small. Lengths of rollouts are about geometric, as those of a sampler whose
-stop token is likely everywhere. Both ways grow the same trees (that is checked). One by one means one call of sixteen
-rollouts under way, as the original MM-PRM's loop has for each GPU, on an engine of sixteen slots. Unlike the original,
-which computes images and prefixes anew for every rollout, it shares them here too: the ratio is the loop's alone.
+stop token is likely everywhere. All ways grow the same trees (that is checked). One by one means that one call of 16
+rollouts is under way, as in the original MM-PRM's loop for each GPU: on the same engine, and on one that has been made
+for it, of sixteen slots. Unlike the original, which computes images and prefixes anew for every rollout, both share
+them: the ratios are the loop's alone.
 """
 
 from __future__ import annotations
@@ -108,20 +109,24 @@ def run(count: int = 256, alone: int = 16, slots: int = 256, in_flight: int = 64
     """Grows ``count`` trees at once and the first ``alone`` of them one by one. Raises ValueError if those differ."""
     before, some = machine(), problems(count)
     many_trees, many = _grow(some, slots, in_flight)
-    one_trees, one = _grow(some[:alone], ROLLOUTS, 1)
-    if many_trees[:alone] != one_trees:
-        raise ValueError("the trees grown one by one are not those grown together")
-    ratios = {
-        f"{name}_ratio": many[f"{name}_per_second"] / one[f"{name}_per_second"] for name in ("labels", "rollouts")
-    }
-    return {"machine": before, "slots": slots, "in_flight": in_flight, "together": many, "one_by_one": one, **ratios}
+    ways = {"one_by_one": (alone // 4, slots), "one_by_one_16_slots": (alone, ROLLOUTS)}
+    result = {"benchmark": "annotate", "machine": before, "slots": slots, "in_flight": in_flight, "together": many}
+    for name, (number, size) in ways.items():
+        trees, result[name] = _grow(some[:number], size, 1)
+        if many_trees[:number] != trees:
+            raise ValueError("the trees grown one by one are not those grown together")
+        for unit in ("labels", "rollouts"):
+            result[f"{unit}_ratio_{name}"] = many[f"{unit}_per_second"] / result[name][f"{unit}_per_second"]
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
-    lines = [f"{'':22}{'together':>12}{'one by one':>12}"]
+    ways = ("together", "one_by_one", "one_by_one_16_slots")
+    lines = [f"{'':22}" + "".join(f"{way.replace('_', ' '):>22}" for way in ways)]
     for name in result["together"]:
-        a, b = (result[side][name] for side in ("together", "one_by_one"))
-        lines.append(f"{name.replace('_', ' '):22}{a:12.4g}{b:12.4g}")
-    lines.append(f"together / one by one: labels {result['labels_ratio']:.2f}, rollouts {result['rollouts_ratio']:.2f}")
+        lines.append(f"{name.replace('_', ' '):22}" + "".join(f"{result[way][name]:22.4g}" for way in ways))
+    for way in ways[1:]:
+        ratios = ", ".join(f"{unit} {result[f'{unit}_ratio_{way}']:.2f}" for unit in ("labels", "rollouts"))
+        lines.append(f"together over {way.replace('_', ' ')}: {ratios}")
     return "\n".join(lines)
