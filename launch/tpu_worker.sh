@@ -37,13 +37,9 @@ start() {
 }
 
 follow() {
-  tail --lines=+1 --follow "$run/log" &
-  local tail=$!
-  # Whoever gets the lock knows that the command has ended.
-  flock "$lock" true
-  sleep 1 # for tail to print the rest
-  kill "$tail"
-  wait "$tail" 2>/dev/null || true
+  # Whoever gets the lock knows that the command has ended; then tail prints the rest and ends, too.
+  flock "$lock" true &
+  tail --lines=+1 --follow --sleep-interval=0.3 --pid=$! "$run/log"
   local status=137 # killed together with its shell, or the machine was restarted
   [[ ! -e $run/status ]] || status=$(<"$run/status")
   echo

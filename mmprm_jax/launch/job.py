@@ -87,9 +87,7 @@ def template(name: str) -> pathlib.Path:
     """A file of ``launch/``. Raises UserError when the package was installed without it."""
     path = CLONE / "launch" / name
     if not path.is_file():
-        raise UserError(
-            f"{path}: not found; mmprm launch works from a clone of the repository (pip install -e . in it)"
-        )
+        raise UserError(f"{path}: not found; mmprm launch needs a clone of the repository (pip install -e . in it)")
     return path
 
 
