@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -108,3 +109,15 @@ def test_a_package_without_its_clone_says_so(target, monkeypatch, tmp_path):
     monkeypatch.setattr(job, "CLONE", tmp_path)
     with pytest.raises(UserError, match="needs a clone"):
         cli.main([target, *OPTIONS[target], "--dry-run", "--", *COMMAND])
+
+
+def test_the_commands_of_the_readme(dry_run, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    section = (ROOT / "README.md").read_text().split("\n## Launch\n")[1].split("\n## ")[0]
+    block = section.split("```bash\n")[1].split("```")[0]
+    commands = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+    commands = [words for words in commands if words]
+    assert sorted(words[2] for words in commands) == sorted(cli.TARGETS)
+    for words in commands:
+        assert words[:2] == ["mmprm", "launch"]
+        assert "--distributed" in dry_run(*words[2:])
