@@ -22,7 +22,7 @@ PACKED = ("mmprm_jax", "configs", "launch", "setup.py", "pyproject.toml", "MANIF
 _GCLOUD = ["gcloud", "compute", "tpus"]
 _STATUS = re.compile(r"mmprm launch: exit status (\d+)")
 # Not under a command that is running: the launch before this one was interrupted.
-_UNPACK = (
+UNPACK = (
     "flock --nonblock ~/mmprm.lock true || exit 0; "
     "rm -rf mmprm_jax && mkdir mmprm_jax && tar --extract --gzip --file=mmprm_jax.tar.gz --directory=mmprm_jax && "
     "bash mmprm_jax/launch/tpu_worker.sh install"
@@ -127,7 +127,7 @@ class Slice:
         folder = self.job.logs / "install"
         folder.mkdir(parents=True, exist_ok=True)
         pack(self.archive)
-        for argv in (self.copying(), self.ssh(_UNPACK, folder)):
+        for argv in (self.copying(), self.ssh(UNPACK, folder)):
             done = call(argv)
             if done.returncode:
                 self.troubles.note(f"installing failed: {last_line(done.stderr)}; see {folder}/*.log")
@@ -180,7 +180,7 @@ class Slice:
         print(f"# ACTIVE: this clone ({', '.join(PACKED)}) to every worker")
         print(shlex.join(["mkdir", "-p", str(self.job.logs / "install"), str(folder)]))
         print(shlex.join(["tar", "--create", "--gzip", f"--file={self.archive}", f"--directory={CLONE}", *PACKED]))
-        for argv in (self.copying(), self.ssh(_UNPACK, self.job.logs / "install")):
+        for argv in (self.copying(), self.ssh(UNPACK, self.job.logs / "install")):
             print(shlex.join(argv))
         print("# the command; the same again follows it where the connection was lost")
         print(shlex.join(run))

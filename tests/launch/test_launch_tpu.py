@@ -1,6 +1,8 @@
 """``mmprm launch tpu`` with a stand-in for gcloud, and the real script on two "workers"."""
 
+import fcntl
 import json
+import os
 import re
 import shlex
 import signal
@@ -11,7 +13,7 @@ import pytest
 
 from mmprm_jax.launch import cli
 from mmprm_jax.launch.job import CLONE
-from mmprm_jax.launch.tpu import Slice
+from mmprm_jax.launch.tpu import UNPACK, Slice
 from mmprm_jax.records import UserError
 
 OPTIONS = ["--name=pod", "--zone=ZONE", "--type=v5litepod-8", "--runtime=RUNTIME"]
@@ -177,6 +179,29 @@ def test_what_is_refused_and_what_cannot_be_reached(scenario):
     assert verbs(scenario)[-1] == "delete"
 
 
+def test_an_interrupted_launcher_leaves_the_slice_alone(scenario, monkeypatch):
+    scenario.put("states", "ACTIVE")
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Slice, "attempt", interrupted)
+    with pytest.raises(UserError, match="pod, which goes on; .* queued-resources delete pod --zone=ZONE --force"):
+        tpu()
+    assert verbs(scenario) == ["describe", "scp", "install"]
+
+
+def test_nothing_is_unpacked_under_a_running_command(scenario, tmp_path, monkeypatch):
+    """It is what the launch before, which was interrupted, has started."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mmprm_jax").mkdir()
+    with open(tmp_path / "mmprm.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert subprocess.run(["bash", "-c", UNPACK], cwd=tmp_path).returncode == 0
+        assert (tmp_path / "mmprm_jax").exists()
+    assert subprocess.run(["bash", "-c", UNPACK], cwd=tmp_path, capture_output=True).returncode != 0  # no archive here
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -203,7 +228,8 @@ class TestTheWorkersScript:
         script.write_bytes((CLONE / "launch" / "tpu_worker.sh").read_bytes())
 
         def start(*words):
-            return subprocess.Popen(["bash", str(script), *words], stdout=subprocess.PIPE, text=True)
+            argv = ["bash", str(script), *words]
+            return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
         return start
 
@@ -219,7 +245,7 @@ class TestTheWorkersScript:
         scenario.put("status.0", "5")
         first = worker("run", "a", "mmprm", "x y")
         self.wait_for_start(scenario)
-        first.kill()
+        os.killpg(first.pid, signal.SIGKILL)
         first.communicate()
         out, _ = (second := worker("run", "a", "mmprm", "x y")).communicate(timeout=60)
         assert second.returncode == 5
