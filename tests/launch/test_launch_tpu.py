@@ -161,8 +161,8 @@ def test_a_killed_process_is_started_again(scenario):
     assert verbs(scenario)[-4:] == ["run", "describe", "run", "delete"]
     assert len(at_work(scenario)) == 4
     scenario.put("status.1", f"-{signal.SIGKILL}")
-    with pytest.raises(UserError, match=r"1.log \(exit status 137\), after 2 restarts"):
-        tpu("--restarts=2")
+    with pytest.raises(UserError, match=r"1.log \(exit status 137\), after 0 restarts"):
+        tpu("--restarts=0")
 
 
 def test_what_is_refused_and_what_cannot_be_reached(scenario):
