@@ -10,6 +10,7 @@ set -euo pipefail
 clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 lock=~/mmprm.lock # held while a command is running
 runs=~/mmprm_runs
+busy=75 # known to mmprm_jax/launch/tpu.py
 
 install() {
   # The images of TPU VMs come with an older Python than 3.11.
@@ -56,8 +57,8 @@ run)
   if ! flock --nonblock "$lock" true; then
     if [[ $(<"$runs/command") != "$(printf '%q ' "$@")" ]]; then
       echo "another command is running here: $(<"$runs/command")"
-      echo "mmprm launch: exit status 1"
-      exit 1
+      echo "mmprm launch: exit status $busy"
+      exit "$busy"
     fi
     run=$(readlink "$runs/current") # started by an earlier launch
   elif [[ ! -e $run ]]; then

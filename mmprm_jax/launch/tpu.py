@@ -20,6 +20,7 @@ from mmprm_jax.records import UserError
 GONE = ("SUSPENDED", "FAILED", "PREEMPTED")  # states that a slice does not come back from
 PACKED = ("mmprm_jax", "configs", "launch", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 _GCLOUD = ["gcloud", "compute", "tpus"]
+BUSY = 75  # exit status of tpu_worker.sh
 _STATUS = re.compile(r"mmprm launch: exit status (\d+)")
 # Not under a command that is running: the launch before this one was interrupted.
 UNPACK = (
@@ -112,9 +113,9 @@ class Slice:
 
     def delete(self) -> None:
         say(f"deleting {self.job.name}")
-        done = call(self.deletion())
-        if done.returncode:
+        while (done := call(self.deletion())).returncode and "NOT_FOUND" not in done.stderr:
             self.troubles.note(f"{self.job.name} was not deleted: {last_line(done.stderr)}")
+            time.sleep(self.options.poll)
 
     def count_restart(self, reason: str) -> None:
         if self.restarts >= self.job.restarts:
@@ -148,6 +149,8 @@ class Slice:
         failed = {log: int(end[1]) for log, end in sorted(ends.items()) if int(end[1])}
         if not failed:  # all have ended well, only gcloud has not
             return True
+        if BUSY in failed.values():
+            raise UserError(f"another command is running on {self.job.name}; see {next(iter(failed))}")
         told = ", ".join(f"{log} (exit status {status})" for log, status in failed.items())
         if max(failed.values()) < 128:
             raise CommandFailed(f"the command failed; see {told}")

@@ -42,6 +42,8 @@ elif verb == "create":
         sys.exit("ERROR: (gcloud) PERMISSION_DENIED: no quota")
     (here / "states").write_text("WAITING_FOR_RESOURCES\\nPROVISIONING\\nACTIVE")
 elif verb == "delete":
+    if pop("undeletable"):
+        sys.exit("ERROR: (gcloud) UNAVAILABLE")
     (here / "states").write_text("\\n")
 else:
     code, running = 0, []

@@ -13,7 +13,7 @@ import pytest
 
 from mmprm_jax.launch import cli
 from mmprm_jax.launch.job import CLONE
-from mmprm_jax.launch.tpu import UNPACK, Slice
+from mmprm_jax.launch.tpu import BUSY, UNPACK, Slice
 from mmprm_jax.records import UserError
 
 OPTIONS = ["--name=pod", "--zone=ZONE", "--type=v5litepod-8", "--runtime=RUNTIME"]
@@ -179,6 +179,27 @@ def test_what_is_refused_and_what_cannot_be_reached(scenario):
     assert verbs(scenario)[-1] == "delete"
 
 
+def test_a_slice_with_another_command_is_left_alone(scenario):
+    scenario.put("states", "ACTIVE")
+    scenario.put("status.1", str(BUSY))  # as tpu_worker.sh ends then
+    with pytest.raises(UserError, match=r"another command is running on pod; see .*/1.log"):
+        tpu()
+    assert verbs(scenario)[-1] == "run"
+
+
+def test_the_deletion_is_insisted_on(scenario, monkeypatch):
+    scenario.put("states", "ACTIVE")
+    monkeypatch.setattr(Slice, "install", lambda self: True)
+    monkeypatch.setattr(Slice, "attempt", lambda self: True)
+    scenario.put("undeletable", "1", "1", "")
+    tpu()
+    assert [call[3] for call in scenario.calls("gcloud")] == ["describe", "delete", "delete", "delete"]
+    scenario.put("states", "ACTIVE")
+    scenario.put("undeletable", "1")
+    with pytest.raises(UserError, match=r"pod was not deleted: .*UNAVAILABLE \(5 times\)"):
+        tpu()
+
+
 def test_an_interrupted_launcher_leaves_the_slice_alone(scenario, monkeypatch):
     scenario.put("states", "ACTIVE")
 
@@ -262,7 +283,7 @@ class TestTheWorkersScript:
         self.wait_for_start(scenario)
         other = worker("run", "b", "mmprm", "y")
         assert "another command is running here: mmprm x" in other.communicate(timeout=60)[0]
-        assert other.returncode == 1
+        assert other.returncode == BUSY
         out, _ = (same := worker("run", "c", "mmprm", "x")).communicate(timeout=60)
         assert same.returncode == 0 and "mmprm x" in out
         assert first.wait(60) == 0 and len(scenario.calls("mmprm")) == 1
