@@ -42,7 +42,7 @@ elif verb == "create":
         sys.exit("ERROR: (gcloud) PERMISSION_DENIED: no quota")
     (here / "states").write_text("WAITING_FOR_RESOURCES\\nPROVISIONING\\nACTIVE")
 elif verb == "delete":
-    if pop("undeletable"):
+    if pop("undeletable") == "1":
         sys.exit("ERROR: (gcloud) UNAVAILABLE")
     (here / "states").write_text("\\n")
 else:

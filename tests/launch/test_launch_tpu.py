@@ -191,7 +191,7 @@ def test_the_deletion_is_insisted_on(scenario, monkeypatch):
     scenario.put("states", "ACTIVE")
     monkeypatch.setattr(Slice, "install", lambda self: True)
     monkeypatch.setattr(Slice, "attempt", lambda self: True)
-    scenario.put("undeletable", "1", "1", "")
+    scenario.put("undeletable", "1", "1", "0")
     tpu()
     assert [call[3] for call in scenario.calls("gcloud")] == ["describe", "delete", "delete", "delete"]
     scenario.put("states", "ACTIVE")
