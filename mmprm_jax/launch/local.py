@@ -1,0 +1,103 @@
+"""Several processes on this machine, each on a GPU of its own (or on the CPU).
+
+One process uses all GPUs of a machine as well; several are quicker where each has its own work, as in ``annotate``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from types import FrameType
+
+from mmprm_jax.launch.job import Job, say
+from mmprm_jax.records import UserError
+
+_GRACE = 60.0  # seconds to stop in
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", type=int, required=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def variables(job: Job, processes: int, port: int) -> list[dict[str, str]]:
+    """What each process gets into its environment."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(processes)))).split(",")
+    if len(gpus) < processes:
+        raise UserError(f"--processes={processes}: CUDA_VISIBLE_DEVICES names {len(gpus)} only")
+    joined = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    return [{**joined, "JAX_PROCESS_ID": str(i), "CUDA_VISIBLE_DEVICES": gpus[i], **job.env} for i in range(processes)]
+
+
+def stop(running: list[subprocess.Popen]) -> None:
+    """SIGTERM, and SIGKILL to those that do not end in time."""
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + _GRACE
+    for process in running:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def attempt(job: Job, processes: int) -> tuple[int, int]:
+    """Runs all processes until they are done or one of them fails. Returns that one and its return code, or (0, 0)."""
+    argv, running = ["mmprm", *job.words], []
+    try:
+        for i, more in enumerate(variables(job, processes, _free_port())):
+            with (job.logs / f"{i}.log").open("a") as log:
+                running.append(subprocess.Popen(argv, env=os.environ | more, stdout=log, stderr=log))
+        while True:
+            codes = [process.poll() for process in running]
+            failed = [i for i, code in enumerate(codes) if code]
+            if failed:
+                return failed[0], codes[failed[0]]
+            if None not in codes:
+                return 0, 0
+            time.sleep(0.2)
+    except FileNotFoundError:
+        raise UserError("mmprm: not in the PATH; activate the environment that it was installed into") from None
+    finally:
+        stop(running)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def launch(options: argparse.Namespace, job: Job) -> None:
+    """Raises UserError naming the log of the process that failed."""
+    if options.processes < 1:
+        raise UserError(f"--processes={options.processes}: needs at least one")
+    if job.dry_run:
+        print(shlex.join(["mkdir", "-p", str(job.logs)]))
+        for i, more in enumerate(variables(job, options.processes, 0)):
+            more["JAX_COORDINATOR_ADDRESS"] = "127.0.0.1:PORT"  # a free one
+            words = ["env", *(f"{key}={value}" for key, value in more.items()), "mmprm", *job.words]
+            print(f"{shlex.join(words)} >>{shlex.quote(str(job.logs / f'{i}.log'))} 2>&1 &")
+        print("wait")
+        return
+    job.logs.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, _interrupt)  # stops the processes, too
+    for restart in range(job.restarts + 1):
+        say(f"{options.processes} processes; their logs: {job.logs}/N.log")
+        index, code = attempt(job, options.processes)
+        if code == 0:
+            return
+        log = job.logs / f"{index}.log"
+        if code > 0:
+            raise UserError(f"process {index} failed with exit status {code}; see {log}")
+        say(f"process {index} was killed by {signal.Signals(-code).name}; see {log}; restart {restart + 1}")
+    raise UserError(f"process {index} was killed, after {job.restarts} restarts; see {log}; the same launch goes on")

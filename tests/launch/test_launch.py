@@ -1,0 +1,123 @@
+"""What all targets of ``mmprm launch`` share: the command line, and scripts that shellcheck accepts."""
+
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from mmprm_jax.launch import cli, job
+from mmprm_jax.records import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMMAND = ["sft", "--config=configs/digits.py", "--workdir=gs://BUCKET/run", "--config.x=it's $HOME"]
+OPTIONS = {
+    "tpu": ["--zone=Z", "--type=T", "--runtime=R"],
+    "gke": ["--image=I", "--accelerator=A", "--topology=4x8"],
+    "slurm": ["--gpus=2", "--time=1:00:00"],
+    "local": ["--processes=2"],
+}
+
+
+def shellcheck(*argv, **options):
+    program = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert program, "shellcheck is not installed: pip install -e '.[test]'"
+    return subprocess.run([program, *argv], capture_output=True, text=True, **options)
+
+
+def test_every_script_passes_shellcheck():
+    scripts = [ROOT / name for name in subprocess.check_output(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.sh", ".ci/run"], cwd=ROOT, text=True
+    ).split()]  # fmt: skip
+    assert {"tpu_worker.sh", "slurm.sh", "run"} <= {script.name for script in scripts}
+    checked = shellcheck("--exclude=SC1091", *map(str, scripts))  # .venv/bin/activate is not there yet
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("target", cli.TARGETS)
+def test_what_a_dry_run_prints_passes_shellcheck(target, dry_run):
+    text = dry_run(target, *OPTIONS[target], "--", *COMMAND)
+    # Literal $ and ~ are for the other machine.
+    checked = shellcheck("--shell=bash", "--exclude=SC2016,SC2088", "-", input=text)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("target", cli.TARGETS)
+def test_a_dry_run_needs_no_program_and_runs_none(target, dry_run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "--distributed" in dry_run(target, *OPTIONS[target], "--", *COMMAND)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["tpu", "gke", "slurm", "local"])
+def test_a_missing_program_is_named(target, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program = {"tpu": "gcloud", "gke": "kubectl", "slurm": "sbatch", "local": "mmprm"}[target]
+    with pytest.raises(UserError, match=f"^{program}: not"):
+        cli.main([target, *OPTIONS[target], "--", *COMMAND])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "required: {tpu,gke,slurm,local}"),
+        (["cloud"], "invalid choice: 'cloud'"),
+        (["tpu", "--zone=Z", "--", *COMMAND], "required: --type, --runtime"),
+        (["local", "--processes=many"], "invalid int value: 'many'"),
+        (["local", "--processes=2", "--nodes=3", "--", *COMMAND], "--nodes=3"),
+        (["local", "--processes=0", "--", *COMMAND], "--processes=0"),
+        (["local", "--processes=2"], "command is missing"),
+        (["local", "--processes=2", "--", "report", *COMMAND[1:]], "report: not a command that can be launched"),
+        (["local", "--processes=2", "--", "sft", "--config=c"], "--workdir is missing"),
+        (["local", "--processes=2", "--", "sft", "--workdir=c", "--config.sft=x"], "--config is missing"),
+        (["local", "--processes=2", "--name=A_b", "--", *COMMAND], "--name=A_b"),
+        (["local", "--processes=2", "--env=1A=b", "--", *COMMAND], "--env=1A=b"),
+        (["local", "--processes=2", "--restarts=-1", "--", *COMMAND], "--restarts=-1"),
+        (["slurm", *OPTIONS["slurm"], "--restarts=2", "--", *COMMAND], "--restarts=2"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(argv, words):
+    with pytest.raises(UserError) as error:
+        cli.main(argv)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_line_from_outside():
+    argv = [sys.executable, "-m", "mmprm_jax.main", "launch", "tpu", "--config.x=1", "--", "sft"]
+    run = subprocess.run(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr.startswith("mmprm: launch tpu: ") and len(run.stderr.splitlines()) == 1
+
+
+def test_flags_of_the_command_are_found_as_absl_takes_them():
+    words = ["sft", "--config", "a", "--workdir=b", "--config=c", "--config.x=y"]
+    assert job.flag(words, "config") == "c" and job.flag(words[:4], "config") == "a"
+    assert job.flag(words, "workdir") == "b" and job.flag(words, "other") is None
+    made = job.make_job("n", [*words, "--distributed"], [], None, 0, False)
+    assert made.words.count("--distributed") == 1 and made.logs == pathlib.Path("b/logs")
+    assert job.make_job("n", COMMAND, [], None, 0, False).logs == pathlib.Path("logs/n")
+    assert job.make_job("n", COMMAND, [], "here", 0, False).logs == pathlib.Path("here")
+
+
+@pytest.mark.parametrize("target", ["tpu", "gke", "slurm"])
+def test_a_package_without_its_clone_says_so(target, monkeypatch, tmp_path):
+    monkeypatch.setattr(job, "CLONE", tmp_path)
+    with pytest.raises(UserError, match="needs a clone"):
+        cli.main([target, *OPTIONS[target], "--dry-run", "--", *COMMAND])
+
+
+def test_the_commands_of_the_readme(dry_run, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    section = (ROOT / "README.md").read_text().split("\n## Launch\n")[1].split("\n## ")[0]
+    block = section.split("```bash\n")[1].split("```")[0]
+    commands = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+    commands = [words for words in commands if words]
+    assert sorted(words[2] for words in commands) == sorted(cli.TARGETS)
+    for words in commands:
+        assert words[:2] == ["mmprm", "launch"]
+        assert "--distributed" in dry_run(*words[2:])

@@ -1,0 +1,130 @@
+"""``mmprm launch local``; (slow) two processes annotate, one is killed, and the trees are those of one process."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mmprm_jax.launch import cli
+from mmprm_jax.records import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMMAND = ["annotate", "--config=configs/digits.py", "--workdir=run"]
+HOSTILE = ["--config.a=it's", '--config.b="two  words"', "--config.c=$HOME`id`", "--config.d=\\;&|*?#!~\nline", ""]
+
+DRY_RUN = """\
+mkdir -p run/logs
+env JAX_COORDINATOR_ADDRESS=127.0.0.1:PORT JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 CUDA_VISIBLE_DEVICES=3 'A=b c' mmprm annotate --config=configs/digits.py --workdir=run --distributed >>run/logs/0.log 2>&1 &
+env JAX_COORDINATOR_ADDRESS=127.0.0.1:PORT JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=1 CUDA_VISIBLE_DEVICES=5 'A=b c' mmprm annotate --config=configs/digits.py --workdir=run --distributed >>run/logs/1.log 2>&1 &
+wait
+"""  # noqa: E501
+
+
+def local(*more, command=COMMAND):
+    cli.main(["local", "--processes=2", *more, "--", *command])
+
+
+def test_the_dry_run(dry_run, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    assert dry_run("local", "--processes=2", "--env=A=b c", "--", *COMMAND) == DRY_RUN
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UserError, match="names 1 only"):
+        local("--dry-run")
+
+
+def test_what_the_processes_get(scenario):
+    local("--env=A=it's", command=[*COMMAND, *HOSTILE])
+    assert scenario.calls("mmprm") == [[*COMMAND, *HOSTILE, "--distributed"]] * 2
+    found = [json.loads((scenario.folder / f"environment.{i}").read_text()) for i in "01"]
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in found] == ["0", "1"]
+    assert {env["JAX_NUM_PROCESSES"] for env in found} == {"2"} and {env["A"] for env in found} == {"it's"}
+    [address] = {env["JAX_COORDINATOR_ADDRESS"] for env in found}
+    assert address.startswith("127.0.0.1:")
+
+
+def test_a_failing_process_is_named_and_the_others_stopped(scenario):
+    scenario.put("status.1", "3")
+    before = time.monotonic()
+    (scenario.folder / "bin" / "mmprm").write_text(
+        f"#!{sys.executable}\nimport os, time\n"
+        "if os.environ['JAX_PROCESS_ID'] == '1': os._exit(3)\n"
+        "open('started', 'w').close(); time.sleep(600)\n"
+    )
+    with pytest.raises(UserError, match="process 1 failed with exit status 3; see run/logs/1.log"):
+        local()
+    assert time.monotonic() - before < 500  # the other one was not waited for
+
+
+def test_a_killed_process_is_started_again_with_the_others(scenario):
+    scenario.put("status.1", f"-{signal.SIGKILL}", f"-{signal.SIGKILL}", "0")
+    local()
+    assert len([call for call in scenario.calls("mmprm")]) in (4, 5, 6)  # one that was stopped early has logged nothing
+    assert pathlib.Path("run/logs/1.log").read_text().count("mmprm annotate") == 3
+    scenario.put("status.1", f"-{signal.SIGKILL}")
+    with pytest.raises(UserError, match="process 1 was killed, after 1 restarts; see run/logs/1.log"):
+        local("--restarts=1")
+
+
+def test_the_end_of_the_launcher_is_that_of_its_processes(scenario):
+    (scenario.folder / "bin" / "mmprm").write_text(
+        f"#!{sys.executable}\nimport os, signal, sys, time\n"
+        "def stop(*_):\n    open('stopped.' + os.environ['JAX_PROCESS_ID'], 'w').close(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "open('started.' + os.environ['JAX_PROCESS_ID'], 'w').close(); time.sleep(600)\n"
+    )
+    argv = [sys.executable, "-m", "mmprm_jax.main", "launch", "local", "--processes=2", "--", *COMMAND]
+    launcher = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(pathlib.Path().glob("started.*"))) < 2:
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.02)
+    launcher.terminate()
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1 and err.splitlines()[-1].startswith("mmprm: interrupted")
+    assert len(list(pathlib.Path().glob("stopped.*"))) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_one_killed_give_the_trees_of_one(tmp_path):
+    (tmp_path / "bin").mkdir()
+    mmprm = tmp_path / "bin" / "mmprm"
+    mmprm.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mmprm_jax.main "$@"\n')
+    mmprm.chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    config = f"--config={ROOT / 'configs' / 'digits.py'}:smoke"
+    settings = ["--config.annotate.trees_per_shard=8", "--config.annotate.in_flight=4", "--config.sft.steps=20"]
+
+    def command(stage, workdir):
+        return [stage, config, f"--workdir={tmp_path / workdir}", *settings]
+
+    def trees(workdir):
+        return {path.name: path.read_bytes() for path in (tmp_path / workdir / "annotate").glob("trees-*")}
+
+    for stage in ("data", "sft"):
+        subprocess.run(["mmprm", *command(stage, "pod")], env=environment, check=True, timeout=1700)
+    subprocess.run(["cp", "-r", "pod", "one"], cwd=tmp_path, check=True)
+    subprocess.run(["mmprm", *command("annotate", "one")], env=environment, check=True, timeout=1700)
+
+    launch = ["mmprm", "launch", "local", "--processes=2", "--restarts=1", "--", *command("annotate", "pod")]
+    launcher = subprocess.Popen(launch, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 1700
+    while not any(name.endswith(".part") for name in trees("pod")):  # a tree is finished
+        assert time.monotonic() < deadline and launcher.poll() is None, launcher.communicate()
+        time.sleep(0.01)
+    children = pathlib.Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, err = launcher.communicate(timeout=1700)
+    assert launcher.returncode == 0, err
+    assert "process 1 was killed by SIGKILL" in err and "restart 1" in err
+    assert len(trees("one")) == 8 and trees("pod") == trees("one")
