@@ -37,12 +37,17 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.remat = False
 
     config.sft = ConfigDict()
+    config.sft.files = ("sft.jsonl",)  # in the data's folder
+    config.sft.weights = ()  # the share of each file in the training, e.g. 3.0,1.0; (): as they are long
     config.sft.steps = 900
     config.sft.batch_size = 64
     config.sft.optimizer = ConfigDict(dict(name="muon", learning_rate=1e-2, warmup=0.05, weight_decay=0.01, clip=1.0))
     config.sft.shift = 1  # augmentation: pixels
     config.sft.noise = 8.0  # augmentation: standard deviation, 0-255
-    config.sft.max_length = 52
+    config.sft.max_length = 52  # tokens of a row; longer examples are left out
+    config.sft.row_examples = 1  # examples packed into a row, at most; 1: no packing
+    config.sft.row_tiles = 1  # image tiles of a row, at most
+    config.sft.max_tiles = 1  # of one image
     config.sft.checkpoint_every = 100
     config.sft.log_every = 10
 
@@ -91,7 +96,10 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.train_prm.shift = 1
     config.train_prm.noise = 8.0
-    config.train_prm.max_length = 60
+    config.train_prm.max_length = 60  # tokens of a row; longer examples are left out
+    config.train_prm.row_examples = 1  # examples packed into a row, at most; 1: no packing
+    config.train_prm.row_tiles = 1  # image tiles of a row, at most
+    config.train_prm.max_tiles = 1  # of one image
     config.train_prm.checkpoint_every = 100
     config.train_prm.log_every = 10
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +13,12 @@ import optax
 from etils import epath
 from flax import nnx
 
-from mmprm_jax.data import images
-from mmprm_jax.data.encode import Dataset
 from mmprm_jax.metrics import Metrics, progress
 from mmprm_jax.records import UserError
 from mmprm_jax.sharding import put_batch
 from mmprm_jax.training import optimizers
 from mmprm_jax.training.checkpoints import Checkpoints
+from mmprm_jax.training.input import Batches
 from mmprm_jax.training.losses import Loss
 
 
@@ -29,23 +27,9 @@ class Settings:
     steps: int
     batch_size: int
     optimizer: optimizers.Settings
-    shift: int = 1  # augmentation: pixels
-    noise: float = 8.0  # augmentation: standard deviation, 0-255
     checkpoint_every: int = 100
     log_every: int = 10
     seed: int = 0
-
-
-def batches(data: Dataset, s: Settings) -> grain.DatasetIterator:
-    """Endless shuffled batches of host arrays; the content of batch i depends on (seed, i) only."""
-
-    def assemble(rows: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        batch = {name: column[rows] for name, column in data.columns.items()}
-        pixels = images.augment(data.pixels[data.image[rows]], rng, s.shift, s.noise)
-        return {**batch, "pixels": images.normalise(pixels)}
-
-    dataset = grain.MapDataset.range(len(data.image)).seed(s.seed).shuffle().repeat().batch(s.batch_size)
-    return iter(dataset.random_map(assemble).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "loss_fn", "optimizer"), donate_argnames=("state",))
@@ -70,28 +54,30 @@ def train_step(
     return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
 
 
+def _adapt(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Until the model knows segments: rows of one example."""
+    return {**batch, "valid": batch["segment"] > 0}
+
+
 def fit(
-    name: str, folder: epath.Path, graphdef: Any, params: Any, loss_fn: Loss, data: Dataset, s: Settings, mesh: Any
+    name: str, folder: epath.Path, graphdef: Any, params: Any, loss_fn: Loss, source: Batches, s: Settings, mesh: Any
 ) -> Any:
     """Trains ``params`` for ``s.steps``; resumes from the newest checkpoint in ``folder``. Returns the parameters.
 
     The buffers of ``params`` are donated: do not use them afterwards.
 
-    Raises UserError on an empty data set, and when the loss stops being finite (with the step).
+    Raises UserError when the loss stops being finite (with the step).
     """
-    if not len(data.image):
-        raise UserError(f"{name}: the training set is empty")
     optimizer = optimizers.make(s.optimizer, s.steps)
     opt = optimizers.init(optimizer, params, mesh)
     state = {"params": params, "opt": opt}
-    source = batches(data, s)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         start, state, position = checkpoints.restore(state)
         if position is not None:
             source.set_state(position)
         with Metrics(folder, resume_step=start + 1) as metrics, progress(s.steps, name, "step", start) as bar:
             for step in range(start, s.steps):
-                batch = put_batch(next(source), mesh)
+                batch = put_batch(_adapt(next(source)), mesh)
                 state, values = train_step(state, batch, graphdef=graphdef, loss_fn=loss_fn, optimizer=optimizer)
                 done = step + 1
                 saved = done % s.checkpoint_every == 0 or done == s.steps
