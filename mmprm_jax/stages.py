@@ -51,7 +51,7 @@ from mmprm_jax.search import labels, paper
 from mmprm_jax.search.omegaprm import SEARCHES
 from mmprm_jax.search.settings import Settings
 from mmprm_jax.search.store import each_tree, read_trees
-from mmprm_jax.sharding import make_mesh
+from mmprm_jax.sharding import make_mesh, row_share
 from mmprm_jax.training import losses, optimizers, trainer
 from mmprm_jax.training.checkpoints import load_params, save_params
 from mmprm_jax.training.input import Batches, Tiles
@@ -207,8 +207,7 @@ def batches(
     c = run.config[stage]
     tiles = Tiles(cfg.tile, c.max_tiles, c.shift, c.noise) if cfg.vision else None
     sizes = Sizes(c.batch_size, c.max_length, c.row_tiles if cfg.vision else 0, c.row_examples)
-    share = (jax.process_index(), jax.process_count())
-    return Batches(sets, sizes, run.config.seed, tiles, weights, share)
+    return Batches(sets, sizes, run.config.seed, tiles, weights, row_share(run.mesh))
 
 
 def sft(run: Run) -> Figures:

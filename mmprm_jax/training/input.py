@@ -48,7 +48,7 @@ class Tiles:
 class Batches(Iterator):
     """An endless iterator over this process's rows of the global batches, as dicts of host arrays.
 
-    With B rows in all and b = B / (number of processes): tokens int32 [b, S]; segment int32 [b, S], the number (1, 2,
+    With B rows in all and b = B / n for n shares: tokens int32 [b, S]; segment int32 [b, S], the number (1, 2,
     ...) of the example within its row, 0: padding; pixels float32 [b, V, H, W, 3], the tiles of a row's examples in
     order, unused slots zero (absent without ``tiles``); response bool [b, S], or k and n int32 [b, S]; example int32
     [b, E], the index of each example among those of all sets, -1: none.
@@ -58,13 +58,14 @@ class Batches(Iterator):
 
     def __init__(
         self, sets: Sequence[TrainingSet], sizes: Sizes, seed: int, tiles: Tiles | None = None,
-        weights: Sequence[float] = (), process: tuple[int, int] = (0, 1),
+        weights: Sequence[float] = (), share: tuple[int, int] = (0, 1),
     ):  # fmt: skip
-        """weights: of the sets; default: their sizes. tiles: None for a text-only model. process: index, count.
+        """weights: of the sets; default: their sizes. tiles: None for a text-only model. share: (i, n), part i of n of
+        the rows of each batch (``sharding.row_share``).
 
-        Raises UserError when the processes do not divide the rows, and as ``packing.rows``.
+        Raises UserError when the rows cannot be shared so, and as ``packing.rows``.
         """
-        index, count = process
+        index, count = share
         if sizes.rows % count:
             raise UserError(f"batch_size: {sizes.rows} rows cannot be shared by {count} processes; take a multiple")
         self._sets, self._sizes, self._seed, self._tiles = tuple(sets), sizes, seed, tiles
