@@ -96,7 +96,7 @@ def _summary(path: epath.PathLike) -> dict[str, Any]:
         found = json.loads(summary.read_text())
         if found["format"] != FORMAT:
             raise UserError(f"{summary}: format {found['format']}, this version reads {FORMAT}; {again}")
-        missing = {"kind", "count", "tokens", "longest", "most_tiles", "bytes", "made_with"} - found.keys()
+        missing = {"kind", "count", "longest", "most_tiles", "checksum", "bytes", "made_with"} - found.keys()
         if missing:
             raise ValueError(f"without {', '.join(sorted(missing))}")
     except (ValueError, KeyError, TypeError) as error:
@@ -166,21 +166,24 @@ def write(
     file, summary = _paths(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     summary.unlink(missing_ok=True)
-    counted = _Count(max_tokens, max_tiles)
+    counted, check = _Count(max_tokens, max_tiles), 0
     with tempfile.TemporaryDirectory(dir=None if _remote(file) else file.parent) as folder:
         local = epath.Path(folder) / file.name
         writer = array_record_module.ArrayRecordWriter(os.fspath(local), "group_size:1")
         try:
             for example in examples:
                 if counted.add(example):
-                    writer.write(example.to_bytes(kind))
+                    record = example.to_bytes(kind)
+                    check = zlib.crc32(record, check)
+                    writer.write(record)
         finally:
             writer.close()
         if counted.reasons():
             logging.warning("%s: left out: %s", file, counted.reasons())
         if not counted.count:
             raise UserError(f"{file}: no example to train on; left out: {counted.reasons() or 'none, there was none'}")
-        found = {"format": FORMAT, "kind": kind, **counted.to_dict(), "bytes": local.stat().length}
+        found = {"format": FORMAT, "kind": kind, **counted.to_dict(), "checksum": f"{check:08x}"}
+        found["bytes"] = local.stat().length
         if _remote(file):
             local.copy(file, overwrite=True)
         else:

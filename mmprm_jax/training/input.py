@@ -99,7 +99,7 @@ class Batches(Iterator):
 
     def _made_of(self) -> dict[str, Any]:
         """What the order of the examples depends on."""
-        sets = [[data.summary["count"], data.summary["tokens"], data.summary["bytes"]] for data in self._sets]
+        sets = [data.summary["checksum"] for data in self._sets]
         sizes = [self._sizes.rows, self._sizes.tokens, self._sizes.tiles, self._sizes.examples]
         return {"sets": sets, "weights": list(self._weights), "sizes": sizes, "seed": self._seed}
 
