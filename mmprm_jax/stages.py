@@ -91,6 +91,10 @@ class Run:
         sizes["decoder"]["vocab_size"] = len(tokenizer)
         return VLMConfig.from_dict(sizes)
 
+    def prm(self, tokenizer: Tokenizer) -> VLMConfig:
+        """The PRM's sizes."""
+        return dataclasses.replace(self.model(tokenizer), kappa=self.config.train_prm.label == "beta_binomial")
+
     def pixels(self, problems: Sequence[Problem], cfg: VLMConfig) -> dict[str, np.ndarray]:
         """uint8 [tiles, H, W, 3] by problem id."""
         index, pixels = encode.load_pixels(self.data, [p.image for p in problems], cfg)
@@ -183,9 +187,12 @@ def data(run: Run) -> Figures:
 
 def training_set(
     run: Run, stage: str, name: str, kind: str, model: tuple[Tokenizer, VLMConfig], sources: Sequence[epath.Path],
-    examples: Callable[[encode.TileCount], Iterable[Encoded]], **settings: Any,
+    images: epath.Path, examples: Callable[[encode.TileCount], Iterable[Encoded]], **settings: Any,
 ) -> TrainingSet:  # fmt: skip
-    """The encoded ``examples`` of a stage, made anew where the ``sources`` or the settings are others than before."""
+    """The encoded ``examples`` of a stage, made anew where the ``sources`` or the settings are others than before.
+
+    images: the folder that their images are relative to.
+    """
     c, path, (tokenizer, cfg) = run.config[stage], run.folder(stage) / "input" / name, model
     made_with = {
         "sources": training_files.checksum(sources), "tokenizer": tokenizer.fingerprint,
@@ -193,11 +200,11 @@ def training_set(
         "max_length": c.max_length, "row_tiles": c.row_tiles, **settings,
     }  # fmt: skip
     if jax.process_index() == 0 and not training_files.is_current(path, made_with):
-        encoded = examples(encode.tile_count(run.data, cfg, c.max_tiles))
+        encoded = examples(encode.tile_count(images, cfg, c.max_tiles))
         training_files.write(path, kind, encoded, c.max_length, c.row_tiles, made_with)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"{path}")
-    return TrainingSet(path, kind, run.data, made_with)
+    return TrainingSet(path, kind, images, made_with)
 
 
 def batches(
@@ -215,21 +222,22 @@ def sft(run: Run) -> Figures:
     c, tokenizer = run.config.sft, run.tokenizer()
     cfg, folder = run.model(tokenizer), run.folder("sft")
 
-    def load(name: str) -> TrainingSet:
-        path = run.data / name
-
+    def load(number: int, path: epath.Path) -> TrainingSet:
         def examples(tiles: encode.TileCount) -> Iterable[Encoded]:
             return (encode.encode_sft(e, tokenizer, cfg, tiles) for e in records.read(path, SFTExample))
 
-        return training_set(run, "sft", path.stem, "policy", (tokenizer, cfg), [path], examples)
+        name = f"{number}-{path.stem}"
+        return training_set(run, "sft", name, "policy", (tokenizer, cfg), [path], path.parent, examples)
 
-    sets = [load(name) for name in c.files]
+    sets = [load(number, run.data / name) for number, name in enumerate(c.files)]
     graphdef, params = build.initialise(cfg, tokenizer.id(tok.IMAGE), run.config.seed, run.mesh)
     settings = training_settings(c, run.config.seed)
     with batches(run, "sft", cfg, sets, c.weights) as source:
         params = trainer.fit("sft", folder, graphdef, params, losses.policy_loss, source, settings, run.mesh)
     save_params(folder / "params", params)
-    return {"examples": sum(map(len, sets)), "parameters": sum(x.size for x in jax.tree.leaves(params))}
+    left_out = [data.summary["left_out"] for data in sets]
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    return {"examples": sum(map(len, sets)), "left_out": left_out, "parameters": parameters}
 
 
 def annotate(run: Run) -> Figures:
@@ -267,18 +275,19 @@ def train_prm(run: Run) -> Figures:
     c, folder = run.config.train_prm, run.folder("train_prm")
     policy_tokenizer = run.tokenizer()
     tokenizer = policy_tokenizer.with_token(tok.PRM)
-    cfg = run.model(tokenizer)
+    cfg = run.prm(tokenizer)
     data = step_examples(run, tokenizer, cfg)
     _, policy = run.load("sft", policy_tokenizer, run.model(policy_tokenizer))
     graphdef, _ = build.abstract(cfg, tokenizer.id(tok.IMAGE), run.mesh)
-    params = build.add_token(policy, run.mesh)
+    params = build.complete(build.add_token(policy, run.mesh), cfg, tokenizer.id(tok.IMAGE), run.config.seed, run.mesh)
     loss = losses.prm_loss(c.label, c.threshold, tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))
     settings = training_settings(c, run.config.seed)
     with batches(run, "train_prm", cfg, [data]) as source:
         params = trainer.fit("train_prm", folder, graphdef, params, loss, source, settings, run.mesh)
     save_params(folder / "params", params)
     tokenizer.save(folder / "tokenizer.json")
-    return {"labels": labels.histogram(records.read(folder / "examples.jsonl", StepExample))}
+    found = labels.histogram(records.read(folder / "examples.jsonl", StepExample))
+    return {"labels": found, "left_out": data.summary["left_out"]}
 
 
 def step_examples(run: Run, tokenizer: Tokenizer, cfg: VLMConfig) -> TrainingSet:
@@ -296,8 +305,9 @@ def step_examples(run: Run, tokenizer: Tokenizer, cfg: VLMConfig) -> TrainingSet
 
     sources, made = sorted(run.folder("annotate").glob("trees-*.jsonl")), dataclasses.asdict(chosen)
     return training_set(
-        run, "train_prm", "steps", "prm", (tokenizer, cfg), sources, examples, mode=c.mode, seed=run.config.seed, **made
-    )
+        run, "train_prm", "steps", "prm", (tokenizer, cfg), sources, run.data, examples, mode=c.mode,
+        seed=run.config.seed, **made,
+    )  # fmt: skip
 
 
 def sample_candidates(run: Run, split: str, tokenizer: Tokenizer, cfg: VLMConfig) -> list[list[Candidate]]:
@@ -334,7 +344,7 @@ def evaluate(run: Run) -> Figures:
     c, folder = run.config.evaluate, run.folder("evaluate")
     policy_tokenizer = run.tokenizer()
     tokenizer = Tokenizer.load(run.folder("train_prm") / "tokenizer.json")
-    cfg = run.model(tokenizer)
+    cfg = run.prm(tokenizer)
     candidates = {s: sample_candidates(run, s, policy_tokenizer, run.model(policy_tokenizer)) for s in ("dev", "test")}
     graphdef, params = run.load("train_prm", tokenizer, cfg)
     classes = (tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))

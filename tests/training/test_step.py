@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import IMAGE_TOKEN, TINY
 from flax import nnx
-from toy_training import LOSSES, Source, curve, rows_of, train
+from toy_training import LOSSES, curve, rows_of, train
 
 from mmprm_jax.models import build
 from mmprm_jax.records import UserError
@@ -51,7 +51,7 @@ def curve_of(tmp_path_factory):
 )
 def test_the_same_curve_on_every_mesh_and_in_parts(curve_of, shape, microbatches):
     want = curve_of((("data", 1),))
-    assert len(want) == 20 and want[-1] < 0.8 * want[0]
+    assert len(want) == 20 and np.mean(want[-4:]) < 0.9 * np.mean(want[:4])
     np.testing.assert_allclose(curve_of(shape, microbatches), want, rtol=1e-5)
 
 
@@ -243,8 +243,3 @@ def test_the_program_does_not_grow_with_depth(mesh, remat):
 def test_microbatches_must_divide_the_rows(tmp_path):
     with pytest.raises(UserError, match="microbatches: 3 do not divide the 8 rows"):
         train(tmp_path, ONE, microbatches=3)
-
-
-def test_a_source_has_a_share(mesh_of):
-    source = Source(mesh_of(data=2, fsdp=2, tensor=2))
-    assert (source.index, source.count) == (0, 1) and len(next(source)["tokens"]) == 8
