@@ -27,23 +27,35 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model = ConfigDict()
     config.model.vision = ConfigDict(
         dict(image_size=24, patch_size=4, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128,
-             layer_norm_eps=1e-6, layer_scale_init=1.0)
+             layer_norm_eps=1e-6, layer_scale_init=1.0, drop_path=0.0)
     )  # fmt: skip
     config.model.decoder = ConfigDict(
         dict(hidden_size=64, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=128,
              rms_norm_eps=1e-5, rope_theta=1e4)
     )  # fmt: skip
     config.model.downsample = 2
-    config.model.remat = False
+    config.model.remat = "none"  # what the backward pass computes once more: full, attention, dots, dots_no_batch
 
     config.sft = ConfigDict()
+    config.sft.files = ("sft.jsonl",)  # in the data's folder
+    config.sft.weights = ()  # the share of each file in the training, e.g. 3.0,1.0; (): as they are long
     config.sft.steps = 900
     config.sft.batch_size = 64
-    config.sft.optimizer = ConfigDict(dict(name="muon", learning_rate=1e-2, warmup=0.05, weight_decay=0.01, clip=1.0))
+    config.sft.optimizer = ConfigDict(
+        dict(name="muon", learning_rate=1e-2, warmup=0.05, weight_decay=0.01, clip=1.0, moments="float32")
+    )
+    config.sft.microbatches = 1  # parts of a batch that follow one another on the devices
+    config.sft.dtype = "float32"  # or bfloat16: of forward and backward passes; the weights' own is float32
+    config.sft.freeze = ()  # parts of the model that stay as they are, e.g. ("vision",)
     config.sft.shift = 1  # augmentation: pixels
     config.sft.noise = 8.0  # augmentation: standard deviation, 0-255
-    config.sft.max_length = 52
+    config.sft.max_length = 52  # tokens of a row; longer examples are left out
+    config.sft.row_examples = 1  # examples packed into a row, at most; 1: no packing
+    config.sft.row_tiles = 1  # image tiles of a row, at most
+    config.sft.max_tiles = 1  # of one image
     config.sft.checkpoint_every = 100
+    config.sft.keep = 2  # newest checkpoints on disk
+    config.sft.keep_best = 0  # and those of the lowest loss
     config.sft.log_every = 10
 
     config.annotate = ConfigDict()
@@ -80,19 +92,27 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.train_prm = ConfigDict()
     config.train_prm.mode = "default"  # or paper: one label per tree node, all steps of a right rollout are right
-    config.train_prm.label = "soft"  # soft: k / n; hard: 1 where k / n > threshold
+    config.train_prm.label = "soft"  # soft: k / n; hard: 1 where k / n > threshold; beta_binomial: k of n
     config.train_prm.threshold = 0.0
     config.train_prm.max_paths = 16  # solutions per problem
     config.train_prm.balance = False
     config.train_prm.steps = 550
     config.train_prm.batch_size = 64
     config.train_prm.optimizer = ConfigDict(
-        dict(name="muon", learning_rate=4e-3, warmup=0.05, weight_decay=0.01, clip=1.0)
+        dict(name="muon", learning_rate=4e-3, warmup=0.05, weight_decay=0.01, clip=1.0, moments="float32")
     )
+    config.train_prm.microbatches = 1
+    config.train_prm.dtype = "float32"
+    config.train_prm.freeze = ()
     config.train_prm.shift = 1
     config.train_prm.noise = 8.0
-    config.train_prm.max_length = 60
+    config.train_prm.max_length = 60  # tokens of a row; longer examples are left out
+    config.train_prm.row_examples = 1  # examples packed into a row, at most; 1: no packing
+    config.train_prm.row_tiles = 1  # image tiles of a row, at most
+    config.train_prm.max_tiles = 1  # of one image
     config.train_prm.checkpoint_every = 100
+    config.train_prm.keep = 2
+    config.train_prm.keep_best = 0
     config.train_prm.log_every = 10
 
     config.evaluate = ConfigDict()

@@ -178,14 +178,16 @@ def to_json(record: Any) -> str:
 
 
 def write(path: epath.PathLike, records: Iterable[Any]) -> int:
-    """Writes a JSONL file atomically (a temporary file, then a rename). Returns the number of records."""
+    """Writes a JSONL file in a stream, atomically (a temporary file, then a rename). Returns the number of records."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [to_json(r) + "\n" for r in records]
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text("".join(lines))
+    temporary, count = path.parent / f"{path.name}.tmp", 0
+    with temporary.open("wb") as file:
+        for record in records:
+            file.write(to_json(record).encode() + b"\n")
+            count += 1
     temporary.replace(path)
-    return len(lines)
+    return count
 
 
 def read(path: epath.PathLike, cls: type[Record]) -> Iterator[Record]:
@@ -193,16 +195,18 @@ def read(path: epath.PathLike, cls: type[Record]) -> Iterator[Record]:
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file; the stage that writes it has not run, or the path is wrong")
-    for number, line in enumerate(path.read_text().split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"expected a JSON object, found {type(row).__name__}")
-            yield from_dict(cls, row)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+                record = from_dict(cls, row)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
+            yield record
 
 
 def read_all(path: epath.PathLike, cls: type[Record]) -> list[Record]:

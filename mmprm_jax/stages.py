@@ -10,20 +10,23 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mmprm_jax import annotate as annotation
 from mmprm_jax import convert, records
 from mmprm_jax.answers.verify import is_correct
-from mmprm_jax.data import digits, encode
+from mmprm_jax.data import digits, encode, training_files
+from mmprm_jax.data.packing import Sizes
 from mmprm_jax.data.prompts import final_answer, policy_template
+from mmprm_jax.data.training_files import Encoded, TrainingSet
 from mmprm_jax.evaluation import best_of_n
 from mmprm_jax.evaluation.score import Scorer, Solutions
 from mmprm_jax.metrics import progress
@@ -31,7 +34,7 @@ from mmprm_jax.models import build
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import Candidate, Problem, Request, ScoredCandidate, SFTExample, UserError
+from mmprm_jax.records import Candidate, Problem, Request, ScoredCandidate, SFTExample, StepExample, UserError
 from mmprm_jax.report import report as report_page
 from mmprm_jax.rollout.engine import Engine
 from mmprm_jax.rollout.rollouts import (
@@ -47,10 +50,11 @@ from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.search import labels, paper
 from mmprm_jax.search.omegaprm import SEARCHES
 from mmprm_jax.search.settings import Settings
-from mmprm_jax.search.store import read_trees
-from mmprm_jax.sharding import make_mesh
+from mmprm_jax.search.store import each_tree, read_trees
+from mmprm_jax.sharding import make_mesh, row_share
 from mmprm_jax.training import losses, optimizers, trainer
 from mmprm_jax.training.checkpoints import load_params, save_params
+from mmprm_jax.training.input import Batches, Tiles
 
 Figures = dict[str, Any]
 
@@ -86,6 +90,10 @@ class Run:
         sizes = self.config.model.to_dict()
         sizes["decoder"]["vocab_size"] = len(tokenizer)
         return VLMConfig.from_dict(sizes)
+
+    def prm(self, tokenizer: Tokenizer) -> VLMConfig:
+        """The PRM's sizes."""
+        return dataclasses.replace(self.model(tokenizer), kappa=self.config.train_prm.label == "beta_binomial")
 
     def pixels(self, problems: Sequence[Problem], cfg: VLMConfig) -> dict[str, np.ndarray]:
         """uint8 [tiles, H, W, 3] by problem id."""
@@ -177,17 +185,59 @@ def data(run: Run) -> Figures:
     return {"problems": {split: getattr(settings, split) for split in digits.SPLITS}}
 
 
+def training_set(
+    run: Run, stage: str, name: str, kind: str, model: tuple[Tokenizer, VLMConfig], sources: Sequence[epath.Path],
+    images: epath.Path, examples: Callable[[encode.TileCount], Iterable[Encoded]], **settings: Any,
+) -> TrainingSet:  # fmt: skip
+    """The encoded ``examples`` of a stage, made anew where the ``sources`` or the settings are others than before.
+
+    images: the folder that their images are relative to.
+    """
+    c, path, (tokenizer, cfg) = run.config[stage], run.folder(stage) / "input" / name, model
+    made_with = {
+        "sources": training_files.checksum(sources), "tokenizer": tokenizer.fingerprint,
+        "tokens_per_tile": cfg.tokens_per_tile, "tile": cfg.tile if cfg.vision else 0, "max_tiles": c.max_tiles,
+        "max_length": c.max_length, "row_tiles": c.row_tiles, **settings,
+    }  # fmt: skip
+    if jax.process_index() == 0 and not training_files.is_current(path, made_with):
+        encoded = examples(encode.tile_count(images, cfg, c.max_tiles))
+        training_files.write(path, kind, encoded, c.max_length, c.row_tiles, made_with)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"{path}")
+    return TrainingSet(path, kind, images, made_with)
+
+
+def batches(
+    run: Run, stage: str, cfg: VLMConfig, sets: Sequence[TrainingSet], weights: Sequence[float] = ()
+) -> Batches:
+    """This process's rows of the batches of a training stage."""
+    c = run.config[stage]
+    tiles = Tiles(cfg.tile, c.max_tiles, c.shift, c.noise) if cfg.vision else None
+    sizes = Sizes(c.batch_size, c.max_length, c.row_tiles if cfg.vision else 0, c.row_examples)
+    return Batches(sets, sizes, run.config.seed, tiles, weights, row_share(run.mesh))
+
+
 def sft(run: Run) -> Figures:
     """Supervised fine-tuning of the policy, from random weights."""
-    tokenizer = run.tokenizer()
+    c, tokenizer = run.config.sft, run.tokenizer()
     cfg, folder = run.model(tokenizer), run.folder("sft")
-    examples = records.read_all(run.data / "sft.jsonl", SFTExample)
-    dataset = encode.sft_dataset(examples, run.data, tokenizer, cfg, run.config.sft.max_length)
+
+    def load(number: int, path: epath.Path) -> TrainingSet:
+        def examples(tiles: encode.TileCount) -> Iterable[Encoded]:
+            return (encode.encode_sft(e, tokenizer, cfg, tiles) for e in records.read(path, SFTExample))
+
+        name = f"{number}-{path.stem}"
+        return training_set(run, "sft", name, "policy", (tokenizer, cfg), [path], path.parent, examples)
+
+    sets = [load(number, run.data / name) for number, name in enumerate(c.files)]
     graphdef, params = build.initialise(cfg, tokenizer.id(tok.IMAGE), run.config.seed, run.mesh)
-    settings = training_settings(run.config.sft, run.config.seed)
-    params = trainer.fit("sft", folder, graphdef, params, losses.policy_loss, dataset, settings, run.mesh)
+    settings = training_settings(c, run.config.seed)
+    with batches(run, "sft", cfg, sets, c.weights) as source:
+        params = trainer.fit("sft", folder, graphdef, params, losses.policy_loss, source, settings, run.mesh)
     save_params(folder / "params", params)
-    return {"examples": len(examples), "parameters": sum(x.size for x in jax.tree.leaves(params))}
+    left_out = [data.summary["left_out"] for data in sets]
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    return {"examples": sum(map(len, sets)), "left_out": left_out, "parameters": parameters}
 
 
 def annotate(run: Run) -> Figures:
@@ -225,24 +275,39 @@ def train_prm(run: Run) -> Figures:
     c, folder = run.config.train_prm, run.folder("train_prm")
     policy_tokenizer = run.tokenizer()
     tokenizer = policy_tokenizer.with_token(tok.PRM)
-    cfg = run.model(tokenizer)
-    chosen = settings_of(labels.LabelSettings, c)
-    trees = read_trees(run.folder("annotate"))
-    labelled = choose(EXAMPLES, c.mode, "train_prm.mode")
-    examples = [e for tree in trees for e in labelled(tree, chosen, run.config.seed)]
-    if not examples:
-        raise UserError("train_prm: no tree has both right and wrong solutions; the policy is too weak or too strong")
-    records.write(folder / "examples.jsonl", examples)
-    dataset = encode.step_dataset(examples, run.data, tokenizer, cfg, c.max_length)
+    cfg = run.prm(tokenizer)
+    data = step_examples(run, tokenizer, cfg)
     _, policy = run.load("sft", policy_tokenizer, run.model(policy_tokenizer))
     graphdef, _ = build.abstract(cfg, tokenizer.id(tok.IMAGE), run.mesh)
-    params = build.add_token(policy, run.mesh)
+    params = build.complete(build.add_token(policy, run.mesh), cfg, tokenizer.id(tok.IMAGE), run.config.seed, run.mesh)
     loss = losses.prm_loss(c.label, c.threshold, tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))
     settings = training_settings(c, run.config.seed)
-    params = trainer.fit("train_prm", folder, graphdef, params, loss, dataset, settings, run.mesh)
+    with batches(run, "train_prm", cfg, [data]) as source:
+        params = trainer.fit("train_prm", folder, graphdef, params, loss, source, settings, run.mesh)
     save_params(folder / "params", params)
     tokenizer.save(folder / "tokenizer.json")
-    return {"labels": labels.histogram(examples)}
+    found = labels.histogram(records.read(folder / "examples.jsonl", StepExample))
+    return {"labels": found, "left_out": data.summary["left_out"]}
+
+
+def step_examples(run: Run, tokenizer: Tokenizer, cfg: VLMConfig) -> TrainingSet:
+    """The step examples of the trees, one tree in memory at a time; people can read them in ``examples.jsonl``."""
+    c, path = run.config.train_prm, run.folder("train_prm") / "examples.jsonl"
+    chosen, labelled = settings_of(labels.LabelSettings, c), choose(EXAMPLES, c.mode, "train_prm.mode")
+
+    def examples(tiles: encode.TileCount) -> Iterable[Encoded]:
+        trees = each_tree(run.folder("annotate"))
+        if not records.write(path, (e for tree in trees for e in labelled(tree, chosen, run.config.seed))):
+            raise UserError(
+                "train_prm: no tree has both right and wrong solutions; the policy is too weak or too strong"
+            )
+        return (encode.encode_steps(e, tokenizer, cfg, tiles) for e in records.read(path, StepExample))
+
+    sources, made = sorted(run.folder("annotate").glob("trees-*.jsonl")), dataclasses.asdict(chosen)
+    return training_set(
+        run, "train_prm", "steps", "prm", (tokenizer, cfg), sources, run.data, examples, mode=c.mode,
+        seed=run.config.seed, **made,
+    )  # fmt: skip
 
 
 def sample_candidates(run: Run, split: str, tokenizer: Tokenizer, cfg: VLMConfig) -> list[list[Candidate]]:
@@ -279,7 +344,7 @@ def evaluate(run: Run) -> Figures:
     c, folder = run.config.evaluate, run.folder("evaluate")
     policy_tokenizer = run.tokenizer()
     tokenizer = Tokenizer.load(run.folder("train_prm") / "tokenizer.json")
-    cfg = run.model(tokenizer)
+    cfg = run.prm(tokenizer)
     candidates = {s: sample_candidates(run, s, policy_tokenizer, run.model(policy_tokenizer)) for s in ("dev", "test")}
     graphdef, params = run.load("train_prm", tokenizer, cfg)
     classes = (tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))
@@ -290,7 +355,7 @@ def evaluate(run: Run) -> Figures:
         stack = change(np.stack(list(run.pixels(problems, cfg).values())))
         solutions = []
         for problem, group, pixels in zip(problems, candidates[split], stack, strict=True):
-            prompt = encode.prompt_ids(tokenizer, cfg, problem.question, problem.image is not None)
+            prompt = encode.prompt_ids(tokenizer, cfg, problem.question, int(problem.image is not None))
             solutions.append(Solutions([encode.prm_ids(tokenizer, prompt, x.segments) for x in group], pixels))
         return [
             [ScoredCandidate(x, scores) for x, scores in zip(group, found, strict=True)]

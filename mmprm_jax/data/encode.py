@@ -1,34 +1,27 @@
-"""Records to the fixed-length rows that training and scoring read."""
+"""Records to the tokens, labels and images that training and scoring read."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from absl import logging
 from etils import epath
 
 from mmprm_jax.data import images
 from mmprm_jax.data.prompts import policy_prompt
+from mmprm_jax.data.training_files import Encoded
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import SFTExample, StepExample, UserError
 
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Rows of fixed length in host memory. ``image`` [N] indexes ``pixels`` uint8 [M, tiles, H, W, 3]."""
-
-    columns: Mapping[str, np.ndarray]
-    image: np.ndarray
-    pixels: np.ndarray
+TileCount = Callable[[str | None], int]  # image file, None: no image -> its number of tiles
 
 
-def prompt_ids(tokenizer: Tokenizer, cfg: VLMConfig, question: str, has_image: bool) -> list[int]:
-    """The policy prompt of a problem as ids."""
-    return tokenizer.encode(policy_prompt(question, cfg.tokens_per_tile if has_image else 0))
+def prompt_ids(tokenizer: Tokenizer, cfg: VLMConfig, question: str, tiles: int) -> list[int]:
+    """The policy prompt of a problem whose image has so many tiles (0: no image) as ids."""
+    return tokenizer.encode(policy_prompt(question, cfg.tokens_per_tile * tiles))
 
 
 def prm_ids(tokenizer: Tokenizer, prompt: list[int], segments: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -41,17 +34,6 @@ def prm_ids(tokenizer: Tokenizer, prompt: list[int], segments: Sequence[str]) ->
     return ids, marks
 
 
-def pad_rows(rows: Sequence[Sequence[int]], length: int, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded tokens int32 [N, length] and their validity. Raises UserError naming the first row too long."""
-    tokens, valid = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
-    for i, row in enumerate(rows):
-        if len(row) > length:
-            raise UserError(f"{what} {i}: {len(row)} tokens; the limit (max_length) is {length}")
-        tokens[i, : len(row)] = row
-        valid[i, : len(row)] = True
-    return tokens, valid
-
-
 def load_pixels(folder: epath.PathLike, names: Sequence[str | None], cfg: VLMConfig) -> tuple[np.ndarray, np.ndarray]:
     """The distinct images of ``names`` and, for each name, its index among them."""
     distinct = sorted(set(names), key=str)
@@ -61,47 +43,49 @@ def load_pixels(folder: epath.PathLike, names: Sequence[str | None], cfg: VLMCon
     )
 
 
-def sft_dataset(
-    examples: Sequence[SFTExample], folder: epath.PathLike, tokenizer: Tokenizer, cfg: VLMConfig, length: int
-) -> Dataset:
-    """Rows for ``policy_loss``: prompt, response, end of turn."""
-    rows, starts = [], []
-    end = tokenizer.id(tok.TURN_END)
-    for example in examples:
-        prompt = prompt_ids(tokenizer, cfg, example.question, example.image is not None)
-        rows.append([*prompt, *tokenizer.encode(example.response), end])
-        starts.append(len(prompt))
-    tokens, valid = pad_rows(rows, length, "SFT example")
-    response = valid & (np.arange(length) >= np.array(starts)[:, None])
-    image, pixels = load_pixels(folder, [e.image for e in examples], cfg)
-    return Dataset({"tokens": tokens, "valid": valid, "response": response}, image, pixels)
+def tile_count(folder: epath.PathLike, cfg: VLMConfig, max_tiles: int) -> TileCount:
+    """Counts the tiles of images relative to ``folder``; each is opened, so that a damaged one is told before training.
 
-
-def step_dataset(
-    examples: Sequence[StepExample], folder: epath.PathLike, tokenizer: Tokenizer, cfg: VLMConfig, length: int
-) -> Dataset:
-    """Rows for ``prm_loss``: counts k, n at the ``<prm>`` markers, 0 elsewhere.
-
-    Solutions longer than ``length`` tokens are left out: a rambling policy must not stop the training.
+    The function raises UserError as ``images.open_image``, and on any image if the model takes none.
     """
-    rows, marks, kept = [], [], []
-    for example in examples:
-        prompt = prompt_ids(tokenizer, cfg, example.question, example.image is not None)
-        ids, where = prm_ids(tokenizer, prompt, example.segments)
-        if len(ids) <= length:
-            rows.append(ids)
-            marks.append(where)
-            kept.append(example)
-    if len(kept) < len(examples):
-        logging.warning(
-            "%d of %d step examples exceed %d tokens: left out",
-            len(examples) - len(kept),
-            len(examples),
-            length,
+
+    @functools.lru_cache(2**16)
+    def count(name: str | None) -> int:
+        if name is None:
+            return 0
+        path = epath.Path(folder) / name
+        if cfg.vision is None:
+            raise UserError(f"{path}: the model takes no images; leave out the examples that have one")
+        return images.count_tiles(*images.open_image(path).size, max_tiles, cfg.tile)
+
+    return count
+
+
+def encode_sft(example: SFTExample, tokenizer: Tokenizer, cfg: VLMConfig, tiles: TileCount) -> Encoded:
+    """Prompt, response, end of turn; ``response`` is True from the response on."""
+    count = tiles(example.image)
+    prompt = prompt_ids(tokenizer, cfg, example.question, count)
+    ids = [*prompt, *tokenizer.encode(example.response), tokenizer.id(tok.TURN_END)]
+    labels = {"response": np.arange(len(ids)) >= len(prompt)}
+    return Encoded(example.id, np.array(ids, np.int32), labels, _images(example.image, count))
+
+
+def encode_steps(example: StepExample, tokenizer: Tokenizer, cfg: VLMConfig, tiles: TileCount) -> Encoded:
+    """Prompt and steps, ``k`` and ``n`` at the ``<prm>`` behind each step and 0 elsewhere.
+
+    Raises UserError unless there are counts 0 <= k <= n for each step.
+    """
+    lengths = {len(example.segments), len(example.k), len(example.n)}
+    if len(lengths) > 1 or not all(0 <= k <= n for k, n in zip(example.k, example.n, strict=False)):
+        raise UserError(
+            f"step example {example.id}: needs counts 0 <= k <= n for each of its {len(example.segments)} steps"
         )
-    tokens, valid = pad_rows(rows, length, "step example")
-    k, n = np.zeros_like(tokens), np.zeros_like(tokens)
-    for i, (example, where) in enumerate(zip(kept, marks, strict=True)):
-        k[i, where], n[i, where] = example.k, example.n
-    image, pixels = load_pixels(folder, [e.image for e in kept], cfg)
-    return Dataset({"tokens": tokens, "valid": valid, "k": k, "n": n}, image, pixels)
+    count = tiles(example.image)
+    ids, marks = prm_ids(tokenizer, prompt_ids(tokenizer, cfg, example.question, count), example.segments)
+    k, n = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
+    k[marks], n[marks] = example.k, example.n
+    return Encoded(example.id, np.array(ids, np.int32), {"k": k, "n": n}, _images(example.image, count))
+
+
+def _images(name: str | None, tiles: int) -> tuple[tuple[str, int], ...]:
+    return () if name is None else ((name, tiles),)

@@ -80,6 +80,12 @@ def choose_grid(width: int, height: int, max_tiles: int, min_tiles: int = 1, siz
     return best
 
 
+def count_tiles(width: int, height: int, max_tiles: int, size: int = 448) -> int:
+    """How many ``tiles`` an image of that size has, the thumbnail included. Raises as ``choose_grid``."""
+    cols, rows = choose_grid(width, height, max_tiles, size=size)
+    return cols * rows + (cols * rows > 1)
+
+
 def _resize(image: Image.Image, width: int, height: int) -> np.ndarray:
     """Bicubic, uint8 [height, width, 3]; an image of that size is kept as it is."""
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))

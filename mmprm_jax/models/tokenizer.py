@@ -7,6 +7,7 @@ read as data: no code of the checkpoint runs.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -129,6 +130,11 @@ class Tokenizer:
         if not (path / _CONFIG).exists():
             raise UserError(f"{path}: no tokenizer there ({_CONFIG} is missing); copy the checkpoint's tokenizer files")
         return cls({name: (path / name).read_bytes() for name in _FILES if (path / name).exists()}, str(path))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any of the tokenizer's files."""
+        return hashlib.sha256(repr(sorted(self._files.items())).encode()).hexdigest()[:16]
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the file of a word-level tokenizer, or the files of a checkpoint's tokenizer into a folder.
