@@ -76,6 +76,6 @@ def step_bytes(params: Any, layers: Any, rows: Any, state: Any) -> dict[str, int
     parts = {
         "weights": local_bytes((layers, head, decoder["norm"])),
         "prefix": local_bytes(rows),
-        "own": local_bytes((state["own_k"], state["own_v"])),
+        "own": local_bytes(state["own"]),
     }
     return {**parts, "total": sum(parts.values())}

@@ -79,7 +79,7 @@ def _compile(topology: str, shape: Shape) -> Iterator[dict[str, Any]]:
     with jax.set_mesh(mesh):
         args, graphdef = abstract(shape, mesh)
         start = time.perf_counter()
-        compiled = device.decode.lower(*args, graphdef=graphdef).compile()
+        compiled = device.decode.lower(*args, graphdef=graphdef, used=len(args[3]["own"][0])).compile()
         seconds = time.perf_counter() - start
         fewest = cost.step_bytes(*args[:4])
     program = hlo.parse(compiled.as_text())

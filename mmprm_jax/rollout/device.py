@@ -33,12 +33,19 @@ from mmprm_jax.rollout.sampling import Sampling, draw, uniforms
 from mmprm_jax.sharding import BATCH, dot, fit_spec, reshape, take_rows
 
 State = dict[str, Any]
+_BLOCK = 64  # columns of a part of a slot's cache, at least
 _NONE = -1e30  # the score of what must not be attended to
 
 
 def shards(mesh: Any) -> int:
     """B: into how many parts a batch is split."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def blocks(columns: int) -> list[int]:
+    """The columns of each part of a slot's cache: up to four parts, so that short samples do not read all of it."""
+    size = max(_BLOCK, -(-columns // 4))
+    return [min(size, columns - start) for start in range(0, columns, size)]
 
 
 def _heads(cfg: DecoderConfig) -> P:
@@ -106,14 +113,13 @@ def new_state(cfg: DecoderConfig, mesh: Any, slots: int, rows: int, samples: int
     def array(*shape: int, dtype: Any = jnp.int32) -> _Array:
         return _Array((b, *shape), dtype, P(BATCH))
 
-    def cache(*shape: int) -> list[_Array]:
-        heads = P(BATCH, _heads(cfg)[2])
-        return [_Array((b * slots, cfg.num_kv_heads, *shape), dtype, heads)] * cfg.num_layers
+    def cache(*shape: int) -> _Array:
+        return _Array((b * slots, cfg.num_kv_heads, *shape), dtype, P(BATCH, _heads(cfg)[2]))
 
     parameters = {name: array(rows, *value.shape, dtype=value.dtype) for name, value in Sampling().arrays().items()}
     tree = {
-        "own_k": cache(depth, columns),
-        "own_v": cache(columns, depth),
+        # keys and values, for each layer and block
+        "own": [[(cache(depth, size), cache(size, depth)) for size in blocks(columns)]] * cfg.num_layers,
         "slot": {
             "sample": array(slots),  # row * M + number of the sample in its row
             "start": array(slots),  # tokens of the prefix
@@ -310,18 +316,23 @@ def _part(scores: jax.Array, mask: jax.Array, equation: str, v: jax.Array) -> tu
 
 
 def _attend(q: Any, k: Any, v: Any, own: Any, prefix: Any, plan: State, length: Any) -> Any:
-    """One shard: q [S, 1, G, Q, D], k and v [S, 1, G, D] -> like q, and the slots' caches with k and v added."""
+    """One shard: q [S, 1, G, Q, D], k and v [S, 1, G, D] -> like q, and the blocks of ``own`` with k and v added."""
     plan, length = _first((plan, length))
     q = (q[:, 0] * q.shape[-1] ** -0.5).astype(q.dtype)
-    slots, column = jnp.arange(len(q)), plan["column"]
-    own_k = own[0].at[slots, :, :, column].set(k[:, 0], mode="drop", unique_indices=True)
-    own_v = own[1].at[slots, :, column].set(v[:, 0], mode="drop", unique_indices=True)
+    slots, start, parts, after = jnp.arange(len(q)), 0, [], []
+    for own_k, own_v in own:
+        size, column = own_v.shape[2], plan["column"] - start
+        at = jnp.where((column >= 0) & (column < size), column, size)
+        own_k = own_k.at[slots, :, :, at].set(k[:, 0], mode="drop", unique_indices=True)
+        own_v = own_v.at[slots, :, at].set(v[:, 0], mode="drop", unique_indices=True)
+        mine = (jnp.arange(size) <= column[:, None])[:, None, None, :]
+        scores = jnp.einsum("sgqd,sgdt->sgqt", q, own_k, preferred_element_type=jnp.float32)
+        parts.append(_part(scores, mine, "sgqt,sgtd->sgqd", own_v))
+        after.append((own_k, own_v))
+        start += size
     prefix_k, prefix_v = _first(prefix)
     s, g, per_group, d = q.shape
     r, samples = prefix_k.shape[0], plan["slot_of"].shape[0] // prefix_k.shape[0]
-    mine = (jnp.arange(own_k.shape[-1]) <= column[:, None])[:, None, None, :]
-    scores = jnp.einsum("sgqd,sgdt->sgqt", q, own_k, preferred_element_type=jnp.float32)
-    after = _part(scores, mine, "sgqt,sgtd->sgqd", own_v)
     by_row = q.at[plan["slot_of"]].get(mode="fill", fill_value=0).reshape(r, samples, g, per_group, d)
     by_row = by_row.swapaxes(1, 2).reshape(r, g, samples * per_group, d)
     scores = jnp.einsum("rgnd,rgpd->rgnp", by_row, prefix_k, preferred_element_type=jnp.float32)
@@ -332,7 +343,7 @@ def _attend(q: Any, k: Any, v: Any, own: Any, prefix: Any, plan: State, length: 
         return x.reshape(r * samples, g, per_group, *x.shape[4:])[plan["place"]]
 
     before = tuple(to_slots(x) for x in _part(scores, there, "rgnp,rgpd->rgnd", prefix_v))
-    return _join([before, after], q.dtype)[:, None], (own_k, own_v)
+    return _join([before, *parts], q.dtype)[:, None], after
 
 
 def _plan(slot: State, out: State) -> State:
@@ -414,29 +425,37 @@ def _goes_on(limit: State, carry: Any) -> jax.Array:
     free = jnp.sum(~state["slot"]["alive"], axis=1)
     dry = jnp.any((queue["head"] == queue["tail"]) & (free > limit["free"]))
     waiting = jnp.any(queue["head"] < queue["tail"])
-    enough = (steps >= limit["most"]) | ((steps >= limit["least"]) & dry)
+    full = jnp.any(state["slot"]["alive"] & (state["slot"]["t"] > limit["columns"]))
+    enough = (steps >= limit["most"]) | ((steps >= limit["least"]) & dry) | full
     return (jnp.any(state["slot"]["alive"]) | waiting) & ~enough
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("graphdef", "used"), donate_argnames=("state",))
 def decode(
-    params: Any, layers: Any, rows: Any, state: State, queue: State, limit: State, *, graphdef: Any
+    params: Any, layers: Any, rows: Any, state: State, queue: State, limit: State, *, graphdef: Any, used: int
 ) -> tuple[State, State]:
     """Decodes until ``limit["most"]`` steps are done, or earlier when slots run dry.
 
     layers: from ``unstack``. queue: order int32 [B, R M] of samples (row * M + number) waiting for a slot, head and
     tail int32 [B]. limit: most and least, int32: after ``least`` steps the loop ends once a shard with an empty queue
-    has more than limit["free"] free slots. Returns the state and a report that every process can read: count, tokens
-    and logprobs of the samples, head of the queues, steps made and ``live``, the sum over steps of live slots.
+    has more than limit["free"] free slots. used: blocks of the slots' caches that are read and written; the loop ends
+    when a slot needs more. Returns the state and a report that every process can read: count, tokens and logprobs of
+    the samples, head of the queues, steps made, ``live``, the sum over steps of live slots, and ``longest``, the tokens
+    of the longest sample in a slot.
     """
     model: VLM = nnx.merge(graphdef, params)
     b, s = state["slot"]["t"].shape
     heads = _heads(model.decoder.cfg)
     kv, batch, own = P(BATCH, None, heads[2]), P(BATCH), P(BATCH, heads[2])
-    attend_shard = per_shard(_attend, (kv, kv, kv, (own, own), (heads, heads), batch, batch), (kv, (own, own)))
+    own = [(own, own)] * used
+    attend_shard = per_shard(_attend, (kv, kv, kv, own, (heads, heads), batch, batch), (kv, own))
+    known = [block[1].shape[2] for block in state["own"][0]]
+    limit = {**limit, "columns": sum(known[:used]) if used < len(known) else jnp.inf}
+    unused = [layer[used:] for layer in state["own"]]
+    state = {**state, "own": [layer[:used] for layer in state["own"]]}
     length = state["row"]["length"]
     # All angles at once: inside of the loop, every layer would compute their sines anew.
-    longest = rows[0][0].shape[3] + state["own_v"][0].shape[2]
+    longest = rows[0][0].shape[3] + sum(known[:used])
     angles = [table[0] for table in model.decoder.rope(jnp.arange(longest)[None], jnp.ones(1, jnp.int32))]
     layer = nnx.split(model.decoder.layers)[0]
     head, layers = layers["head"], [nnx.merge(layer, weights) for weights in layers["layers"]]
@@ -461,8 +480,8 @@ def decode(
             own, prefix = caches
             return attend_shard(q, k, v, own, prefix, plan, length)
 
-        own = zip(state["own_k"], state["own_v"], strict=True)
-        hidden, own = model.decoder.decode(layers, x, rope, attend, list(zip(own, rows, strict=True)))
+        caches = list(zip(state["own"], rows, strict=True))
+        hidden, own = model.decoder.decode(layers, x, rope, attend, caches)
         logits = dot("bsd,dv->bsv", hidden, head, BATCH, None, "tensor", dtype=jnp.float32)
         logits = reshape(logits, (b, s, logits.shape[2]), BATCH, None, "tensor")
         logits = jax.sharding.reshard(logits, split)
@@ -472,8 +491,7 @@ def decode(
         live = live + jnp.sum(slot["alive"])
         slot, out, queue, new = per_shard(_advance, batch, batch)(slot, state["row"], state["out"], queue, drawn)
         seen = mark(state["seen"], state["row"]["seen"], drawn[0], new)
-        own_k, own_v = zip(*own, strict=True)
-        state = {**state, "own_k": list(own_k), "own_v": list(own_v), "slot": slot, "out": out, "seen": seen}
+        state = {**state, "own": own, "slot": slot, "out": out, "seen": seen}
         return state, queue, steps + 1, live
 
     fill = per_shard(lambda *x: _put_first(_refill(*_first(x))), batch, batch)
@@ -483,5 +501,7 @@ def decode(
     state = {**state, "slot": slot, "seen": seen}
     goes_on = functools.partial(_goes_on, limit)
     state, queue, steps, live = jax.lax.while_loop(goes_on, step, (state, queue, jnp.int32(0), jnp.int32(0)))
-    report = {**state["out"], "head": queue["head"], "steps": steps, "live": live}
+    state = {**state, "own": [[*layer, *more] for layer, more in zip(state["own"], unused, strict=True)]}
+    longest = jnp.max(jnp.where(state["slot"]["alive"], state["slot"]["t"], 1))
+    report = {**state["out"], "head": queue["head"], "steps": steps, "live": live, "longest": longest}
     return state, jax.tree.map(lambda x: jax.sharding.reshard(x, P()), report)

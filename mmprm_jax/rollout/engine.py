@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
@@ -158,6 +159,7 @@ class Engine:
         self._found: dict[Hashable, list[Sample | None]] = {}
         self._refused: list[Any] = []
         self._report: Any = None
+        self._longest = 1  # tokens of the longest sample in a slot
         self._signatures: set[Any] = set()
         self.frozen = False  # after a warm-up: no new shapes are expected
         self.strict = False  # raise Recompiled instead of warning
@@ -229,6 +231,7 @@ class Engine:
         self.counts.steps += int(steps)
         self.counts.slot_steps += int(steps) * self._slots * self._shards
         self.counts.live_steps += int(live)
+        self._longest = int(report["longest"])
         finished, tokens, logprobs = [], None, None
         for b, resident in enumerate(self._resident):
             self._queue[b] = self._queue[b][head[b] :]
@@ -425,14 +428,16 @@ class Engine:
         queue = put_batch({"order": order, "head": np.zeros_like(tail), "tail": tail}, self._mesh)
         limit = {"most": self._steps, "least": min(8, self._steps), "free": self._slots // 16}
         limit = {name: np.int32(value) for name, value in limit.items()}
-        self._state, self._report = self._run(
-            device.decode, self._width, self._params, self._layers, self._rows, self._state, queue, limit
-        )
+        # Only as much of the slots' caches as is in use, and the rest of it later.
+        ends = itertools.accumulate(device.blocks(self._max_new))
+        used = 1 + sum(end < self._longest for end in ends)
+        args = self._params, self._layers, self._rows, self._state, queue, limit
+        self._state, self._report = self._run(device.decode, (self._width, used), *args, used=used)
 
-    def _run(self, program: Any, signature: Any, *args: Any) -> Any:
+    def _run(self, program: Any, signature: Any, *args: Any, **static: Any) -> Any:
         """Calls a program; tells when it is compiled although its shapes are not new."""
         before = program._cache_size()
-        out = program(*args, graphdef=self._graphdef)
+        out = program(*args, graphdef=self._graphdef, **static)
         key = (program.__name__, signature)
         if program._cache_size() > before and (self.frozen or key in self._signatures):
             message = f"{key[0]} was compiled again for the sizes {signature}"

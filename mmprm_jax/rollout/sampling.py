@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 MAX_STOPS = 4
 GREEDY = 1e-6  # logits divided by less would overflow
+_LIKELY = 64  # the filters of a top-k up to this look at few tokens only
 _BLOCK = 128  # tokens; the inverse CDF looks for the block first, then inside of it
 
 
@@ -77,16 +79,9 @@ def _largest(good: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> 
     return jax.lax.fori_loop(0, 32, halve, bounds)[0]
 
 
-def _weights(logits: jax.Array, seen: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
-    """Unnormalised probabilities [..., V] after all filters; tokens that are out have 0."""
-    size, greedy = logits.shape[-1], p["temperature"] < GREEDY
-    penalty = p["penalty"][..., None]
-    x = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    x = x / jnp.where(greedy, 1.0, p["temperature"])[..., None]
-    x = x - jnp.max(x, axis=-1, keepdims=True)
-    key, weight = _sortable(x), jnp.exp(x)
-    top_k = jnp.where(greedy, 1, jnp.where(p["top_k"] > 0, p["top_k"], size))
-    shape, limits = top_k.shape, jnp.iinfo(jnp.int32)
+def _thresholds(x: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The least key (see ``_sortable``) that top-k, and then top-p of what that leaves, let pass among x [..., N]."""
+    key, weight, none = _sortable(x), jnp.exp(x), jnp.full(top_k.shape, jnp.iinfo(jnp.int32).min)
 
     def mass(t: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(key >= t[..., None], weight, 0.0), axis=-1)
@@ -94,15 +89,66 @@ def _weights(logits: jax.Array, seen: jax.Array, p: dict[str, jax.Array]) -> jax
     def count(t: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(key >= t[..., None], 1.0, 0.0), axis=-1)  # exact below 2^24 tokens
 
-    everything = jnp.full(shape, limits.min, jnp.int32)
-    kth = jax.lax.cond(jnp.any(top_k < size), lambda: _largest(lambda t: count(t) >= top_k, shape), lambda: everything)
+    cut = jnp.any(top_k < x.shape[-1])
+    kth = jax.lax.cond(cut, lambda: _largest(lambda t: count(t) >= top_k, top_k.shape), lambda: none)
     # No threshold reaches an infinite share, so that top_p = 1 keeps all.
-    share = jnp.where(p["top_p"] < 1, p["top_p"] * mass(kth), jnp.inf)
-    nucleus = jax.lax.cond(
-        jnp.any(p["top_p"] < 1), lambda: _largest(lambda t: mass(t) >= share, shape), lambda: everything
-    )
-    keep = (key >= jnp.maximum(kth, nucleus)[..., None]) & (weight >= p["min_p"][..., None])
-    return jnp.where(keep, weight, 0.0)
+    share = jnp.where(top_p < 1, top_p * mass(kth), jnp.inf)
+    cut = jnp.any(top_p < 1)
+    nucleus = jax.lax.cond(cut, lambda: _largest(lambda t: mass(t) >= share, top_k.shape), lambda: none)
+    return jnp.maximum(kth, nucleus)
+
+
+def _likely(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Few of x [..., V], and whether the _LIKELY largest are among them with all that equal these.
+
+    Tokens are taken in groups: the _LIKELY groups with the largest maxima hold the largest tokens. Where more groups
+    have the least of these maxima, not all of them are there.
+    """
+    size = math.isqrt(x.shape[-1] // _LIKELY)
+    groups = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)], constant_values=-jnp.inf)
+    groups = groups.reshape(*x.shape[:-1], size, -1)
+    top = _sortable(jnp.max(groups, axis=-2))
+    least = _largest(lambda t: jnp.sum(jnp.where(top >= t[..., None], 1.0, 0.0), axis=-1) >= _LIKELY, x.shape[:-1])
+    number = jnp.cumsum(top >= least[..., None], axis=-1)  # of the chosen groups up to here
+    at = jnp.zeros((*x.shape[:-1], _LIKELY), jnp.int32)
+    for bit in reversed(range(number.shape[-1].bit_length())):  # bisection: how many groups end before the i-th chosen
+        further = at + (1 << bit)
+        before = jnp.take_along_axis(number, jnp.minimum(further, number.shape[-1]) - 1, axis=-1) <= jnp.arange(_LIKELY)
+        at = jnp.where(before & (further < number.shape[-1]), further, at)
+    few = jnp.take_along_axis(groups, at[..., None, :], axis=-1)
+    return few.reshape(*x.shape[:-1], -1), number[..., -1] == _LIKELY
+
+
+def _filtered(x: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """exp(x) [..., V] of the tokens that pass top-k and top-p, 0 for others."""
+    size, none = x.shape[-1], jnp.full(top_k.shape, jnp.iinfo(jnp.int32).min)
+    threshold, left = none, (top_k < size) | (top_p < 1)
+    if size >= 4 * _LIKELY:
+        short = top_k <= _LIKELY
+
+        def among_few() -> tuple[jax.Array, jax.Array]:
+            few, whole = _likely(x)
+            found = short & whole
+            return jnp.where(found, _thresholds(few, top_k, top_p), none), left & ~found
+
+        threshold, left = jax.lax.cond(jnp.any(short), among_few, lambda: (none, left))
+    # Each row goes its own way, whatever the others need: its result must not depend on them.
+    rest = jax.lax.cond(jnp.any(left), lambda: _thresholds(x, top_k, top_p), lambda: none)
+    return jnp.where(_sortable(x) >= jnp.where(left, rest, threshold)[..., None], jnp.exp(x), 0.0)
+
+
+def _weights(logits: jax.Array, seen: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
+    """Unnormalised probabilities [..., V] after all filters; tokens that are out have 0."""
+    greedy, penalty = p["temperature"] < GREEDY, p["penalty"][..., None]
+    x = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    x = x / jnp.where(greedy, 1.0, p["temperature"])[..., None]
+    x = x - jnp.max(x, axis=-1, keepdims=True)
+    top_k, top_p = jnp.where(greedy, 1, jnp.where(p["top_k"] > 0, p["top_k"], x.shape[-1])), p["top_p"]
+    # A conditional's operand is computed once. Otherwise x might be computed again, and be rounded otherwise, to be
+    # compared with a threshold that was found among its values.
+    few = jnp.any((top_k < x.shape[-1]) | (top_p < 1))
+    weight = jax.lax.cond(few, _filtered, lambda x, *_: jnp.exp(x), x, top_k, top_p)
+    return jnp.where(weight >= p["min_p"][..., None], weight, 0.0)
 
 
 def _rank(cumulative: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array:

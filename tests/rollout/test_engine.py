@@ -224,6 +224,25 @@ def test_invariance(make, groups, samples, settings):
     check_counts(engine, groups, samples)
 
 
+@pytest.mark.parametrize("settings", [{}, dict(slots=3), dict(shape=dict(data=2, fsdp=2, tensor=2))], ids=str)
+def test_caches_in_blocks(make, groups, samples, logits_of, monkeypatch, settings):
+    """Of a slot's cache, 3 + 3 + 2 columns, only the blocks in use are worked on; the samples are the same."""
+    monkeypatch.setattr(engine_module.device, "_BLOCK", 3)
+    engine, used = make(**settings), []
+    run = engine._run
+
+    def watched(program, signature, *args, **static):
+        used.append(static.get("used", 0))
+        return run(program, signature, *args, **static)
+
+    engine._run = watched
+    found = engine.sample(groups)
+    assert set(used) == {0, 1, 2, 3}
+    assert_same(found, samples)
+    check_against_full_forwards(groups, found, logits_of)
+    check_counts(engine, groups, found)
+
+
 def check_counts(engine, groups, samples):
     """What can be said of any engine that has sampled just these."""
     flat = [s.tokens for group in samples for s in group]
@@ -461,10 +480,10 @@ def watch_extensions(engine):
     """The shapes of the tokens of every extension, as they come."""
     shapes, run = [], engine._run
 
-    def watched(program, signature, *args):
+    def watched(program, signature, *args, **static):
         if program is engine_module.device.extend:
             shapes.append(args[2]["tokens"].shape)
-        return run(program, signature, *args)
+        return run(program, signature, *args, **static)
 
     engine._run = watched
     return shapes

@@ -112,6 +112,39 @@ def test_random_numbers(sampling):
     assert stats.chisquare(counts[p > 0], count * p[p > 0]).pvalue > 1e-3
 
 
+WIDE = np.random.default_rng(2).standard_normal((8, 2000)).astype(np.float32)  # enough to look at few of them first
+WIDE[0, 3] = 9.0  # one token has nearly everything
+WIDE[1] = np.round(WIDE[1] * 4)  # many are equal
+WIDE[2] = 0.0
+WIDE[3, :64] += 20.0  # the likely ones side by side
+WIDE[4, ::31] += 20.0  # and in one group, or nearly
+WIDE[5, 100:] = -np.inf
+WIDE_CASES = [
+    Sampling(top_k=k, top_p=p, repetition_penalty=r, temperature=t)
+    for k, p, r, t in [
+        (50, 0.9, 1.05, 1.0), (64, 1.0, 1.0, 1.0), (65, 0.9, 1.0, 1.0), (1, 0.5, 1.0, 1.0), (0, 0.9, 1.0, 0.7),
+        (3, 1.0, 1.5, 2.0), (0, 1.0, 1.0, 0.0), (0, 1.0, 1.0, 1.0), (40, 0.2, 1.0, 1.3), (500, 0.99, 1.0, 1.0),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", range(len(WIDE)))
+def test_large_vocabularies(row):
+    """Every kind of request at once; one alone gets the same."""
+    count, seen = 400, np.random.default_rng(3).random(WIDE.shape[1]) < 0.05
+    grid = (np.arange(count, dtype=np.float32) + 0.5) / count
+    tokens = []
+    for sampling in WIDE_CASES:
+        tokens.append(jitted(rows(WIDE[row], count), rows(seen, count), grid, together([sampling] * count))[0])
+        p = exact(WIDE[row], seen, sampling)
+        counts = np.bincount(tokens[-1], minlength=len(seen))
+        assert np.all(counts[p == 0] == 0), sampling
+        np.testing.assert_allclose(np.cumsum(counts), count * np.cumsum(p), atol=1.01, err_msg=str(sampling))
+    for i in range(0, count, 40):
+        mixed = jitted(rows(WIDE[row], 10), rows(seen, 10), np.full(10, grid[i]), together(WIDE_CASES))[0]
+        assert mixed.tolist() == [int(found[i]) for found in tokens]
+
+
 def test_uniforms_depend_on_key_and_each_index():
     def one(key, *indices):
         return float(uniforms(np.array([key], np.uint32), *(np.array([i]) for i in indices))[0])
