@@ -2,7 +2,8 @@
 
 ``mmprm <stage> --config=FILE[:ARG] --workdir=DIR [--config.key=value …]`` runs one stage, or with ``pipeline`` all.
 ``mmprm summary WORKDIR [WORKDIR …]`` compares finished runs, e.g. of several seeds.
-``mmprm bench rollout [CASE …]`` compares the sampling engine with Hugging Face's generate, ``mmprm bench annotate``
+``mmprm bench train`` compares training steps with a loop of torch and transformers, ``mmprm bench rollout [CASE …]``
+the sampling engine with Hugging Face's generate, ``mmprm bench annotate``
 many trees at once with one after the other; both take ``--json=FILE``.
 ``mmprm convert SOURCE TARGET [--prm] [--verify] [--dtype=…]`` takes a released checkpoint (a folder or a hub id) to
 Orbax, or back. ``mmprm score PROBLEMS.jsonl --model=MODEL`` scores solutions with a released PRM.
@@ -34,14 +35,14 @@ _DISTRIBUTED = flags.DEFINE_bool(
     " JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it",
 )
 _JSON = flags.DEFINE_string("json", None, "bench: a file for the ratios and what they were measured on")
-_PAIRS = flags.DEFINE_integer("pairs", 2, "bench rollout: runs of each side")
+_PAIRS = flags.DEFINE_integer("pairs", 2, "bench rollout, bench train: runs of each side")
 _TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x4"], "bench rollout: TPUs to compile for; empty: none")
 
 _USAGE = (
     "usage: mmprm {data,sft,annotate,train_prm,evaluate,report,pipeline} --config=FILE[:ARG] --workdir=DIR"
     " [--config.key=value …] or: mmprm summary WORKDIR [WORKDIR …] or: mmprm convert SOURCE TARGET [--prm] [--verify]"
     " [--dtype=bfloat16] or: mmprm score PROBLEMS.jsonl --model=MODEL [--output=FILE] [--template=NAME]"
-    " or: mmprm bench {rollout [CASE …],annotate} [--json=FILE] or: mmprm launch {tpu,gke,slurm,local} --help"
+    " or: mmprm bench {rollout [CASE …],annotate,train} [--json=FILE] or: mmprm launch {tpu,gke,slurm,local} --help"
 )
 
 
@@ -76,11 +77,14 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         output = _OUTPUT.value or f"{argv[2].removesuffix('.jsonl')}.scores.jsonl"
         print(score_file(prm, _MODEL.value, argv[2], output))
         return
-    if argv[1:2] == ["bench"] and argv[2:3] in (["rollout"], ["annotate"]):
-        from mmprm_jax.bench import annotate, common, rollout
+    if argv[1:2] == ["bench"] and argv[2:3] in (["rollout"], ["annotate"], ["train"]):
+        from mmprm_jax.bench import annotate, common, rollout, train
 
         if argv[2] == "rollout":
             result = rollout.run(argv[3:], _PAIRS.value, _TOPOLOGIES.value)
+        elif argv[2] == "train":
+            result = train.run(_PAIRS.value)
+            print(train.describe(result))
         else:
             result = annotate.run()
             print(annotate.table(result))

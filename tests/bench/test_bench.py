@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from conftest import TINY
 from flax import nnx
 
-from mmprm_jax.bench import accelerator, common, cost, hlo, rollout
+from mmprm_jax.bench import accelerator, common, cost, hlo, rollout, train
 from mmprm_jax.models import build, hf_config
 from mmprm_jax.records import UserError
 
@@ -188,6 +189,39 @@ def test_rollout(model, monkeypatch, tmp_path):
     assert case["ratio"] > 0 and 0 < case["fraction_of_peak"] < 1.5
     assert set(case["transformers"]["seconds_by_groups_per_call"]) == {"1", "2"}
     assert {"engine", "transformers", "ratio", "ratio_of_best", "flops", "peak_flops_per_s", "load"} <= set(case)
+
+
+def test_training_batches():
+    """Both sides get the same examples."""
+    case = train.Case(rows=3, tokens=100, examples=3)
+    for batch, examples in itertools.islice(train.batches(case, 0), 3):
+        flat, number = [], 0
+        for tokens, segment, response, pixels in zip(
+            *(batch[name] for name in ("tokens", "segment", "response", "pixels")), strict=True
+        ):
+            for i in range(1, segment.max() + 1):
+                example, at = examples[number], segment == i
+                assert tokens[at].tolist() == example.tokens.tolist() and response[at].any()
+                assert response[at].tolist() == example.response.tolist()
+                np.testing.assert_array_equal(pixels[i - 1], example.tile)
+                number += 1
+            flat.append(int(segment.max()))
+        assert number == len(examples) and max(flat) > 1
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+def test_train():
+    found = train.run(1, train.Case(rows=2, tokens=60, examples=2, median=30, steps=1))
+    assert found["agreement"] < 1e-4 and found["ratio"] > 0 and found["ratio_by_length"] > 0
+    assert "ratio" in train.describe(found)
+    json.dumps(found)
+
+
+def test_trainings_that_differ():
+    assert train._agreement({"loss": 1.0}, {"loss": 1.0}) == 0
+    with pytest.raises(UserError, match="differ in their first step"):
+        train._agreement({"loss": 1.0, "grad_norm": 2.0}, {"loss": 1.0, "grad_norm": 2.1})
 
 
 def test_models_that_differ():
