@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from mmprm_jax import convert
 from mmprm_jax.data import images as image_files
 from mmprm_jax.data.prompts import INTERNVL_SYSTEM, QWEN_MATH_SYSTEM, prm_template
-from mmprm_jax.models import build, hf, hf_config
+from mmprm_jax.models import build, hf, hf_config, lora
 from mmprm_jax.models.hf_layout import layout
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.models.vision import VisionTower
@@ -355,6 +355,22 @@ def test_eight_devices(cases, mesh_of, decoder, shape):
     prm = PRM.from_pretrained(cases[decoder].folder, mesh_of(**shape))
     for got, scores in zip(prm.score_candidates(QUESTION, [WIDE], CANDIDATES[:7]), want, strict=True):
         close(got, scores)
+
+
+def test_a_released_policy_is_the_start_of_a_prm(released, mesh_of):
+    """What training begins with: the files' weights, and new ones where a PRM with adapters has more."""
+    mesh, tokenizer = mesh_of(data=1), released.tokenizer(INTERNLM2, prm=False)
+    source = released.write("start", released.config(INTERNLM2, tokenizer), tokenizer)
+    plain = jax.device_get(convert.warm_start(source, mesh).params)
+    start = convert.warm_start(source, mesh, prm=True, kappa=True, lora_rank=2)
+    _, shapes = build.abstract(start.cfg, start.tokenizer.id("<IMG_CONTEXT>"), mesh)
+    assert jax.tree.map(lambda x: x.shape, start.params) == jax.tree.map(lambda x: x.shape, shapes)
+    assert start.tokenizer.id("<prm>") == len(tokenizer)
+    merged = jax.device_get(lora.merge(start.params, start.cfg))
+    assert set(merged.pop("kappa")) == {"kernel", "bias"}
+    for name, axis in (("embed", 0), ("lm_head", 1)):
+        merged["decoder"][name] = np.delete(merged["decoder"][name], len(tokenizer), axis)
+    jax.tree.map(np.testing.assert_array_equal, merged, plain)
 
 
 def test_converted(cases, tmp_path, mesh):

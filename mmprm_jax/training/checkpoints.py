@@ -63,6 +63,8 @@ class Checkpoints:
             problem = ""
             try:
                 found = self._manager.restore(step, args=args)
+                restored, position = found["state"], found["data"]["position"]
+                problem = "" if restored is not None else "its state is missing"
             except Exception as error:  # whatever a damaged file makes of a reader
                 problem = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
             if _any_process(bool(problem)):
@@ -70,7 +72,7 @@ class Checkpoints:
                 logging.warning("%s: the checkpoint of step %d cannot be read (%s)", self._folder, step, problem)
                 continue
             self._set_aside(broken, step)
-            return step, found["state"], found["data"]["position"]
+            return step, restored, position
         if broken:
             raise UserError(
                 f"{self._folder}: none of the checkpoints {broken} can be read as this model's ({problem}); delete the"

@@ -22,7 +22,7 @@ class Preemption:
     """Context manager in which SIGTERM ends the process at the next poll only.
 
     Several processes poll together (``jax.distributed`` catches the signal there): all learn of it at the same step,
-    even if one of them only was asked.
+    even if only one of them was asked.
     """
 
     def __init__(self) -> None:
