@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -88,8 +89,11 @@ def _adafactor(schedule: optax.Schedule, weight_decay: float) -> optax.GradientT
     )
 
 
+@functools.cache
 def make(s: Settings, steps: int) -> optax.GradientTransformation:
-    """The optimizer for a run of ``steps`` updates. Raises UserError on an unknown name.
+    """The optimizer for a run of ``steps`` updates; equal settings give one object, and so one compiled step.
+
+    Raises UserError on an unknown name.
 
     Muon (https://kellerjordan.github.io/posts/muon) scales its updates to the size of AdamW's, so that the two take
     similar learning rates.

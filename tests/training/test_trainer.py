@@ -23,14 +23,6 @@ MUON = dataclasses.replace(SETTINGS, optimizer=dataclasses.replace(SETTINGS.opti
 ONE, EIGHT = (("data", 1),), (("data", 2), ("fsdp", 2), ("tensor", 2))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def same_optimizer():
-    """One optimizer object per setting: runs that differ in nothing else share a compiled step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizers, "make", functools.cache(optimizers.make))
-        yield
-
-
 @pytest.fixture(scope="module")
 def data(tiny):
     rows = tiny.batch(20, 12, 1, seed=5)
