@@ -90,8 +90,12 @@ def test_no_checkpoint_can_be_read(half):
 
 
 def test_resumed_on_another_mesh(whole, half):
-    got = jax.device_get(train(half, {"data": 2, "fsdp": 2, "tensor": 2}, **SAVING))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), got, whole[1])
+    got = jax.tree.map(np.array, train(half, {"data": 2, "fsdp": 2, "tensor": 2}, **SAVING))
+    np.testing.assert_allclose(curve(half), curve(whole[0]), rtol=1e-6)
+    want = jax.tree.map(np.copy, whole[1])
+    for params in (got, want):  # a bias of all keys changes nothing: its gradient is rounding only
+        params["vision"]["layers"]["attention"]["qkv_bias"][:, 1] = 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5), got, want)
 
 
 def test_asked_to_stop(whole, tmp_path, capsys):
