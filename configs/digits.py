@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
              rms_norm_eps=1e-5, rope_theta=1e4)
     )  # fmt: skip
     config.model.downsample = 2
-    config.model.remat = False
+    config.model.remat = "none"  # what the backward pass computes once more: full, attention, dots, dots_no_batch
 
     config.sft = ConfigDict()
     config.sft.steps = 900

@@ -114,8 +114,39 @@ def parameter_shardings(abstract: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, abstract)
 
 
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): the rows of a batch are split into ``count`` equal parts, of which this process has one.
+
+    Processes that hold the same rows (the axis tensor goes over both) have the same part. Raises UserError on a mesh
+    that scatters a process's rows.
+    """
+    blocks = math.prod(mesh.shape[axis] for axis in BATCH)
+    held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((blocks,))
+    mine = sorted({index[0].indices(blocks)[0] for index in held.values()})
+    first, count = mine[0], len(mine)
+    if mine != list(range(first, first + count)) or first % count or blocks % count:
+        raise UserError(f"mesh {dict(mesh.shape)}: the rows {mine} of a process do not lie together; order the axes")
+    return first // count, blocks // count
+
+
+def put_rows(batch: Mapping[str, np.ndarray | None], mesh: Mesh) -> dict[str, jax.Array]:
+    """As ``put_batch``, where each process has the rows of its own part (see ``row_share``); None is left out."""
+    _, count = row_share(mesh)
+    placed = {}
+    for name, array in batch.items():
+        if array is None:
+            continue
+        shape = (len(array) * count, *array.shape[1:])
+        spec = fit_spec(shape, (BATCH,), mesh)
+        if count > 1 and spec[0] is None:
+            blocks = math.prod(mesh.shape[axis] for axis in BATCH)
+            raise UserError(f"a batch of {shape[0]} rows cannot be split over {blocks} devices; set batch_size to fit")
+        placed[name] = jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array, shape)
+    return placed
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts host arrays on the mesh, split along their first dimension."""
+    """Puts host arrays, the same on every process, on the mesh, split along their first dimension."""
     return {
         name: jax.device_put(array, NamedSharding(mesh, fit_spec(array.shape, (BATCH,), mesh)))
         for name, array in batch.items()

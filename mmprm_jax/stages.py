@@ -185,7 +185,8 @@ def sft(run: Run) -> Figures:
     dataset = encode.sft_dataset(examples, run.data, tokenizer, cfg, run.config.sft.max_length)
     graphdef, params = build.initialise(cfg, tokenizer.id(tok.IMAGE), run.config.seed, run.mesh)
     settings = training_settings(run.config.sft, run.config.seed)
-    params = trainer.fit("sft", folder, graphdef, params, losses.policy_loss, dataset, settings, run.mesh)
+    source = trainer.batches(dataset, settings)
+    params = trainer.fit("sft", folder, graphdef, params, losses.policy_loss, source, settings, run.mesh)
     save_params(folder / "params", params)
     return {"examples": len(examples), "parameters": sum(x.size for x in jax.tree.leaves(params))}
 
@@ -239,7 +240,8 @@ def train_prm(run: Run) -> Figures:
     params = build.add_token(policy, run.mesh)
     loss = losses.prm_loss(c.label, c.threshold, tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))
     settings = training_settings(c, run.config.seed)
-    params = trainer.fit("train_prm", folder, graphdef, params, loss, dataset, settings, run.mesh)
+    source = trainer.batches(dataset, settings)
+    params = trainer.fit("train_prm", folder, graphdef, params, loss, source, settings, run.mesh)
     save_params(folder / "params", params)
     tokenizer.save(folder / "tokenizer.json")
     return {"labels": labels.histogram(examples)}

@@ -29,7 +29,7 @@ TINY = VLMConfig.from_dict(
             vocab_size=40, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=24,
             rms_norm_eps=1e-2, rope_theta=100.0,
         ),
-        "remat": False,
+        "remat": "none",
     }
 )  # fmt: skip
 

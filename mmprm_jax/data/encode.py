@@ -74,7 +74,7 @@ def sft_dataset(
     tokens, valid = pad_rows(rows, length, "SFT example")
     response = valid & (np.arange(length) >= np.array(starts)[:, None])
     image, pixels = load_pixels(folder, [e.image for e in examples], cfg)
-    return Dataset({"tokens": tokens, "valid": valid, "response": response}, image, pixels)
+    return Dataset({"tokens": tokens, "segment": valid.astype(np.int32), "response": response}, image, pixels)
 
 
 def step_dataset(
@@ -104,4 +104,4 @@ def step_dataset(
     for i, (example, where) in enumerate(zip(kept, marks, strict=True)):
         k[i, where], n[i, where] = example.k, example.n
     image, pixels = load_pixels(folder, [e.image for e in kept], cfg)
-    return Dataset({"tokens": tokens, "valid": valid, "k": k, "n": n}, image, pixels)
+    return Dataset({"tokens": tokens, "segment": valid.astype(np.int32), "k": k, "n": n}, image, pixels)

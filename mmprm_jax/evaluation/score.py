@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 
 from mmprm_jax.data.images import normalise
+from mmprm_jax.models.attention import places_of
 from mmprm_jax.models.layers import shared_attention
-from mmprm_jax.models.vlm import VLM, positions_of
+from mmprm_jax.models.vlm import VLM
 from mmprm_jax.sharding import put_batch
 
 
@@ -50,7 +51,7 @@ class _Group:
 def _prefill(params: Any, batch: Any, *, graphdef: Any) -> Any:
     """Keys and values of the prefixes, each [layers, R, P, G, D]."""
     model: VLM = nnx.merge(graphdef, params)
-    return model(batch["tokens"], batch["valid"], batch["pixels"], batch["length"])[1]
+    return model(batch["tokens"], batch["valid"], batch["pixels"], batch["length"], caches=True)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "classes"))
@@ -61,7 +62,7 @@ def _scores(params: Any, prefix: Any, known: Any, batch: Any, *, graphdef: Any, 
     """
     model: VLM = nnx.merge(graphdef, params)
     valid = batch["valid"]
-    rope = model.decoder.rope(batch["start"][:, None] + positions_of(valid), batch["length"])
+    rope = model.decoder.rope(batch["start"][:, None] + places_of(valid)[0], batch["length"])
     steps = jnp.arange(valid.shape[1])
     mask = (steps[:, None] >= steps[None, :]) & valid[:, None, :]
 

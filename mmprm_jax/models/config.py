@@ -26,6 +26,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
     qk_norm_eps: float = 1e-6
     layer_scale_init: float = 0.1
+    drop_path: float = 0.0  # training: how often the last layer's branches are left out; the first layer's never are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,8 @@ class VLMConfig:
     downsample: int = 2  # pixel shuffle: 2 x 2 patches become one visual token
     tile_size: int = 0  # pixels of the square tiles that go in; 0: vision.image_size
     num_labels: int = 0  # classes of a score head on the hidden states (Qwen2.5-Math-PRM has 2); 0: no such head
-    remat: bool = True  # recompute layers in the backward pass
+    remat: str = "full"  # what the backward pass recomputes: a name of layers.REMAT
+    kappa: bool = False  # a head for the concentration of Beta-Binomial labels
 
     @property
     def tile(self) -> int:

@@ -88,7 +88,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs, remat: bool):
+    def __init__(self, cfg: DecoderConfig, rngs: nnx.Rngs, remat: str):
         self.cfg, self.remat = cfg, remat
         self.embed = weight(rngs, (cfg.vocab_size, cfg.hidden_size), cfg.hidden_size)
         self.layers = stack(lambda r: DecoderLayer(cfg, r), cfg.num_layers, rngs)
@@ -105,7 +105,7 @@ class Decoder(nnx.Module):
         return jax.sharding.reshard(rows, fit_spec(rows.shape, (BATCH,)))
 
     def rope(self, positions: jax.Array, length: jax.Array) -> Rope:
-        """The rotary angles of positions [B, S] in sequences of ``length`` [B] tokens."""
+        """The rotary angles of positions [B, S] in sequences of ``length`` [B] or [B, S] tokens."""
         cfg = self.cfg
         return rotary_table(positions, length, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
 
@@ -134,10 +134,15 @@ class Decoder(nnx.Module):
             after.append(state)
         return self.norm(x), after
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[B, S, D] -> [B, S, V] in float32."""
-        equation, head = ("bsd,vd->bsv", self.embed) if self.lm_head is None else ("bsd,dv->bsv", self.lm_head)
-        return dot(equation, hidden, head[...], BATCH, None, "tensor", dtype=jnp.float32)
+    def head(self) -> jax.Array:
+        """The output head, [D, V] or (tied) [V, D], gathered over fsdp: for many calls of ``logits``."""
+        head, axes = (self.embed, ("tensor",)) if self.lm_head is None else (self.lm_head, (None, "tensor"))
+        return jax.sharding.reshard(head[...], fit_spec(head.shape, axes))
+
+    def logits(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
+        """[B, S, D] -> [B, S, V] in float32. ``head``: from ``head()``."""
+        equation, own = ("bsd,vd->bsv", self.embed) if self.lm_head is None else ("bsd,dv->bsv", self.lm_head)
+        return dot(equation, hidden, own[...] if head is None else head, BATCH, None, "tensor", dtype=jnp.float32)
 
     def logits_of(self, hidden: jax.Array, tokens: Sequence[int]) -> jax.Array:
         """The logits of a few tokens only. [B, S, D] -> [B, S, len(tokens)] in float32."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmprm_jax.models.config import RopeScaling
+from mmprm_jax.records import UserError
 from mmprm_jax.sharding import BATCH, dot, fit_spec, reshape
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -25,15 +26,32 @@ def stack(create: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> M
     return nnx.vmap(create, in_axes=0, out_axes=0)(rngs.split(count))
 
 
-def scan_layers(layers: nnx.Module, body: Callable[..., Any], carry: Any, xs: Any = None, remat: bool = False) -> Any:
-    """``jax.lax.scan`` of ``body(layer, carry, x) -> (carry, y)`` over stacked layers: compiled once for any depth."""
+# What the backward pass finds again, by name; it computes the rest once more, layer by layer. None: everything.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # of models.attention
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not the attention's
+}
+
+
+def scan_layers(layers: nnx.Module, body: Callable[..., Any], carry: Any, xs: Any = None, remat: str = "none") -> Any:
+    """``jax.lax.scan`` of ``body(layer, carry, x) -> (carry, y)`` over stacked layers: compiled once for any depth.
+
+    ``remat``: a name of REMAT. Raises UserError on another one.
+    """
+    if remat not in REMAT:
+        raise UserError(f"model.remat: {remat!r} is not one of {', '.join(REMAT)}")
     graphdef, state = nnx.split(layers)
 
     def step(carry: Any, inputs: Any) -> Any:
         layer_state, x = inputs
         return body(nnx.merge(graphdef, layer_state), carry, x)
 
-    return jax.lax.scan(jax.checkpoint(step) if remat else step, carry, (state, xs))
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+    return jax.lax.scan(step, carry, (state, xs))
 
 
 def rms_normalise(x: jax.Array, scale: jax.Array, eps: float, axes: int | tuple[int, ...] = -1) -> jax.Array:
@@ -74,9 +92,12 @@ def rotary_table(
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotary angles, each float32 [B, S, depth / 2].
 
-    positions [B, S]; length [B]: tokens of each whole sequence, which dynamic scaling goes by. A row's table depends on
-    that row only, unlike that of ``transformers``, where the longest of a batch counts.
+    positions [B, S]; length [B], or [B, S] for rows of several sequences: tokens of each whole sequence, which dynamic
+    scaling goes by. A sequence's table depends on itself only, unlike that of ``transformers``, where the longest of a
+    batch counts.
     """
+    if length.ndim == 1:
+        length = length[:, None]
     half = depth // 2
     exponent = -jnp.arange(half, dtype=jnp.float32) / half
     angle = positions[..., None].astype(jnp.float32)
@@ -85,7 +106,7 @@ def rotary_table(
     if scaling is not None and scaling.kind == "dynamic":
         longer = jnp.maximum(length, scaling.max_position).astype(jnp.float32) / scaling.max_position
         grown = theta * (scaling.factor * longer - (scaling.factor - 1)) ** (depth / (depth - 2))
-        angle = angle * grown[:, None, None] ** exponent
+        angle = angle * grown[..., None] ** exponent
     else:
         angle = angle * theta**exponent
     return jnp.cos(angle), jnp.sin(angle)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mmprm_jax.models.attention import self_attention
 from mmprm_jax.models.config import VisionConfig, VLMConfig
-from mmprm_jax.models.layers import LayerNorm, RMSNorm, attention, rms_normalise, scan_layers, stack, weight
+from mmprm_jax.models.layers import LayerNorm, RMSNorm, rms_normalise, scan_layers, stack, weight
 from mmprm_jax.sharding import BATCH, dot, reshape
 
 
@@ -40,7 +41,7 @@ class VisionAttention(nnx.Module):
         if self.q_norm is not None:  # one norm over all heads
             q = rms_normalise(q, self.q_norm[...], self.eps, (-2, -1))
             k = rms_normalise(k, self.k_norm[...], self.eps, (-2, -1))
-        out = attention(q[:, :, :, None], k, v, None)[:, :, :, 0]
+        out = self_attention(q[:, :, :, None], k, v, None, causal=False)[:, :, :, 0]
         return dot("bshk,hkd->bsd", out, self.proj[...], BATCH) + self.proj_bias[...]
 
 
@@ -66,9 +67,11 @@ class VisionLayer(nnx.Module):
         self.mlp = VisionMLP(cfg, rngs)
         self.ls2 = nnx.Param(jnp.full((cfg.hidden_size,), cfg.layer_scale_init, jnp.float32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attention(self.norm1(x)) * self.ls1[...]
-        return x + self.mlp(self.norm2(x)) * self.ls2[...]
+    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        """x [B, S, D]; keep [B, 2]: factors of the two branches (see ``VisionTower.draw``)."""
+        a, m = (1, 1) if keep is None else keep.astype(x.dtype).T[..., None, None]
+        x = x + self.attention(self.norm1(x)) * self.ls1[...] * a
+        return x + self.mlp(self.norm2(x)) * self.ls2[...] * m
 
 
 def cubic_resize(old: int, new: int) -> np.ndarray:
@@ -89,7 +92,7 @@ def cubic_resize(old: int, new: int) -> np.ndarray:
 class VisionTower(nnx.Module):
     """Pixels -> patch features, the class token dropped."""
 
-    def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs, remat: bool):
+    def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs, remat: str):
         patches = (cfg.image_size // cfg.patch_size) ** 2
         self.cfg, self.remat = cfg, remat
         self.patch = weight(rngs, (cfg.patch_size, cfg.patch_size, 3, cfg.hidden_size), 3 * cfg.patch_size**2)
@@ -120,10 +123,23 @@ class VisionTower(nnx.Module):
         first = jnp.zeros_like(x[:, :1]) + self.class_token[...]
         return jnp.concatenate([first, x], axis=1) + self.resized_positions(rows, columns)
 
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        """pixels [B, H, W, 3] -> [B, H/p, W/p, hidden]."""
+    def draw(self, key: jax.Array, rows: int, tiles: int) -> jax.Array:
+        """Which branches training leaves out: factors [rows, tiles, layers, 2], 0 or 1 / (1 - rate), of mean 1.
+
+        The rate grows linearly with depth, from 0 to ``drop_path`` (stochastic depth, as in InternViT).
+        """
+        rate = jnp.linspace(0.0, self.cfg.drop_path, self.cfg.num_layers)[:, None]
+        kept = jax.random.uniform(key, (rows, tiles, self.cfg.num_layers, 2)) >= rate
+        return kept / (1 - rate)
+
+    def __call__(self, pixels: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        """pixels [B, H, W, 3], keep [B, layers, 2] from ``draw`` (None: all) -> [B, H/p, W/p, hidden]."""
         batch, height, width, _ = pixels.shape
-        x, _ = scan_layers(self.layers, lambda layer, x, _: (layer(x), None), self.embed(pixels), remat=self.remat)
+        if keep is not None:
+            keep = keep.swapaxes(0, 1)
+        x, _ = scan_layers(
+            self.layers, lambda layer, x, keep: (layer(x, keep), None), self.embed(pixels), keep, self.remat
+        )
         p = self.cfg.patch_size
         return reshape(x[:, 1:], (batch, height // p, width // p, self.cfg.hidden_size), BATCH)
 

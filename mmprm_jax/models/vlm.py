@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mmprm_jax.models.attention import places_of, self_attention
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.decoder import Decoder
-from mmprm_jax.models.layers import attention, weight
+from mmprm_jax.models.layers import weight
 from mmprm_jax.models.vision import Projector, VisionTower, pixel_shuffle
 from mmprm_jax.sharding import BATCH, dot, reshape, take_rows
 
@@ -30,6 +31,18 @@ class ScoreHead(nnx.Module):
         return dot("bsf,fl->bsl", x, self.fc2[...], BATCH, dtype=jnp.float32) + self.fc2_bias[...]
 
 
+class KappaHead(nnx.Module):
+    """How sure a PRM is of its score: linear, zero at first (see ``losses.beta_binomial_loss``)."""
+
+    def __init__(self, size: int):
+        self.kernel = nnx.Param(jnp.zeros((size, 1)))
+        self.bias = nnx.Param(jnp.zeros((1,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, S, D] -> [B, S] in float32."""
+        return (dot("bsd,df->bsf", x, self.kernel[...], BATCH, dtype=jnp.float32) + self.bias[...])[..., 0]
+
+
 class VLM(nnx.Module):
     """InternVL: the visual tokens of each row's tiles replace, in order, its image-context tokens.
 
@@ -43,44 +56,57 @@ class VLM(nnx.Module):
         self.projector = Projector(cfg, rngs) if cfg.vision else None
         self.decoder = Decoder(cfg.decoder, rngs, cfg.remat)
         self.score = ScoreHead(cfg.decoder.hidden_size, cfg.num_labels, rngs) if cfg.num_labels else None
+        self.kappa = KappaHead(cfg.decoder.hidden_size) if cfg.kappa else None
 
-    def embed_images(self, pixels: jax.Array) -> jax.Array:
-        """pixels [B, tiles, H, W, 3] float, normalised -> visual tokens [B, tiles * tokens_per_tile, D]."""
+    def embed_images(self, pixels: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        """pixels [B, tiles, H, W, 3] float, normalised -> visual tokens [B, tiles * tokens_per_tile, D].
+
+        keep [B, tiles, layers, 2]: from ``VisionTower.draw``, in training.
+        """
         rows, tiles, *shape = pixels.shape
-        x = self.vision(reshape(pixels, (rows * tiles, *shape), BATCH))
+        if keep is not None:
+            keep = reshape(keep, (rows * tiles, *keep.shape[2:]), BATCH)
+        x = self.vision(reshape(pixels, (rows * tiles, *shape), BATCH), keep)
         x = self.projector(pixel_shuffle(x, self.cfg.downsample))
         return reshape(x, (rows, tiles * x.shape[1], x.shape[2]), BATCH)
 
-    def embed(self, tokens: jax.Array, pixels: jax.Array | None) -> jax.Array:
+    def embed(self, tokens: jax.Array, pixels: jax.Array | None, keep: jax.Array | None = None) -> jax.Array:
         """Token embeddings [B, S, D] with the visual tokens in place. A row without image tokens ignores its pixels."""
         x = self.decoder.embed_tokens(tokens)
         if pixels is None:
             return x
-        visual = self.embed_images(pixels)
+        visual = self.embed_images(pixels, keep)
         is_image = tokens == self.image_token
         index = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
         rows = jnp.arange(tokens.shape[0])[:, None]
         return jnp.where(is_image[..., None], take_rows(visual, (rows, index), BATCH), x)
 
     def __call__(
-        self, tokens: jax.Array, valid: jax.Array, pixels: jax.Array | None, length: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        segment: jax.Array,
+        pixels: jax.Array | None,
+        length: jax.Array | None = None,
+        *,
+        keep: jax.Array | None = None,
+        caches: bool = False,
     ) -> tuple[jax.Array, Any]:
-        """Full forward over padded rows.
+        """Full forward over rows of one or more examples.
 
-        tokens [B, S] int32; valid [B, S] bool, False at padding (left or right); pixels [B, tiles, H, W, 3], None when
-        no row has an image; length [B]: tokens of each whole sequence, if more follow -> hidden states [B, S, D] after
-        the final norm, and keys and values, each [layers, B, S, kv heads, head_dim].
+        tokens [B, S] int32; segment [B, S] int or bool: 0 at padding (left or right), else the number of the example
+        within its row; pixels [B, tiles, H, W, 3], None when no row has an image; length [B]: tokens of each whole
+        sequence, if more follow; keep: see ``embed_images`` -> hidden states [B, S, D] after the final norm and, with
+        ``caches``, keys and values, each [layers, B, S, kv heads, head_dim].
         """
-        rope = self.decoder.rope(positions_of(valid), jnp.sum(valid, axis=1) if length is None else length)
-        steps = jnp.arange(tokens.shape[1])
-        mask = (steps[None, :, None] >= steps[None, None, :]) & valid[:, None, :]
+        segment = segment.astype(jnp.int32)
+        positions, lengths = places_of(segment)
+        rope = self.decoder.rope(positions, lengths if length is None else length)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, Any]:
-            return attention(q, k, v, mask), (k, v)
+            return self_attention(q, k, v, segment, causal=True), (k, v) if caches else None
 
-        return self.decoder(self.embed(tokens, pixels), rope, attend)
+        return self.decoder(self.embed(tokens, pixels, keep), rope, attend)
 
-
-def positions_of(valid: jax.Array) -> jax.Array:
-    """Rotary positions that count only valid tokens. [B, S] bool -> [B, S] int32."""
-    return jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    def concentration(self, hidden: jax.Array) -> jax.Array:
+        """The Beta-Binomial's kappa > 0, float32 [B, S], from hidden states [B, S, D]."""
+        return jax.nn.softplus(self.kappa(hidden)) + 1e-3

@@ -2,42 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
 from mmprm_jax.records import UserError
 
 
 class Checkpoints:
-    """The last two training states, saved asynchronously; each holds weights, optimizer and the data position."""
+    """Training states, saved asynchronously; each holds weights, optimizer and the position in the data.
 
-    def __init__(self, folder: epath.PathLike):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-        self._manager = ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
+    The newest ``keep`` stay on disk, and the ``best`` ones by the metric ``loss``. What a killed process left half
+    written is removed.
+    """
+
+    def __init__(self, folder: epath.PathLike, keep: int = 2, best: int = 0):
+        newest = policies.LatestN(keep)
+        lowest = policies.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=best)
+        self._folder = epath.Path(folder).absolute()
+        self._options = ocp.CheckpointManagerOptions(
+            create=True,
+            cleanup_tmp_directories=True,
+            preservation_policy=policies.AnyPreservationPolicy([newest, lowest] if best else [newest]),
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=self._options)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
-    def save(self, step: int, state: Any, position: Any) -> None:
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position))
-        self._manager.save(step, args=args)
+    def wait(self) -> None:
+        """Until what has been saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def save(self, step: int, state: Any, position: Any, metrics: Mapping[str, float]) -> None:
+        """Begins to save; ``state`` may be donated at once. position: JSON, the same on every process."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"position": position}))
+        self._manager.save(step, args=args, metrics=dict(metrics))
 
     def restore(self, state: Any) -> tuple[int, Any, Any]:
-        """(step, state, data position) of the newest checkpoint, laid out as ``state``; (0, state, None) if none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return 0, state, None
+        """(step, state, data position) of the newest good checkpoint, laid out as ``state``; (0, state, None) if none.
+
+        A checkpoint that cannot be read is moved aside, with a warning, if an older one can; the mesh may be another
+        one than that of the run which saved. Raises UserError if there are checkpoints and none can be read.
+        """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        return step, restored["state"], restored["data"]
+        broken: list[int] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            problem = ""
+            try:
+                found = self._manager.restore(step, args=args)
+            except Exception as error:  # whatever a damaged file makes of a reader
+                problem = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
+            if _any_process(bool(problem)):
+                broken.append(step)
+                logging.warning("%s: the checkpoint of step %d cannot be read (%s)", self._folder, step, problem)
+                continue
+            self._set_aside(broken, step)
+            return step, found["state"], found["data"]["position"]
+        if broken:
+            raise UserError(
+                f"{self._folder}: none of the checkpoints {broken} can be read as this model's ({problem}); delete the"
+                " folder to begin again, or run with the settings that made them"
+            )
+        return 0, state, None
+
+    def _set_aside(self, broken: list[int], step: int) -> None:
+        """Makes room for saving the broken steps again."""
+        if not broken:
+            return
+        logging.warning("%s: going back to the checkpoint of step %d", self._folder, step)
+        self._manager.close()
+        if jax.process_index() == 0:
+            for bad in broken:
+                target = self._folder.parent / f"{self._folder.name}_damaged" / str(bad)
+                if target.exists():
+                    target.rmtree()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (self._folder / str(bad)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints set aside")
+        self._manager = ocp.CheckpointManager(self._folder, options=self._options)
+
+
+def _any_process(value: bool) -> bool:
+    if jax.process_count() == 1:
+        return value
+    return bool(np.any(multihost_utils.process_allgather(np.array(value))))
 
 
 def save_params(path: epath.PathLike, params: Any) -> None:

@@ -1,4 +1,4 @@
-"""AdamW and Muon, with warm-up, cosine decay and clipping."""
+"""AdamW, Adafactor and Muon, with warm-up, cosine decay and clipping."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -26,13 +27,19 @@ MATRICES: tuple[tuple[str, MuonDimensionNumbers], ...] = (
 )
 
 
+# Learning rates of some parameters, as multiples.
+FASTER: tuple[tuple[str, float], ...] = ((r"^kappa/", 10.0),)  # the concentration's head (arXiv 2605.15529)
+MOMENTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    name: str  # adamw or muon
+    name: str  # adamw, adafactor or muon
     learning_rate: float  # the peak
     warmup: float = 0.05  # fraction of the steps
     weight_decay: float = 0.01
     clip: float = 1.0  # global gradient norm
+    moments: str = "float32"  # or bfloat16: how adamw's and muon's moments are kept between steps
 
 
 def _matrices(params: Any) -> Any:
@@ -48,6 +55,39 @@ def _decayed(params: Any) -> Any:
     )
 
 
+def _kept_in(optimizer: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
+    """``optimizer`` with its float32 state kept in ``dtype`` between updates, which are computed in float32."""
+
+    def cast(tree: Any, old: Any, new: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(new) if x.dtype == old else x, tree)
+
+    def init(params: Any) -> Any:
+        return cast(optimizer.init(params), jnp.float32, dtype)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(grads, cast(state, dtype, jnp.float32), params)
+        return updates, cast(state, jnp.float32, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _faster() -> optax.GradientTransformation:
+    def factor(path: tuple, update: Any) -> Any:
+        return update * next((times for pattern, times in FASTER if re.search(pattern, path_name(path))), 1.0)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(factor, updates))
+
+
+def _adafactor(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """Factored second moments, no first ones (arXiv 1804.04235), with AdamW's decay and learning rates."""
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(weight_decay, _decayed),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
 def make(s: Settings, steps: int) -> optax.GradientTransformation:
     """The optimizer for a run of ``steps`` updates. Raises UserError on an unknown name.
 
@@ -57,8 +97,12 @@ def make(s: Settings, steps: int) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, s.learning_rate, max(1, round(s.warmup * steps)), steps, 0.02 * s.learning_rate
     )
+    if s.moments not in MOMENTS:
+        raise UserError(f"optimizer.moments: {s.moments!r} is not one of {', '.join(MOMENTS)}")
     if s.name == "adamw":
         optimizer = optax.adamw(schedule, b2=0.98, weight_decay=s.weight_decay, mask=_decayed)
+    elif s.name == "adafactor":
+        optimizer = _adafactor(schedule, s.weight_decay)
     elif s.name == "muon":
         optimizer = muon(
             schedule,
@@ -68,8 +112,10 @@ def make(s: Settings, steps: int) -> optax.GradientTransformation:
             muon_weight_dimension_numbers=_matrices,
         )
     else:
-        raise UserError(f"optimizer.name: {s.name!r} is not an optimizer; choose adamw or muon")
-    return optax.chain(optax.clip_by_global_norm(s.clip), optimizer)
+        raise UserError(f"optimizer.name: {s.name!r} is not an optimizer; choose adamw, adafactor or muon")
+    if s.moments != "float32":
+        optimizer = _kept_in(optimizer, MOMENTS[s.moments])
+    return optax.chain(optax.clip_by_global_norm(s.clip), optimizer, _faster())
 
 
 def init(optimizer: optax.GradientTransformation, params: Any, mesh: Any) -> Any:

@@ -88,9 +88,9 @@ def test_the_image_tower_runs_once_for_all_solutions(tiny, mesh, problems, expec
     seen = []
     original = VisionTower.__call__
 
-    def counted(self, pixels):
+    def counted(self, pixels, keep):
         jax.debug.callback(lambda x: seen.append(len(x)), pixels)
-        return original(self, pixels)
+        return original(self, pixels, keep)
 
     monkeypatch.setattr(VisionTower, "__call__", counted)
     jax.clear_caches()

@@ -17,11 +17,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mmprm_jax.models import build, hf
+from mmprm_jax.models.attention import places_of
 from mmprm_jax.models.hf_config import decoder_kind, kind_of
 from mmprm_jax.models.hf_layout import layout
 from mmprm_jax.models.layers import attention, scan_layers
 from mmprm_jax.models.vision import pixel_shuffle
-from mmprm_jax.models.vlm import positions_of
 from mmprm_jax.sharding import put_batch
 from mmprm_jax.training.losses import prm_loss
 
@@ -132,7 +132,7 @@ def test_language_model(case):
     def states(model, batch):
         first = model.embed(batch["tokens"], batch["pixels"])
         valid = batch["valid"]
-        rope = model.decoder.rope(positions_of(valid), valid.sum(axis=1))
+        rope = model.decoder.rope(places_of(valid)[0], valid.sum(axis=1))
         mask = jnp.tril(jnp.ones((valid.shape[1],) * 2, bool)) & valid[:, None, :]
 
         def body(layer, x, _):
@@ -170,7 +170,8 @@ def test_logits_and_scores(case):
 def gradients(case, prefix):
     labels = case.reference[f"{prefix}labels"]
     known = (labels >= 0).astype(np.float32)
-    batch = case.batch(prefix) | {"k": np.where(known, labels, 0).astype(np.float32), "n": known}
+    batch = case.batch(prefix)
+    batch |= {"segment": batch["valid"], "k": np.where(known, labels, 0).astype(np.float32), "n": known}
     loss = prm_loss("soft", 0.0, case.ids["Yes"], case.ids["No"])
 
     def mean(params, batch):
@@ -272,7 +273,7 @@ def test_activations_are_sharded(case_of, mesh_of):
     case, seen = Case(max(MODELS, key=divided), mesh_of(data=2, fsdp=1, tensor=2)), {}
 
     def forward(model, batch):
-        hidden, (keys, _) = model(batch["tokens"], batch["valid"], batch["pixels"])
+        hidden, (keys, _) = model(batch["tokens"], batch["valid"], batch["pixels"], caches=True)
         arrays = {
             "embeddings": model.embed(batch["tokens"], batch["pixels"]),
             "visual": model.embed_images(batch["pixels"]),

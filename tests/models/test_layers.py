@@ -131,7 +131,7 @@ def test_stacked_layers_differ_and_run_in_order(mesh):
     w = np.asarray(stacked.w[...])
     assert w.shape == (3, 64, 64) and len({round(float(v), 6) for v in w[:, 0, 0]}) == 3
     assert w.std() == pytest.approx(0.25, rel=0.05)
-    for remat in (False, True):
+    for remat in layers.REMAT:
         body = lambda layer, x, add: (jnp.tanh(x @ layer.w[...]) + add, x.sum())  # noqa: E731
         out, sums = layers.scan_layers(stacked, body, jnp.ones((1, 64)), jnp.arange(3.0), remat=remat)
         x, expected = np.ones((1, 64)), []

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from scipy.special import erf
 
 from mmprm_jax.models import build
-from mmprm_jax.models.vlm import positions_of
+from mmprm_jax.models.attention import places_of
 from mmprm_jax.sharding import put_batch
 from mmprm_jax.training.losses import policy_loss
 
@@ -155,9 +155,10 @@ def test_padding_changes_nothing(forward, tiny, batch):
         np.testing.assert_allclose(got[:, where], plain, atol=2e-5)
 
 
-def test_positions_count_valid_tokens():
-    valid = jnp.array([[False, False, True, True, True], [True, True, True, False, False]])
-    np.testing.assert_array_equal(positions_of(valid), [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]])
+def test_positions_and_lengths_of_packed_rows():
+    positions, lengths = places_of(jnp.array([[0, 0, 1, 1, 1, 2], [1, 2, 2, 3, 0, 0]]))
+    np.testing.assert_array_equal(positions, [[0, 1, 0, 1, 2, 0], [0, 0, 1, 0, 0, 1]])
+    np.testing.assert_array_equal(lengths, [[2, 2, 3, 3, 3, 1], [1, 2, 2, 1, 2, 2]])
 
 
 def test_causal(forward, batch, logits):
@@ -227,9 +228,9 @@ def loss_and_grads(tiny):
     return call
 
 
-@pytest.mark.parametrize("shape, remat", [((8, 1, 1), False), ((2, 2, 2), True), ((1, 4, 2), False)], ids=str)
+@pytest.mark.parametrize("shape, remat", [((8, 1, 1), "none"), ((2, 2, 2), "full"), ((1, 4, 2), "attention")], ids=str)
 def test_same_on_every_mesh(mesh_of, loss_and_grads, shape, remat):
-    (loss, logits), grads = loss_and_grads(mesh_of(data=1), False)
+    (loss, logits), grads = loss_and_grads(mesh_of(data=1), "none")
     mesh = mesh_of(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
     (got_loss, got_logits), got_grads = loss_and_grads(mesh, remat)
     assert got_loss == pytest.approx(loss, rel=1e-5)
@@ -255,7 +256,7 @@ def test_parameters_are_sharded(mesh_of, tiny):
     )
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "full"])
 def test_program_does_not_grow_with_depth(mesh, tiny, remat):
     def size(layers):
         cfg = dataclasses.replace(
@@ -268,7 +269,7 @@ def test_program_does_not_grow_with_depth(mesh, tiny, remat):
         shape = jax.ShapeDtypeStruct
         batch = {
             "tokens": shape((2, 8), jnp.int32),
-            "valid": shape((2, 8), bool),
+            "segment": shape((2, 8), jnp.int32),
             "response": shape((2, 8), bool),
             "pixels": shape((2, 1, 8, 8, 3), jnp.float32),
         }

@@ -17,11 +17,12 @@ class Model:
     def __init__(self):
         self.head = jnp.array(np.random.default_rng(0).standard_normal((SIZE, VOCAB), np.float32))
         self.decoder = types.SimpleNamespace(
-            logits=lambda hidden: hidden @ self.head,
+            head=lambda: self.head,
+            logits=lambda hidden, head: hidden @ head,
             logits_of=lambda hidden, tokens: hidden @ self.head[:, jnp.array(tokens)],
         )
 
-    def __call__(self, tokens, valid, pixels):
+    def __call__(self, tokens, segment, pixels, keep):
         return pixels, None
 
 
@@ -31,7 +32,7 @@ def batch():
     n = rng.integers(1, 9, (ROWS, LENGTH)) * (rng.random((ROWS, LENGTH)) < 0.6)
     return {
         "tokens": rng.integers(0, VOCAB, (ROWS, LENGTH), np.int32),
-        "valid": np.ones((ROWS, LENGTH), bool),
+        "segment": np.ones((ROWS, LENGTH), np.int32),
         "pixels": rng.standard_normal((ROWS, LENGTH, SIZE), np.float32),
         "response": rng.random((ROWS, LENGTH)) < 0.5,
         "k": (n * rng.random((ROWS, LENGTH))).round().astype(np.int32),
@@ -120,5 +121,5 @@ def test_confident_predictions_stay_finite(batch):
 
 
 def test_unknown_kind():
-    with pytest.raises(UserError, match="'beta' is not a label kind; choose soft or hard"):
+    with pytest.raises(UserError, match="'beta' is not a label kind; choose soft, hard, beta_binomial"):
         prm_loss("beta", 0.0, YES, NO)
