@@ -92,9 +92,8 @@ def topology(name: str) -> Topology:
     same = [t for t in TOPOLOGIES if t.partition("-")[0] == kind]
     if same:
         raise UserError(f"topology {name!r} is unknown; of {kind} there are {', '.join(same)}")
-    kinds = ", ".join(f"{k}-{{{','.join(t.partition('-')[2] for t in TOPOLOGIES if t.startswith(k + '-'))}}}" for k in CHIPS)
     near = difflib.get_close_matches(plain, TOPOLOGIES, 1, 0)[0]
-    raise UserError(f"topology {name!r} is unknown; did you mean {near}? There are {kinds}")
+    raise UserError(f"topology {name!r} is unknown; did you mean {near}? There are {', '.join(TOPOLOGIES)}")
 
 
 def larger(t: Topology) -> list[Topology]:

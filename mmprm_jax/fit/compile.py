@@ -69,7 +69,7 @@ def _work(settings: jobs.Settings, topology: chips.Topology) -> Iterator[dict[st
 
 
 def _compiled(program: jobs.Program, job: jobs.Job, topology: chips.Topology) -> dict[str, Any]:
-    """memory (bytes), flops, bytes and sent (bytes by kind) of a compiled program; or ``exceeded``: why it does not fit.
+    """memory (bytes), flops, bytes and sent (bytes by kind) of a compiled program; or ``exceeded``: why it cannot be.
 
     largest: the instructions that move most bytes. instructions: of the whole program, its size.
     """

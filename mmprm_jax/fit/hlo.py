@@ -217,7 +217,7 @@ def _dot(i: Instruction, lhs: list[int]) -> int:
     return 2 * math.prod(_dims(i.shape)) * math.prod(lhs[int(n)] for n in contracted.split(",") if n)
 
 
-Kernels = Callable[[str, list[list[int]]], int]  # (op_name, shapes of the operands) of a Pallas call -> FLOPs
+Kernels = Callable[[str, list[list[int]]], int]  # (name, shapes of the operands) of a Pallas call -> FLOPs
 
 
 def sum_flops(program: Program, name: str, kernels: Kernels = lambda name, shapes: 0) -> int:
@@ -234,9 +234,7 @@ def sum_flops(program: Program, name: str, kernels: Kernels = lambda name, shape
         elif i.op == "dot":
             total += _dot(i, _dims(computation[i.operands[0]].shape))
         elif i.op == "custom-call" and "tpu_custom_call" in i.rest:
-            source = re.search(r'op_name="([^"]*)"', i.rest)
-            shapes = [_dims(computation[operand].shape) for operand in i.operands]
-            total += kernels(source[1] if source else "", shapes)
+            total += kernels(i.name, [_dims(computation[operand].shape) for operand in i.operands])
         elif "calls=" in i.rest:
             total += sum_flops(program, _called(i, "calls"), kernels)
         elif i.op == "call":

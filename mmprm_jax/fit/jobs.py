@@ -74,8 +74,9 @@ def parse(items: Sequence[str], **named_settings: str) -> Settings:
             values[key] = kinds[key](text)
         except ValueError:
             raise UserError(f"{item!r}: expected a number") from None
-        if kinds[key] is int and values[key] < 0:
-            raise UserError(f"{item!r}: must not be negative")
+        least = 0 if key in ("tiles", "prompt_tiles") or getattr(Settings, key) == 0 else 1
+        if kinds[key] is int and values[key] < least:
+            raise UserError(f"{item!r}: must be at least {least}")
     return Settings(**values)
 
 
@@ -148,12 +149,23 @@ def train(s: Settings, cfg: VLMConfig, mesh: Any) -> Job:
         cost.train_flops(cfg, s.rows, s.row_tokens, s.rows * s.tiles, s.row_tokens if s.job == "sft" else 0),
         s.rows * s.row_tokens,
         s.rows * s.row_examples,
-        kernels=attention_flops,
+        kernels=functools.partial(attention_flops, causal=s.row_tokens),
     )
 
 
-def attention_flops(name: str, shapes: list[list[int]]) -> int:
-    return 0
+def attention_flops(name: str, shapes: list[list[int]], causal: int) -> int:
+    """FLOPs of a call of a splash attention kernel (see ``hlo.Kernels``), over rows of ``causal`` tokens if causal.
+
+    Its operands are tables of n x n blocks, then q [..., heads, S, D], k and v. Blocks above the diagonal are skipped.
+    """
+    products = {"fwd": 2, "dkv": 4, "dq": 3}  # of each score or gradient: q k', p v; and two or one more, backwards
+    found = next((count for part, count in products.items() if f"splash_mha_{part}" in name), 0)
+    if not found:
+        return 0
+    blocks = shapes[0][-1]
+    q, k = [shape for shape in shapes if len(shape) > 2 and shape[-1] % 128 == 0][:2]
+    square = 2 * found * math.prod(q) * k[-2]
+    return square * (blocks + 1) // (2 * blocks) if q[-2] == causal else square
 
 
 def decode(s: Settings, cfg: VLMConfig, mesh: Any) -> Job:
@@ -199,7 +211,8 @@ def score_solutions(s: Settings, cfg: VLMConfig, mesh: Any) -> Job:
     flops = cost.decoder_flops(cfg.decoder, s.prompt_tokens, s.prompt_tokens * (s.prompt_tokens + 1) // 2, 0)
     flops += s.solutions * cost.decoder_flops(cfg.decoder, tokens, pairs, 0) + cost.vision_flops(cfg, s.prompt_tiles)
     total = count * (s.prompt_tokens + s.solutions * s.solution_tokens)
-    return Job((prefill, scores), _size(params), count * flops, total, rows)
+    kernels = functools.partial(attention_flops, causal=s.prompt_tokens)
+    return Job((prefill, scores), _size(params), count * flops, total, rows, kernels=kernels)
 
 
 JOBS: dict[str, Callable[[Settings, VLMConfig, Any], Job]] = {
