@@ -49,11 +49,15 @@ def self_attention(
     return checkpoint_name(out, ATTENTION)
 
 
+def _platform() -> str:
+    """Of the devices that are compiled for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return "cpu" if device is None else device.platform
+
+
 def choose_backend(q: jax.Array) -> str:
     """The back end for queries [B, S, G, R, D] on the devices of the mesh in use."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    platform = "cpu" if device is None else device.platform
+    platform = _platform()
     if platform == "tpu" and q.shape[1] >= _SHORTEST:
         return "splash"
     if platform in ("cuda", "gpu") and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
@@ -104,7 +108,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None,
     size = -(-length // _LANES) * _LANES
     more = (-length % _LANES, -depth % _LANES)
     if segment is None and more[0]:
-        segment = jnp.zeros_like(q[..., 0, 0, 0], jnp.int32)
+        segment = jnp.zeros(q.shape[:2], jnp.int32)
 
     def pad(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, 0), (0, more[0]), *[(0, 0)] * (x.ndim - 3), (0, more[1])])
@@ -142,5 +146,5 @@ def _kernel(heads: int, length: int, causal: bool) -> Any:
     one = (splash.CausalMask if causal else splash.FullMask)((length, length))
     return splash.make_splash_mha(
         splash.MultiHeadMask([one] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-        residual_checkpoint_name=ATTENTION,
+        residual_checkpoint_name=ATTENTION, interpret=_platform() != "tpu",
     )  # fmt: skip

@@ -59,7 +59,7 @@ def token_losses(model: VLM, hidden: jax.Array, targets: jax.Array) -> jax.Array
     rows, length, _ = hidden.shape
     spread = fit_spec((rows,), (BATCH,))[0] is not None
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    local = rows // math.prod(sizes[axis] for axis in BATCH) if spread else rows
+    local = rows // math.prod(sizes.get(axis, 1) for axis in BATCH) if spread else rows
     block = max(1, _TOKENS_AT_ONCE // local)
     whole = model.decoder.head()
 
