@@ -15,6 +15,17 @@ from mmprm_jax.bench import common, cost
 from mmprm_jax.fit import chips, hlo, jobs
 from mmprm_jax.records import UserError
 
+# There is no TPU to ask for its neighbours, nor one to share, and nothing to log.
+OFFLINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
 
 def measure(settings: jobs.Settings) -> dict[str, Any]:
     """What a job takes on its topology, in plain numbers, strings, lists and dicts.
@@ -41,7 +52,7 @@ def _devices(topology: chips.Topology) -> Sequence[Any]:
 
 def _work(settings: jobs.Settings, topology: chips.Topology) -> Iterator[dict[str, Any]]:
     """A child's work."""
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # there is no TPU to ask, or to share
+    os.environ.update(OFFLINE)
     jax.config.update("jax_platforms", "cpu")
     devices = _devices(topology)
     job, mesh = jobs.make(settings, devices)

@@ -1,5 +1,6 @@
 """Names of topologies, and what is counted without a compiler."""
 
+import dataclasses
 import json
 import sys
 
@@ -9,7 +10,9 @@ import pytest
 
 from mmprm_jax import main
 from mmprm_jax.fit import chips, compile, jobs, report
+from mmprm_jax.models import build
 from mmprm_jax.records import UserError
+from mmprm_jax.training import trainer
 
 
 @pytest.mark.parametrize(
@@ -117,8 +120,6 @@ GB = 1e9
 
 def found_of(program, **settings):
     s, t = jobs.resolve(jobs.parse([f"{k}={v}" for k, v in settings.items()]))
-    import dataclasses
-
     return {
         "settings": dataclasses.asdict(s), "chip": dataclasses.asdict(t.chip), "chips": t.count, "mesh": {"fsdp": 32},
         "parameters": 8e9, "flops": 3.2e15, "tokens": 1000, "examples": 448, "fewest_bytes": None,
@@ -155,8 +156,8 @@ def test_advice():
     assert "20.00 of 16.00 GB" in report.describe(found_of({"arguments": 3 * GB, "exceeded": e}))
 
 
-MESSAGE = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 22.50G of \
-15.75G hbm. Exceeded hbm capacity by 6.75G.
+MESSAGE = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used \
+22.50G of 15.75G hbm. Exceeded hbm capacity by 6.75G.
 
 Total hbm usage >= 22.75G:
     reserved        258.00M
@@ -186,9 +187,6 @@ def test_exceeded():
 
 def test_same_shapes_as_real_arrays(mesh):
     """Abstract arguments of the training job are what the trainer makes of real ones."""
-    from mmprm_jax.models import build
-    from mmprm_jax.training import trainer
-
     s, _ = jobs.resolve(tiny("rows=2", "row_tokens=16", "tiles=1", "topology=h100-1"))
     job, _ = jobs.make(s, jax.devices()[:1])
     state, kept, batch = job.programs[0].args
