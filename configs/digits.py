@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model = ConfigDict()
     config.model.vision = ConfigDict(
         dict(image_size=24, patch_size=4, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128,
-             layer_norm_eps=1e-6, layer_scale_init=1.0)
+             layer_norm_eps=1e-6, layer_scale_init=1.0, drop_path=0.0)
     )  # fmt: skip
     config.model.decoder = ConfigDict(
         dict(hidden_size=64, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=128,
@@ -39,11 +39,18 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sft = ConfigDict()
     config.sft.steps = 900
     config.sft.batch_size = 64
-    config.sft.optimizer = ConfigDict(dict(name="muon", learning_rate=1e-2, warmup=0.05, weight_decay=0.01, clip=1.0))
+    config.sft.optimizer = ConfigDict(
+        dict(name="muon", learning_rate=1e-2, warmup=0.05, weight_decay=0.01, clip=1.0, moments="float32")
+    )
+    config.sft.microbatches = 1  # parts of a batch that follow one another on the devices
+    config.sft.dtype = "float32"  # or bfloat16: of forward and backward passes; the weights' own is float32
+    config.sft.freeze = ()  # parts of the model that stay as they are, e.g. ("vision",)
     config.sft.shift = 1  # augmentation: pixels
     config.sft.noise = 8.0  # augmentation: standard deviation, 0-255
     config.sft.max_length = 52
     config.sft.checkpoint_every = 100
+    config.sft.keep = 2  # newest checkpoints on disk
+    config.sft.keep_best = 0  # and those of the lowest loss
     config.sft.log_every = 10
 
     config.annotate = ConfigDict()
@@ -80,19 +87,24 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.train_prm = ConfigDict()
     config.train_prm.mode = "default"  # or paper: one label per tree node, all steps of a right rollout are right
-    config.train_prm.label = "soft"  # soft: k / n; hard: 1 where k / n > threshold
+    config.train_prm.label = "soft"  # soft: k / n; hard: 1 where k / n > threshold; beta_binomial: k of n
     config.train_prm.threshold = 0.0
     config.train_prm.max_paths = 16  # solutions per problem
     config.train_prm.balance = False
     config.train_prm.steps = 550
     config.train_prm.batch_size = 64
     config.train_prm.optimizer = ConfigDict(
-        dict(name="muon", learning_rate=4e-3, warmup=0.05, weight_decay=0.01, clip=1.0)
+        dict(name="muon", learning_rate=4e-3, warmup=0.05, weight_decay=0.01, clip=1.0, moments="float32")
     )
+    config.train_prm.microbatches = 1
+    config.train_prm.dtype = "float32"
+    config.train_prm.freeze = ()
     config.train_prm.shift = 1
     config.train_prm.noise = 8.0
     config.train_prm.max_length = 60
     config.train_prm.checkpoint_every = 100
+    config.train_prm.keep = 2
+    config.train_prm.keep_best = 0
     config.train_prm.log_every = 10
 
     config.evaluate = ConfigDict()

@@ -20,6 +20,7 @@ import numpy as np
 
 from mmprm_jax.models import build, hf, hf_config
 from mmprm_jax.models import tokenizer as tok
+from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import UserError
 from mmprm_jax.training.checkpoints import load_params, save_params
@@ -139,3 +140,36 @@ def add_prm(loaded: Loaded) -> tuple[Loaded, Tokenizer]:
     hf_config.text_section(config)["vocab_size"] = max(size, new + 1)
     model = hf.describe(config, loaded.model.manifest)
     return dataclasses.replace(loaded, model=model, params=params), tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a training run begins with: sizes, graph definition and parameters on the mesh, and the tokenizer."""
+
+    cfg: VLMConfig
+    graphdef: Any
+    params: Any
+    tokenizer: Tokenizer
+    loaded: Loaded  # as the files have it, with <prm> where it was added
+
+
+def warm_start(
+    path_or_id: str | os.PathLike, mesh: Any, *, prm: bool = False, kappa: bool = False, lora_rank: int = 0,
+    lora_alpha: float = 16.0, remat: str = "full", seed: int = 0,
+) -> Start:  # fmt: skip
+    """A released checkpoint (folder or hub id), or a model folder of ours, to be trained.
+
+    prm: adds the token <prm> if the tokenizer lacks it; kappa: a head for Beta-Binomial labels; lora_rank, lora_alpha:
+    adapters in the decoder (``lora.merge`` adds them to the matrices afterwards); remat: a name of ``layers.REMAT``.
+    """
+    loaded = load(path_or_id, mesh)
+    tokenizer = Tokenizer.load(loaded.folder)
+    if prm and len(tokenizer.with_token(tok.PRM)) > len(tokenizer):
+        loaded, tokenizer = add_prm(loaded)
+    cfg = loaded.model.cfg
+    decoder = dataclasses.replace(cfg.decoder, lora_rank=lora_rank, lora_alpha=lora_alpha)
+    cfg = dataclasses.replace(cfg, kappa=kappa, remat=remat, decoder=decoder)
+    image = tokenizer.id(tok.IMAGE) if cfg.vision else -1
+    with jax.set_mesh(mesh):
+        params = build.complete(loaded.params, cfg, image, seed, mesh)
+    return Start(cfg, build.abstract(cfg, image, mesh)[0], params, tokenizer, loaded)

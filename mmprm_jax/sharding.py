@@ -34,6 +34,11 @@ RULES: tuple[tuple[str | P, ...], ...] = (
     (r"decoder/layers/mlp/down$", P(None, "tensor", "fsdp")),
     (r"decoder/layers/attention/[qkv]_bias$", P(None, "tensor")),
     (r"decoder/layers/mlp/(gate|up)_bias$", P(None, "tensor")),
+    # Adapters: a [layers, *in, rank] and b [layers, rank, *out] as the matrices [layers, *in, *out] beside them.
+    (r"lora/(q|k|v|gate|up)/a$", P(None, "fsdp")),
+    (r"lora/(q|k|v|gate|up)/b$", P(None, None, "tensor")),
+    (r"lora/(o|down)/a$", P(None, "tensor")),
+    (r"lora/(o|down)/b$", P(None, None, "fsdp")),
     (r"vision/layers/attention/qkv$", P(None, "fsdp", None, "tensor")),
     (r"vision/layers/attention/proj$", P(None, "tensor", None, "fsdp")),
     (r"vision/layers/mlp/fc1$", P(None, "fsdp", "tensor")),

@@ -87,6 +87,10 @@ class Run:
         sizes["decoder"]["vocab_size"] = len(tokenizer)
         return VLMConfig.from_dict(sizes)
 
+    def prm(self, tokenizer: Tokenizer) -> VLMConfig:
+        """The PRM's sizes."""
+        return dataclasses.replace(self.model(tokenizer), kappa=self.config.train_prm.label == "beta_binomial")
+
     def pixels(self, problems: Sequence[Problem], cfg: VLMConfig) -> dict[str, np.ndarray]:
         """uint8 [tiles, H, W, 3] by problem id."""
         index, pixels = encode.load_pixels(self.data, [p.image for p in problems], cfg)
@@ -226,7 +230,7 @@ def train_prm(run: Run) -> Figures:
     c, folder = run.config.train_prm, run.folder("train_prm")
     policy_tokenizer = run.tokenizer()
     tokenizer = policy_tokenizer.with_token(tok.PRM)
-    cfg = run.model(tokenizer)
+    cfg = run.prm(tokenizer)
     chosen = settings_of(labels.LabelSettings, c)
     trees = read_trees(run.folder("annotate"))
     labelled = choose(EXAMPLES, c.mode, "train_prm.mode")
@@ -237,7 +241,7 @@ def train_prm(run: Run) -> Figures:
     dataset = encode.step_dataset(examples, run.data, tokenizer, cfg, c.max_length)
     _, policy = run.load("sft", policy_tokenizer, run.model(policy_tokenizer))
     graphdef, _ = build.abstract(cfg, tokenizer.id(tok.IMAGE), run.mesh)
-    params = build.add_token(policy, run.mesh)
+    params = build.complete(build.add_token(policy, run.mesh), cfg, tokenizer.id(tok.IMAGE), run.config.seed, run.mesh)
     loss = losses.prm_loss(c.label, c.threshold, tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))
     settings = training_settings(c, run.config.seed)
     source = trainer.batches(dataset, settings)
@@ -281,7 +285,7 @@ def evaluate(run: Run) -> Figures:
     c, folder = run.config.evaluate, run.folder("evaluate")
     policy_tokenizer = run.tokenizer()
     tokenizer = Tokenizer.load(run.folder("train_prm") / "tokenizer.json")
-    cfg = run.model(tokenizer)
+    cfg = run.prm(tokenizer)
     candidates = {s: sample_candidates(run, s, policy_tokenizer, run.model(policy_tokenizer)) for s in ("dev", "test")}
     graphdef, params = run.load("train_prm", tokenizer, cfg)
     classes = (tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))

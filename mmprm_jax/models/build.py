@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
 from mmprm_jax.models.config import VLMConfig
@@ -31,6 +31,19 @@ def initialise(cfg: VLMConfig, image_token: int, seed: int, mesh: Any) -> tuple[
         return jax.tree.map(lambda x, s: jax.sharding.reshard(x, s.sharding.spec), params, shapes)
 
     return graphdef, jax.jit(init)()
+
+
+def complete(params: Any, cfg: VLMConfig, image_token: int, seed: int, mesh: Any) -> Any:
+    """``params`` with new ones for the parts of the model that they lack, e.g. a head; the others stay as they are."""
+    _, shapes = abstract(cfg, image_token, mesh)
+    have = traverse_util.flatten_dict(params, sep="/")
+    missing = {k: x for k, x in traverse_util.flatten_dict(shapes, sep="/").items() if k not in have}
+
+    def init() -> Any:  # what is not returned is not computed
+        new = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(VLM(cfg, image_token, nnx.Rngs(seed)))), sep="/")
+        return {k: jax.sharding.reshard(new[k], x.sharding.spec) for k, x in missing.items()}
+
+    return traverse_util.unflatten_dict(have | jax.jit(init)(), sep="/") if missing else params
 
 
 def add_token(params: Any, mesh: Any, token: int | None = None) -> Any:

@@ -61,6 +61,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each head's query and key
     tied: bool = False  # the output head is the embedding
+    lora_rank: int = 0  # of adapters beside the layers' matrices (see lora.py); 0: none
+    lora_alpha: float = 16.0
 
 
 @dataclasses.dataclass(frozen=True)

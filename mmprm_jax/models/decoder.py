@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmprm_jax.models.config import DecoderConfig
 from mmprm_jax.models.layers import RMSNorm, rotary, rotary_table, scan_layers, stack, weight
+from mmprm_jax.models.lora import adapted, adapters
 from mmprm_jax.sharding import BATCH, dot, fit_spec, take_rows
 
 Rope = tuple[jax.Array, jax.Array]  # from rotary_table
@@ -43,17 +44,20 @@ class Attention(nnx.Module):
         self.k_bias = bias(cfg.qkv_bias, (groups, depth))
         self.v_bias = bias(cfg.qkv_bias, (groups, depth))
         self.o_bias = bias(cfg.out_bias, (size,))
+        heads, one = (groups, per_group, depth), (groups, depth)
+        shapes = {"q": ((size,), heads), "k": ((size,), one), "v": ((size,), one), "o": (heads, (size,))}
+        self.lora = adapters(shapes, cfg, rngs)
         self.q_norm = RMSNorm(depth, cfg.rms_norm_eps) if cfg.qk_norm else None
         self.k_norm = RMSNorm(depth, cfg.rms_norm_eps) if cfg.qk_norm else None
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Attend, state: Any) -> tuple[jax.Array, Any]:
-        q = plus(dot("bsd,dgrk->bsgrk", x, self.q[...], BATCH, None, "tensor"), self.q_bias)
-        k = plus(dot("bsd,dgk->bsgk", x, self.k[...], BATCH, None, "tensor"), self.k_bias)
-        v = plus(dot("bsd,dgk->bsgk", x, self.v[...], BATCH, None, "tensor"), self.v_bias)
+        q = plus(dot("bsd,dgrk->bsgrk", x, adapted(self, "q"), BATCH, None, "tensor"), self.q_bias)
+        k = plus(dot("bsd,dgk->bsgk", x, adapted(self, "k"), BATCH, None, "tensor"), self.k_bias)
+        v = plus(dot("bsd,dgk->bsgk", x, adapted(self, "v"), BATCH, None, "tensor"), self.v_bias)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out, state = attend(rotary(q, rope), rotary(k, rope), v, state)
-        return plus(dot("bsghk,ghkd->bsd", out, self.o[...], BATCH), self.o_bias), state
+        return plus(dot("bsghk,ghkd->bsd", out, adapted(self, "o"), BATCH), self.o_bias), state
 
 
 class MLP(nnx.Module):
@@ -64,14 +68,16 @@ class MLP(nnx.Module):
         self.gate = weight(rngs, (size, hidden), size)
         self.up = weight(rngs, (size, hidden), size)
         self.down = weight(rngs, (hidden, size), hidden)
+        wide, narrow = ((size,), (hidden,)), ((hidden,), (size,))
+        self.lora = adapters({"gate": wide, "up": wide, "down": narrow}, cfg, rngs)
         self.gate_bias = bias(cfg.mlp_bias, (hidden,))
         self.up_bias = bias(cfg.mlp_bias, (hidden,))
         self.down_bias = bias(cfg.mlp_bias, (size,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = plus(dot("bsd,df->bsf", x, self.gate[...], BATCH, None, "tensor"), self.gate_bias)
-        up = plus(dot("bsd,df->bsf", x, self.up[...], BATCH, None, "tensor"), self.up_bias)
-        return plus(dot("bsf,fd->bsd", jax.nn.silu(gate) * up, self.down[...], BATCH), self.down_bias)
+        gate = plus(dot("bsd,df->bsf", x, adapted(self, "gate"), BATCH, None, "tensor"), self.gate_bias)
+        up = plus(dot("bsd,df->bsf", x, adapted(self, "up"), BATCH, None, "tensor"), self.up_bias)
+        return plus(dot("bsf,fd->bsd", jax.nn.silu(gate) * up, adapted(self, "down"), BATCH), self.down_bias)
 
 
 class DecoderLayer(nnx.Module):

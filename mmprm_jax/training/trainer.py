@@ -37,7 +37,7 @@ class Settings:
     optimizer: optimizers.Settings
     microbatches: int = 1  # parts of a step's rows that follow one another on the devices
     dtype: str = "float32"  # of forward and backward passes; master weights and sums are float32
-    freeze: tuple[str, ...] = ()  # parameters that stay as they are: the first parts of their paths, e.g. vision
+    freeze: tuple[str, ...] = ()  # parameters that stay as they are: first parts of their paths; adapters never do
     shift: int = 1  # augmentation: pixels
     noise: float = 8.0  # augmentation: standard deviation, 0-255
     checkpoint_every: int = 100
@@ -82,12 +82,15 @@ def make_task(graphdef: Any, loss_fn: Loss, s: Settings) -> Task:
 
 
 def split(params: Any, freeze: tuple[str, ...]) -> tuple[Any, Any]:
-    """(trained, frozen): two trees of the leaves of ``params``. Raises UserError on a name that freezes nothing."""
+    """(trained, frozen): two trees of the leaves of ``params``; adapters are trained, wherever they are.
+
+    Raises UserError on a name that freezes nothing.
+    """
     flat = traverse_util.flatten_dict(params, sep="/")
-    frozen = {path for path in flat for name in freeze if path == name or path.startswith(f"{name}/")}
     for name in freeze:
-        if not any(path == name or path.startswith(f"{name}/") for path in flat):
+        if not any(f"{path}/".startswith(f"{name}/") for path in flat):
             raise UserError(f"freeze: the model has no parameters {name}/...; it has {', '.join(params)}")
+    frozen = {p for p in flat for name in freeze if f"{p}/".startswith(f"{name}/") and "/lora/" not in p}
     parts = ({p: x for p, x in flat.items() if (p in frozen) == which} for which in (False, True))
     return tuple(traverse_util.unflatten_dict(part, sep="/") for part in parts)
 

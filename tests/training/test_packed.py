@@ -44,7 +44,7 @@ def examples():
     return [example(rng, *shape) for shape in [(11, 1), (7, 0), (14, 2), (9, 1), (5, 0)]]
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kind", ["policy", "soft", "beta_binomial"])
 def test_packed_is_unpacked(run, examples, kind):
     a, b, c, d, e = examples
     (want, weight), grads = run(LOSSES[kind], pack([[x] for x in examples], 14, 2))
@@ -75,8 +75,7 @@ def test_losses_of_single_tokens(run, examples):
     assert len(want) == sum(x["response"][1:].sum() for x in examples)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("shape", [dict(data=1), dict(data=2, fsdp=2, tensor=2)], ids=str)
+@pytest.mark.parametrize("shape, tied", [(dict(data=1), False), (dict(data=2, fsdp=2, tensor=2), True)], ids=str)
 def test_logits_in_blocks(mesh_of, examples, monkeypatch, shape, tied):
     """Blocks that do not divide the row give the losses and gradients of the whole logits."""
     mesh = mesh_of(**shape)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import IMAGE_TOKEN, TINY
 from flax import nnx
-from toy_training import LOSSES, Source, curve, rows_of, train
+from toy_training import LOSSES, curve, rows_of, train
 
 from mmprm_jax.models import build
 from mmprm_jax.records import UserError
@@ -51,7 +51,7 @@ def curve_of(tmp_path_factory):
 )
 def test_the_same_curve_on_every_mesh_and_in_parts(curve_of, shape, microbatches):
     want = curve_of((("data", 1),))
-    assert len(want) == 20 and want[-1] < 0.8 * want[0]
+    assert len(want) == 20 and np.mean(want[-4:]) < 0.9 * np.mean(want[:4])
     np.testing.assert_allclose(curve_of(shape, microbatches), want, rtol=1e-5)
 
 
@@ -72,15 +72,18 @@ def test_two_processes_give_the_same_curve(curve_of, tmp_path):
     np.testing.assert_allclose(curve(tmp_path / "run"), curve_of((("data", 1),)), rtol=1e-5)
 
 
-def step_of(cfg, mesh, loss="policy", rows=None, seed=1, **settings):
-    """(state, scalars, initial parameters) on host after one step."""
+@functools.cache
+def step_of(cfg, mesh, loss="policy", bad=None, **settings):
+    """(state, scalars, initial parameters) on host after two steps. bad: a value that gets among the pixels."""
     chosen = {"steps": 10, "batch_size": 8, "optimizer": dataclasses.replace(ADAMW, warmup=0.0)} | settings
     with jax.set_mesh(mesh):
         graphdef, params = build.initialise(cfg, IMAGE_TOKEN, 0, mesh)
         task = trainer.make_task(graphdef, LOSSES[loss], trainer.Settings(**chosen))
         before = jax.device_get(params)
         state, frozen = trainer.new_state(params, task, mesh)
-        rows = rows_of(seed) if rows is None else rows
+        rows = rows_of(1)
+        if bad is not None:
+            rows["pixels"][2, 0, 0, 0, 0] = bad
         batch = put_rows({name: x for name, x in rows.items() if name != "example"}, mesh)
         # Two: the rate of the first one is 0.
         state, _ = trainer.train_step(state, frozen, batch, task=task)
@@ -143,17 +146,14 @@ def test_drop_path(mesh, mesh_of):
     np.testing.assert_allclose(got[0], want[0], atol=1e-6)
     assert np.abs(got[1] - want[1]).max() > 1e-3
     # Keyed by seed and step only: neither the mesh nor microbatches change it.
-    a, scalars, _ = step_of(DROP, mesh)
-    b, others, _ = step_of(DROP, mesh_of(data=2, fsdp=2, tensor=2), microbatches=2)
+    _, scalars, _ = step_of(DROP, mesh)
+    _, others, _ = step_of(DROP, mesh_of(data=2, fsdp=2, tensor=2), microbatches=2)
     assert others["loss"] == pytest.approx(scalars["loss"], rel=1e-5)
-    assert step_of(DROP, mesh, seed=1)[1]["loss"] == scalars["loss"]
     assert step_of(TINY, mesh)[1]["loss"] != pytest.approx(scalars["loss"], rel=1e-4)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(mesh):
-    rows = rows_of(1)
-    rows["pixels"][2, 0, 0, 0, 0] = np.inf
-    state, scalars, before = step_of(TINY, mesh, rows=rows, microbatches=2)
+    state, scalars, before = step_of(TINY, mesh, bad=np.inf, microbatches=2)
     assert not np.isfinite(scalars["loss"]) and state["step"] == 0
     jax.tree.map(np.testing.assert_array_equal, state["params"], before)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state["opt"]))
@@ -183,7 +183,7 @@ def test_optimizers_learn(tmp_path, name, moments):
     chosen = optimizers.Settings(name, 1e-2, warmup=0.1, moments=moments)
     train(tmp_path, ONE, optimizer=chosen)
     found = curve(tmp_path)
-    assert found[-1] < 0.7 * found[0]
+    assert np.mean(found[-4:]) < 0.9 * np.mean(found[:4])
 
 
 def test_moments_in_bfloat16_take_half_the_memory(mesh):
@@ -243,8 +243,3 @@ def test_the_program_does_not_grow_with_depth(mesh, remat):
 def test_microbatches_must_divide_the_rows(tmp_path):
     with pytest.raises(UserError, match="microbatches: 3 do not divide the 8 rows"):
         train(tmp_path, ONE, microbatches=3)
-
-
-def test_a_source_has_a_share(mesh_of):
-    source = Source(mesh_of(data=2, fsdp=2, tensor=2))
-    assert (source.index, source.count) == (0, 1) and len(next(source)["tokens"]) == 8
