@@ -44,7 +44,8 @@ setup(
         "gcs": ["etils[epath-gcs]>=1.12"],  # gs:// paths
         "test": TEST,
         "parity": [*TEST, "torch>=2.4"],  # the reference of tests/models/test_parity.py
-        "bench": ["torch>=2.4", "libtpu"],  # Hugging Face generate, for comparison; the compiler for TPU topologies
+        "tpu": ["libtpu"],  # the compiler for TPUs: on TPU machines, and for `mmprm fit` anywhere
+        "bench": ["torch>=2.4", "libtpu"],  # Hugging Face generate, for comparison; what `mmprm fit` needs
         "dev": [*TEST, "ruff>=0.12"],
     },
     entry_points={"console_scripts": ["mmprm = mmprm_jax.main:run"]},

@@ -5,6 +5,8 @@
 ``mmprm bench train`` compares training steps with a loop of torch and transformers, ``mmprm bench rollout [CASE …]``
 the sampling engine with Hugging Face's generate, ``mmprm bench annotate``
 many trees at once with one after the other; both take ``--json=FILE``.
+``mmprm fit --model=internvl2_5-8b --job=train_prm --topology=v5e-32 [key=value …] [--json=FILE]`` compiles a job ahead
+of time for chips that are not there: memory, FLOPs, traffic, the least time; exit code 1 when it does not fit.
 ``mmprm convert SOURCE TARGET [--prm] [--verify] [--dtype=…]`` takes a released checkpoint (a folder or a hub id) to
 Orbax, or back. ``mmprm score PROBLEMS.jsonl --model=MODEL`` scores solutions with a released PRM.
 ``mmprm launch {tpu,gke,slurm,local} [options] -- STAGE …`` runs a stage on many machines or devices.
@@ -23,7 +25,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "directory of this run: data, we
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "convert, score: of the weights; default: as stored")
 _PRM = flags.DEFINE_bool("prm", False, "convert: add the token <prm>, to train a policy on as a PRM")
 _VERIFY = flags.DEFINE_bool("verify", False, "convert: read the result again and compare every tensor")
-_MODEL = flags.DEFINE_string("model", None, "score: a checkpoint folder, hub id (org/name@revision) or converted model")
+_MODEL = flags.DEFINE_string(
+    "model", None, "score: a checkpoint folder, hub id (org/name@revision) or converted model; fit: a name"
+)
+_JOB = flags.DEFINE_string("job", "train_prm", "fit: sft, train_prm, decode or score")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "fit: chips by their name on Google Cloud, e.g. v5e-32; or h100-8")
 _OUTPUT = flags.DEFINE_string("output", None, "score: the file to write; default: PROBLEMS.scores.jsonl")
 _TEMPLATE = flags.DEFINE_string("template", None, "score: the prompt; default: by the model's kind")
 _MAX_TILES = flags.DEFINE_integer("max_tiles", 0, "score: tiles of one image; 0: as in the model's config.json")
@@ -34,15 +40,16 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "annotate: one of several processes; on TPU pods and under Slurm they find each other, elsewhere the variables"
     " JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it",
 )
-_JSON = flags.DEFINE_string("json", None, "bench: a file for the ratios and what they were measured on")
+_JSON = flags.DEFINE_string("json", None, "bench, fit: a file for the figures and what they were measured on")
 _PAIRS = flags.DEFINE_integer("pairs", 2, "bench rollout, bench train: runs of each side")
-_TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:2x4"], "bench rollout: TPUs to compile for; empty: none")
+_TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e-8"], "bench rollout: TPUs to compile for; empty: none")
 
 _USAGE = (
     "usage: mmprm {data,sft,annotate,train_prm,evaluate,report,pipeline} --config=FILE[:ARG] --workdir=DIR"
     " [--config.key=value …] or: mmprm summary WORKDIR [WORKDIR …] or: mmprm convert SOURCE TARGET [--prm] [--verify]"
     " [--dtype=bfloat16] or: mmprm score PROBLEMS.jsonl --model=MODEL [--output=FILE] [--template=NAME]"
     " or: mmprm bench {rollout [CASE …],annotate,train} [--json=FILE] or: mmprm launch {tpu,gke,slurm,local} --help"
+    " or: mmprm fit --model=NAME --job={sft,train_prm,decode,score} --topology=NAME [key=value …] [--json=FILE]"
 )
 
 
@@ -91,6 +98,9 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         if _JSON.value:
             common.write_json(_JSON.value, result)
         return
+    if argv[1:2] == ["fit"]:
+        _fit(argv[2:])
+        return
     names = ("data", "sft", "annotate", "train_prm", "evaluate", "report", "pipeline")
     if len(argv) != 2 or argv[1] not in names:
         raise UserError(_USAGE)
@@ -113,6 +123,24 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         stages.pipeline(run)
     else:
         stages.run_stage(run, argv[1])
+
+
+def _fit(items: Sequence[str]) -> None:
+    """``mmprm fit``. Exits with 1 when the job does not fit."""
+    from mmprm_jax.bench import common
+    from mmprm_jax.fit import compile, jobs, report
+    from mmprm_jax.records import UserError
+
+    if not _MODEL.value or not _TOPOLOGY.value:
+        raise UserError("mmprm fit needs a model and chips, e.g. --model=internvl2_5-8b --topology=v5e-32")
+    settings = jobs.parse(items, model=_MODEL.value, job=_JOB.value, topology=_TOPOLOGY.value)
+    found = compile.measure(settings)
+    print(report.describe(found))
+    if _JSON.value:
+        verdict = {"fits": report.fits(found), "seconds": report.roofline(found)}
+        common.write_json(_JSON.value, {**found, **verdict, "advice": [] if verdict["fits"] else report.advice(found)})
+    if not report.fits(found):
+        sys.exit(1)
 
 
 def _join_processes() -> bool:

@@ -296,7 +296,7 @@ def measure(case: Case, pairs: int) -> dict[str, Any]:
     }
 
 
-def run(names: Sequence[str] = (), pairs: int = 2, topologies: Sequence[str] = ("v5e:2x4",)) -> dict[str, Any]:
+def run(names: Sequence[str] = (), pairs: int = 2, topologies: Sequence[str] = ("v5e-8",)) -> dict[str, Any]:
     """Measures the cases whose names begin with one of ``names`` (default: all), and counts bytes for TPU topologies.
 
     Prints as it goes on. pairs: runs of each side. Raises UserError when torch is missing, or the two models differ.
@@ -320,11 +320,11 @@ def run(names: Sequence[str] = (), pairs: int = 2, topologies: Sequence[str] = (
         print(_row(result["cases"][-1]), flush=True)
     print("tokens/s: best run; ratio: median of neighbouring runs; FLOP/s by formula over those of a matrix product")
     for topology in topologies:
-        from mmprm_jax.bench import tpu
+        from mmprm_jax.fit import compile, jobs, report
 
         try:
-            found = tpu.measure(topology)
-            print(tpu.describe(found), flush=True)
+            found = compile.measure(jobs.Settings(job="decode", topology=topology))
+            print(report.describe(found), flush=True)
         except UserError as error:  # what was measured before is not lost
             found = {"topology": topology, "error": str(error)}
             print(f"{topology}: {error}", flush=True)

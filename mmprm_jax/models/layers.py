@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from mmprm_jax.models.config import RopeScaling
 from mmprm_jax.records import UserError
@@ -47,11 +48,20 @@ def scan_layers(layers: nnx.Module, body: Callable[..., Any], carry: Any, xs: An
 
     def step(carry: Any, inputs: Any) -> Any:
         layer_state, x = inputs
-        return body(nnx.merge(graphdef, layer_state), carry, x)
+        return body(nnx.merge(graphdef, jax.tree.map(_gather, layer_state)), carry, x)
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     return jax.lax.scan(step, carry, (state, xs))
+
+
+def _gather(x: jax.Array) -> jax.Array:
+    """A layer's weights from all devices of the axis fsdp, by one collective.
+
+    TPU's partitioner would rather go around a ring, one product for each device's part: four times the HBM traffic.
+    """
+    spec = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(x, P(*(None if axis == "fsdp" else axis for axis in spec)))
 
 
 def rms_normalise(x: jax.Array, scale: jax.Array, eps: float, axes: int | tuple[int, ...] = -1) -> jax.Array:

@@ -67,7 +67,10 @@ class VLM(nnx.Module):
         if keep is not None:
             keep = reshape(keep, (rows * tiles, *keep.shape[2:]), BATCH)
         x = self.vision(reshape(pixels, (rows * tiles, *shape), BATCH), keep)
-        x = self.projector(pixel_shuffle(x, self.cfg.downsample))
+        # Barriers: fusing the shuffle or the last reshape into the projector's products crashes TPU's compiler
+        # (libtpu 0.0.52: "split of a padded window dim is not supported").
+        x = self.projector(jax.lax.optimization_barrier(pixel_shuffle(x, self.cfg.downsample)))
+        x = jax.lax.optimization_barrier(x)
         return reshape(x, (rows, tiles * x.shape[1], x.shape[2]), BATCH)
 
     def embed(self, tokens: jax.Array, pixels: jax.Array | None, keep: jax.Array | None = None) -> jax.Array:

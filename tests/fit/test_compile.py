@@ -1,0 +1,167 @@
+"""Certified by the TPU compiler, on a machine without a TPU. Slow; each program in a process of its own."""
+
+import functools
+import importlib.util
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmprm_jax.bench import common
+from mmprm_jax.fit import chips, compile, hlo, jobs, report
+from mmprm_jax.sharding import make_mesh
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
+]
+
+
+def known_programs():
+    """Collectives and FLOPs of small programs on v5e:2x2: what a child finds."""
+    os.environ.update(compile.OFFLINE)
+    jax.config.update("jax_platforms", "cpu")
+    mesh = make_mesh({"fsdp": -1}, compile._devices(chips.topology("v5e-4")))
+    shape = (4 * 1024, 256)
+    ring = [(i, (i + 1) % 4) for i in range(4)]
+    bodies = {
+        "all-gather": (lambda x: jax.lax.all_gather(x, "fsdp", tiled=True), P()),
+        "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "fsdp", tiled=True), P("fsdp")),
+        "all-reduce": (lambda x: jax.lax.psum(x, "fsdp"), P()),
+        "all-to-all": (lambda x: jax.lax.all_to_all(x, "fsdp", 0, 0, tiled=True), P("fsdp")),
+        "collective-permute": (lambda x: jax.lax.ppermute(x, "fsdp", ring), P("fsdp")),
+    }
+
+    def parsed(f, *args):
+        text = jax.jit(f).lower(*args).compile().as_text()
+        return hlo.parse(text), hlo.entry(text)
+
+    def array(shape, *axes):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*axes)))
+
+    found = {}
+    with jax.set_mesh(mesh):
+        for kind, (body, out) in bodies.items():
+            run = jax.shard_map(body, in_specs=P("fsdp"), out_specs=out, check_vma=False)
+            found[kind] = hlo.collectives(*parsed(run, array(shape, "fsdp")), 4)
+
+        def layers(x, w):  # six layers, their weights split over the devices
+            def layer(x, w):
+                w = jax.sharding.reshard(w, P())
+                return jnp.einsum("bhd,hdf->bhf", x, w.reshape(4, 64, 64)).astype(x.dtype), None
+
+            return jax.lax.scan(layer, x, w)[0]
+
+        program, entry = parsed(layers, array((512, 4, 64), "fsdp"), array((6, 256, 64), None, "fsdp"))
+        found["layers"] = {"flops": hlo.sum_flops(program, entry), **hlo.collectives(program, entry, 4)}
+    yield found
+
+
+def test_known_programs():
+    with common.Child(known_programs) as child:
+        found = next(child)
+    part = 1024 * 256 * 2  # bytes of a device
+    for kind, sent in {
+        "all-gather": 3 * part,
+        "reduce-scatter": part * 3 // 4,
+        "all-reduce": 2 * part * 3 // 4,
+        "all-to-all": part * 3 // 4,
+        "collective-permute": part,
+    }.items():
+        assert sum(found[kind].values()) == sent and found[kind][kind] == sent, (kind, found[kind])
+    # batched products are convolutions with holes there, and the loop counts six times
+    assert found["layers"]["flops"] == 6 * 2 * 512 // 4 * 4 * 64 * 64
+    assert found["layers"]["all-gather"] == 6 * 3 * 256 * 64 * 2 // 4
+
+
+@functools.cache
+def measured(*items):
+    return compile.measure(jobs.parse(items))
+
+
+TRAINED = [
+    ("internvl2_5-8b", "v5e-16"),
+    ("internvl2_5-8b", "v5e-32"),
+    ("internvl2_5-8b", "v5e-256"),
+    ("internvl2_5-38b", "v5p-64"),
+    ("internvl2_5-78b", "v5p-128"),
+]
+
+
+@pytest.mark.parametrize("model, topology", TRAINED)
+def test_training_fits(model, topology):
+    """PRM training on packed rows of 8,192 tokens with images, at full depth."""
+    found = measured(f"model={model}", f"topology={topology}")
+    print(f"\n{report.describe(found)}")
+    (program,) = found["programs"]
+    assert report.fits(found) and program["peak"] < found["chip"]["bytes"]
+    assert found["settings"]["row_tokens"] == 8192 and found["settings"]["tiles"] >= 7
+    # Full rematerialisation: the decoder's 6 per token and weight become 8; the frozen tower has no backward pass.
+    assert 1.2 < program["flops"] * found["chips"] / found["flops"] < 8 / 6 * 1.1
+    json.dumps(found)
+
+
+def test_flops_fall_with_the_chips():
+    totals = {}
+    for topology in ("v5e-16", "v5e-32", "v5e-256"):
+        found = measured("model=internvl2_5-8b", f"topology={topology}")
+        totals[topology] = found["programs"][0]["flops"] * found["chips"]
+    assert max(totals.values()) < 1.1 * min(totals.values()), totals
+
+
+def test_flops_without_remat():
+    """A quarter of the 8B model's decoder and of a row's tiles: their proportion is that of the whole."""
+    found = measured("topology=v5p-8", "layers=8", "rows=4", "tiles=6", "remat=none")
+    print(f"\n{report.describe(found)}")
+    assert 0.97 < found["programs"][0]["flops"] * found["chips"] / found["flops"] <= 1.10
+
+
+def test_program_does_not_grow_with_depth():
+    sizes, seconds = {}, {}
+    for layers in (8, 64):
+        found = measured(
+            "model=internvl2_5-1b", "topology=v5e-4", "rows=4", "row_tokens=1024", "tiles=2", f"layers={layers}"
+        )
+        sizes[layers] = found["programs"][0]["instructions"]
+        seconds[layers] = found["programs"][0]["compile_seconds"]
+    print(f"\ncompile time of 64 layers over that of 8: {seconds[64] / seconds[8]:.2f}; instructions: {sizes}")
+    assert sizes[64] < 1.3 * sizes[8]
+
+
+def test_decode_fits():
+    found = measured("job=decode", "topology=v5e-8")
+    print(f"\n{report.describe(found)}")
+    (program,) = found["programs"]
+    assert report.fits(found) and found["device"] == "TPU v5 lite" and found["mesh"] == {"tensor": 8}
+    assert 1.0 <= program["bytes"] / found["fewest_bytes"]["total"] < 1.25
+
+
+def test_score_fits():
+    found = measured("job=score", "topology=v5e-8")
+    print(f"\n{report.describe(found)}")
+    assert report.fits(found) and [p["name"] for p in found["programs"]] == ["prompts", "solutions"]
+    assert 1.0 < sum(p["flops"] for p in found["programs"]) * 8 / found["flops"] < 1.3
+
+
+def test_too_large_is_told_at_once():
+    """78B on four chips of 16 GB: the arguments alone exceed them, and nothing is compiled."""
+    found = measured("model=internvl2_5-78b", "topology=v5e-4", "rows=4")
+    (program,) = found["programs"]
+    assert not report.fits(found) and "compile_seconds" not in program and "exceeded" not in program
+    assert any("--topology=" in text for text in report.advice(found))
+
+
+def test_compiler_says_no():
+    """Found out by the compiler: the arguments fit, the buffers do not."""
+    found = measured(
+        "model=internvl2_5-1b", "topology=v5e-4", "rows=64", "tiles=2", "microbatches=1", "remat=none", "layers=4"
+    )
+    (program,) = found["programs"]
+    assert not report.fits(found) and program["exceeded"]["used"] > program["exceeded"]["available"] > 15e9
+    assert program["exceeded"]["largest"][0]["bytes"] > 1e8
+    said = report.advice(found)
+    assert said[0].startswith("remat=full") and said[1].startswith("microbatches=16")
