@@ -117,3 +117,30 @@ def generate_greedily(graphdef, params, cfg, image_token, mesh, batch, new):
     with jax.set_mesh(mesh):
         engine = Engine(graphdef, params, cfg, image_token, mesh, slots=4, samples=1, max_new=new, places=2000)
         return np.array([samples[0].tokens for samples in engine.sample(groups)])
+
+
+@pytest.fixture
+def scenario(tmp_path, monkeypatch):
+    """Stand-in programs for tests/launch, which has no conftest.py of its own: this one could not be imported then."""
+    import launch_stubs
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scenario").mkdir()
+    scenario = launch_stubs.Scenario(tmp_path / "scenario")
+    for name, value in scenario.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return scenario
+
+
+@pytest.fixture
+def dry_run(capsys):
+    """``dry_run("tpu", …)``: what ``mmprm launch --dry-run`` prints."""
+    from mmprm_jax.launch import cli
+
+    def shown(*argv):
+        split = argv.index("--")
+        cli.main([*argv[:split], "--dry-run", *argv[split:]])
+        return capsys.readouterr().out
+
+    return shown
