@@ -20,6 +20,8 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
+from mmprm_jax.launch.job import COMMANDS
+
 _CONFIG = flags.DEFINE_string("config", None, "configuration file, FILE or FILE:ARG")
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of this run: data, weights, trees, report")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "convert, score: of the weights; default: as stored")
@@ -37,8 +39,8 @@ _MAX_TILES = flags.DEFINE_integer("max_tiles", 0, "score: tiles of one image; 0:
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "annotate: one of several processes; on TPU pods and under Slurm they find each other, elsewhere the variables"
-    " JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it",
+    "annotate, sft, train_prm: one of several processes; on TPU pods and under Slurm they find each other, elsewhere"
+    " the variables JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it",
 )
 _JSON = flags.DEFINE_string("json", None, "bench, fit: a file for the figures and what they were measured on")
 _PAIRS = flags.DEFINE_integer("pairs", 2, "bench rollout, bench train: runs of each side")
@@ -109,10 +111,10 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
             raise UserError(
                 f"--{flag.name} is missing; e.g. mmprm {argv[1]} --config=configs/digits.py --workdir=runs/digits"
             )
+    if _DISTRIBUTED.value and argv[1] not in COMMANDS:
+        raise UserError(f"--distributed is for {', '.join(COMMANDS)}; run mmprm {argv[1]} in one process")
     config = configs.load(_CONFIG.value, overrides)
     primary = not _DISTRIBUTED.value or _join_processes()
-    if _DISTRIBUTED.value and argv[1] != "annotate":
-        raise UserError(f"--distributed is for mmprm annotate; run mmprm {argv[1]} in one process")
     workdir = configs.guard_workdir(_WORKDIR.value, config, primary=primary)
 
     _cache_compilations(os.fspath(workdir / "compilation_cache"))

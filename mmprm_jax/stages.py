@@ -285,7 +285,8 @@ def train_prm(run: Run) -> Figures:
     with batches(run, "train_prm", cfg, [data]) as source:
         params = trainer.fit("train_prm", folder, graphdef, params, loss, source, settings, run.mesh)
     save_params(folder / "params", params)
-    tokenizer.save(folder / "tokenizer.json")
+    if jax.process_index() == 0:
+        tokenizer.save(folder / "tokenizer.json")
     found = labels.histogram(records.read(folder / "examples.jsonl", StepExample))
     return {"labels": found, "left_out": data.summary["left_out"]}
 
