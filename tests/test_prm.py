@@ -246,9 +246,9 @@ CANDIDATES = [
 def test_the_image_tower_runs_once_for_all_candidates(cases, monkeypatch):
     seen, original = [], VisionTower.__call__
 
-    def counted(self, pixels):
+    def counted(self, pixels, keep=None):
         jax.debug.callback(lambda x: seen.append(len(x)), pixels)
-        return original(self, pixels)
+        return original(self, pixels, keep)
 
     case = cases[INTERNLM2]
     prm = case.variant(batch_size=5)

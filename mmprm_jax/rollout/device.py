@@ -37,6 +37,52 @@ _BLOCK = 64  # columns of a part of a slot's cache, at least
 _NONE = -1e30  # the score of what must not be attended to
 
 
+# YNNPACK chooses the order of a sum by the number of rows: a sample would depend on how many others there are.
+_EXACT = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+
+
+@functools.cache
+def _options(platform: str) -> dict[str, str]:
+    """For the compiler, if it knows them."""
+    options = _EXACT.get(platform, {})
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
+class Program:
+    """A jitted function that is compiled so that what becomes of a row does not depend on the other rows."""
+
+    def __init__(self, function: Callable[..., Any], **settings: Any):
+        self.function, self._settings, self.__name__ = function, settings, function.__name__
+        self._jitted: dict[str, Any] = {}
+
+    def _of_platform(self) -> Any:
+        device = jax.sharding.get_abstract_mesh().abstract_device
+        platform = "cpu" if device is None else device.platform
+        if platform not in self._jitted:
+            options = _options(platform) if platform == jax.default_backend() else {}
+            self._jitted[platform] = jax.jit(self.function, compiler_options=options, **self._settings)
+        return self._jitted[platform]
+
+    def __call__(self, *args: Any, **static: Any) -> Any:
+        return self._of_platform()(*args, **static)
+
+    def lower(self, *args: Any, **static: Any) -> Any:
+        return self._of_platform().lower(*args, **static)
+
+    def compiled(self) -> int:
+        """How often it was compiled."""
+        return sum(jitted._cache_size() for jitted in self._jitted.values())
+
+
+def program(**settings: Any) -> Callable[[Callable[..., Any]], Program]:
+    """Decorator; settings as of ``jax.jit``."""
+    return lambda function: Program(function, **settings)
+
+
 def shards(mesh: Any) -> int:
     """B: into how many parts a batch is split."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
@@ -158,13 +204,13 @@ def unstack(params: Any, *, graphdef: Any) -> dict[str, Any]:
     return {"layers": [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)], "head": head}
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",))
+@program(static_argnames=("graphdef",))
 def tower(params: Any, pixels: jax.Array, *, graphdef: Any) -> jax.Array:
     """pixels [B, V, H, W, 3] normalised -> visual tokens [B, V * tokens of a tile, size]."""
     return nnx.merge(graphdef, params).embed_images(pixels)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("pool",))
+@program(static_argnames=("graphdef",), donate_argnames=("pool",))
 def extend(params: Any, pool: State, batch: State, visual: jax.Array | None, *, graphdef: Any) -> State:
     """Computes new tokens of E prefixes in each shard, on top of what the pool knows of them.
 
@@ -235,7 +281,7 @@ def _ends(token: jax.Array, t: jax.Array, p: State) -> jax.Array:
     return jnp.any(token[..., None] == p["stop"], axis=-1) | (t >= p["max_new"])
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("rows", "state"))
+@program(static_argnames=("graphdef",), donate_argnames=("rows", "state"))
 def admit(params: Any, rows: Any, state: State, pool: State, batch: State, *, graphdef: Any) -> tuple[Any, State]:
     """Copies A prefixes in each shard from the pool into rows and draws the first token of their samples.
 
@@ -430,7 +476,7 @@ def _goes_on(limit: State, carry: Any) -> jax.Array:
     return (jnp.any(state["slot"]["alive"]) | waiting) & ~enough
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "used"), donate_argnames=("state",))
+@program(static_argnames=("graphdef", "used"), donate_argnames=("state",))
 def decode(
     params: Any, layers: Any, rows: Any, state: State, queue: State, limit: State, *, graphdef: Any, used: int
 ) -> tuple[State, State]:

@@ -436,10 +436,10 @@ class Engine:
 
     def _run(self, program: Any, signature: Any, *args: Any, **static: Any) -> Any:
         """Calls a program; tells when it is compiled although its shapes are not new."""
-        before = program._cache_size()
+        before = program.compiled()
         out = program(*args, graphdef=self._graphdef, **static)
         key = (program.__name__, signature)
-        if program._cache_size() > before and (self.frozen or key in self._signatures):
+        if program.compiled() > before and (self.frozen or key in self._signatures):
             message = f"{key[0]} was compiled again for the sizes {signature}"
             if self.strict:
                 raise Recompiled(message)

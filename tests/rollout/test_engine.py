@@ -1,7 +1,6 @@
 """The engine against plain full forwards, what a sample must not depend on, and the work it does."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -605,12 +604,12 @@ def test_distribution(many, exact_pairs, sampling):
 def test_parameters_do_not_recompile(many):
     """All of the above were one program each."""
     assert {name for name, _ in many._signatures} >= {"extend", "admit", "decode"}
-    before = [p._cache_size() for p in (engine_module.device.admit, engine_module.device.decode)]
+    before = [p.compiled() for p in (engine_module.device.admit, engine_module.device.decode)]
     many.frozen = True
     group = Group(0, "p", prefix_of(np.random.default_rng(17), 10), None, np.zeros(2, np.uint32), 4000, SAMPLINGS[5])
     many.sample([group])
     many.frozen = False
-    assert before == [p._cache_size() for p in (engine_module.device.admit, engine_module.device.decode)]
+    assert before == [p.compiled() for p in (engine_module.device.admit, engine_module.device.decode)]
 
 
 def test_penalty_on_every_sampled_token(base, logits_of):
@@ -678,19 +677,21 @@ def test_padding(make):
 
 def test_the_image_tower_runs_once_per_problem(make, groups, samples, monkeypatch):
     """Tiles that went through the tower, counted inside of the program (empty ones fill its batch)."""
-    seen, original, program = [], VisionTower.__call__, engine_module.device.tower.__wrapped__
+    seen, original, device = [], VisionTower.__call__, engine_module.device
 
-    def counted(self, pixels):
+    def counted(self, pixels, keep=None):
         jax.debug.callback(lambda x: seen.extend(np.any(x != 0, axis=(1, 2, 3)).tolist()), pixels)
-        return original(self, pixels)
+        return original(self, pixels, keep)
 
     monkeypatch.setattr(VisionTower, "__call__", counted)
 
-    @functools.partial(jax.jit, static_argnames=("graphdef",))
-    def tower(params, pixels, *, graphdef):  # traced anew, with the counter
-        return program(params, pixels, graphdef=graphdef)
+    function = device.tower.function
 
-    monkeypatch.setattr(engine_module.device, "tower", tower)
+    @device.program(static_argnames=("graphdef",))
+    def tower(params, pixels, *, graphdef):  # traced anew, with the counter
+        return function(params, pixels, graphdef=graphdef)
+
+    monkeypatch.setattr(device, "tower", tower)
     engine = make()
     assert_same(engine.sample(groups), samples)
     engine.sample([dataclasses.replace(g, key=g.key + np.uint32(1)) for g in groups])
