@@ -89,6 +89,7 @@ def test_no_checkpoint_can_be_read(half):
     assert steps(half) == [6, 9]  # nothing is taken away
 
 
+@pytest.mark.slow
 def test_resumed_on_another_mesh(whole, half):
     got = jax.tree.map(np.array, train(half, {"data": 2, "fsdp": 2, "tensor": 2}, **SAVING))
     np.testing.assert_allclose(curve(half), curve(whole[0]), rtol=1e-6)

@@ -75,6 +75,7 @@ def test_losses_of_single_tokens(run, examples):
     assert len(want) == sum(x["response"][1:].sum() for x in examples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape, tied", [(dict(data=1), False), (dict(data=2, fsdp=2, tensor=2), True)], ids=str)
 def test_logits_in_blocks(mesh_of, examples, monkeypatch, shape, tied):
     """Blocks that do not divide the row give the losses and gradients of the whole logits."""

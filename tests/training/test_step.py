@@ -42,8 +42,8 @@ def curve_of(tmp_path_factory):
 @pytest.mark.parametrize(
     "shape, microbatches",
     [
-        ((("data", 8),), 1),
-        ((("fsdp", 4), ("tensor", 2)), 1),
+        pytest.param((("data", 8),), 1, marks=pytest.mark.slow),
+        pytest.param((("fsdp", 4), ("tensor", 2)), 1, marks=pytest.mark.slow),
         ((("data", 2), ("fsdp", 2), ("tensor", 2)), 2),
         ((("data", 1),), 4),
     ],

@@ -71,7 +71,7 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, MUON], ids=["adamw", "muon"])
+@pytest.mark.parametrize("settings", [pytest.param(SETTINGS, marks=pytest.mark.slow), MUON], ids=["adamw", "muon"])
 def test_learns_and_is_the_same_on_one_and_eight_devices(run, settings):
     one, eight = run(settings, ONE), run(settings, EIGHT)
     assert one.compiled == eight.compiled == 1
