@@ -53,7 +53,7 @@ def hbm_bytes(shape: str) -> int:
 
 
 def parse(text: str) -> Program:
-    """The computations of ``Compiled.as_text()``."""
+    """The computations of a program's text."""
     program: Program = {}
     current: dict[str, Instruction] = {}
     for line in text.splitlines():
@@ -144,9 +144,10 @@ def _bytes(program: Program, computation: dict[str, Instruction], i: Instruction
     sizes = [hbm_bytes(computation[name].shape) if name in computation else 0 for name in i.operands]
     if i.op == "fusion":
         return _fusion(program, i, sizes)
-    if i.op in ("copy-start", "slice-start"):
-        parts = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", i.shape)
-        target = parts[0] if i.op == "copy-start" else parts[1]
+    if i.op == "async-start":
+        return sum_bytes(program, _called(i, "calls"))
+    if i.op == "copy-start":
+        target = re.search(r"\w+\[[\d,]*\](?:\{[^}]*\})?", i.shape)[0]
         return (_unplaced(target) if sizes[0] else 0) + hbm_bytes(target)
     if i.op.endswith("-start"):
         return sum(sizes) + max(0, hbm_bytes(i.shape) - sum(sizes))
@@ -281,7 +282,7 @@ def collectives(program: Program, name: str, devices: int) -> dict[str, int]:
             total.update(max(parts, key=lambda part: sum(part.values())))
         elif kind in KINDS:
             # A gather that other work overlaps appears in several fusions; it starts in the one with flag -1.
-            flag = re.search(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"', i.rest)
+            flag = re.search(r'"async_collective_fusion_config":\{[^}]*"flag_start":"(-?\d+)"', i.rest)
             if flag is None or flag[1] == "-1":
                 size = sum(_unplaced(computation[operand].shape) for operand in i.operands)
                 scatter = kind == "all-reduce" and name.startswith("all-reduce-scatter")  # each keeps a part of it

@@ -106,12 +106,12 @@ COLLECTIVES = """
 %begin (i: bf16[32]) -> bf16[64] {
   %j = bf16[32]{0} parameter(0)
   ROOT %g = bf16[64]{0} all-gather(%j), channel_id=2, replica_groups=[4,2]<=[8], dimensions={0}, \
-backend_config={"async_collective_fusion_config":{"flag_start":"-1","flag_end":"-1"}}
+backend_config={"async_collective_fusion_config":{"flag_end":"-1","flag_start":"-1"}}
 }
 %finish (i: bf16[32]) -> bf16[64] {
   %k = bf16[32]{0} parameter(0)
   ROOT %h = bf16[64]{0} all-gather(%k), channel_id=2, replica_groups=[4,2]<=[8], dimensions={0}, \
-backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}
+backend_config={"async_collective_fusion_config":{"flag_end":"8","flag_start":"2"}}
 }
 ENTRY %main (x: f32[64], y: bf16[32]) -> f32[64] {
   %x = f32[64]{0} parameter(0)
