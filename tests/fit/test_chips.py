@@ -198,9 +198,9 @@ def test_refused_by_the_compiler():
     program = jobs.Program("step", Lowered(), (), {})
     found = compile._compiled(program, None, chips.topology("v5e-4"))
     assert found["exceeded"]["used"] == 46.83 * 2**30 and len(found["exceeded"]["largest"]) == 3
-    said = "INTERNAL: something else"
-    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        compile._compiled(program, None, chips.topology("v5e-4"))
+    for said in ("INTERNAL: no HBM was found", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=said):
+            compile._compiled(program, None, chips.topology("v5e-4"))
 
 
 def test_same_shapes_as_real_arrays(mesh):
