@@ -56,6 +56,7 @@ def _work(settings: jobs.Settings, topology: chips.Topology) -> Iterator[dict[st
     """A child's work."""
     os.environ.update(OFFLINE)
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # what comes from there writes no text
     devices = _devices(topology)
     job, mesh = jobs.make(settings, devices)
     programs = []
@@ -94,8 +95,8 @@ def compile_text(lowered: Any, folder: str) -> tuple[Any, str]:
 def _dumped(folder: str, what: str) -> str:
     files = list(pathlib.Path(folder).glob(f"*.{what}.txt"))
     if len(files) != 1:
-        raise UserError(f"libtpu wrote {len(files)} files *.{what}.txt, not one: is it as new as pyproject.toml wants?")
-    return files[0].read_text()
+        raise UserError(f"libtpu wrote {len(files)} files *.{what}.txt, not one: pip install -U 'mmprm_jax[tpu]'")
+    return files[0].read_text("utf-8")
 
 
 def _compiled(program: jobs.Program, job: jobs.Job, topology: chips.Topology) -> dict[str, Any]:

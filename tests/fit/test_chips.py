@@ -192,7 +192,7 @@ def test_refused_by_the_compiler():
 
         def compile(self, compiler_options):
             folder = pathlib.Path(compiler_options["xla_dump_to"])
-            (folder / "module_0000.jit_step.after_optimizations-memory-usage-report.txt").write_text(USAGE)
+            (folder / "module_0000.jit_step.after_optimizations-memory-usage-report.txt").write_text(USAGE, "utf-8")
             raise jax.errors.JaxRuntimeError(said)
 
     program = jobs.Program("step", Lowered(), (), {})
