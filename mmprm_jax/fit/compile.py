@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -54,6 +56,7 @@ def _work(settings: jobs.Settings, topology: chips.Topology) -> Iterator[dict[st
     """A child's work."""
     os.environ.update(OFFLINE)
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # what comes from there writes no text
     devices = _devices(topology)
     job, mesh = jobs.make(settings, devices)
     programs = []
@@ -79,6 +82,23 @@ def _work(settings: jobs.Settings, topology: chips.Topology) -> Iterator[dict[st
     }
 
 
+def compile_text(lowered: Any, folder: str) -> tuple[Any, str]:
+    """Compiles for a TPU: the executable and the text of its optimised program, which libtpu writes into ``folder``.
+
+    ``Compiled.as_text()`` wants jaxlib to read libtpu's program, which it cannot when libtpu is much newer.
+    """
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": ""}
+    compiled = lowered.compile(compiler_options=options)
+    return compiled, _dumped(folder, "after_codegen")
+
+
+def _dumped(folder: str, what: str) -> str:
+    files = list(pathlib.Path(folder).glob(f"*.{what}.txt"))
+    if len(files) != 1:
+        raise UserError(f"libtpu wrote {len(files)} files *.{what}.txt, not one: pip install -U 'mmprm_jax[tpu]'")
+    return files[0].read_text("utf-8")
+
+
 def _compiled(program: jobs.Program, job: jobs.Job, topology: chips.Topology) -> dict[str, Any]:
     """memory (bytes), flops, bytes and sent (bytes by kind) of a compiled program; or ``exceeded``: why it cannot be.
 
@@ -86,13 +106,14 @@ def _compiled(program: jobs.Program, job: jobs.Job, topology: chips.Topology) ->
     """
     start = time.perf_counter()
     lowered = program.run.lower(*program.args, **program.kwargs)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or " hbm" not in str(error):
-            raise
-        return {"exceeded": exceeded(str(error))}
-    seconds, text, memory = time.perf_counter() - start, compiled.as_text(), compiled.memory_analysis()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled, text = compile_text(lowered, folder)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
+                raise
+            return {"exceeded": exceeded(str(error), _dumped(folder, "after_optimizations-memory-usage-report"))}
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     parsed = hlo.parse(text)
     name = hlo.outer_loop(parsed) if program.turn else hlo.entry(text)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -110,25 +131,23 @@ def _compiled(program: jobs.Program, job: jobs.Job, topology: chips.Topology) ->
 
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = r"([\d.]+)([KMGT]?)i?B?"
 
 
-def exceeded(message: str) -> dict[str, Any]:
-    """What the TPU compiler says when a program does not fit: used and available bytes, and the largest buffers."""
+def exceeded(message: str, usage: str) -> dict[str, Any]:
+    """Why a program does not fit: used and available bytes (None where not told), and the largest buffers.
 
-    def size(text: str) -> float:
-        number, unit = re.match(r"([\d.]+)([KMGT]?)", text).groups()
+    message: the TPU compiler's error. usage: its report of buffers, the largest first, those in HBM before the others.
+    """
+
+    def size(number: str, unit: str) -> float:
         return float(number) * _UNITS[unit]
 
-    used = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", message)
-    found = re.findall(r"Size: ([\d.]+[KMGT]?)\s*\n(.*?)(?:={5,}|\Z)", message, re.DOTALL)
-    buffers = []
-    for text, rest in found[:8]:
-        operator, shape = (re.search(rf"{key}: (.*)", rest) for key in ("Operator", "Shape"))
-        what = " ".join(match[1].strip() for match in (shape, operator) if match)
-        buffers.append({"bytes": size(text), "what": what})
+    used = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
+    buffers = re.findall(rf"^.*?\); +{_SIZE}; +\d+; +\d+; (.*)", usage.split("\n\n")[0], re.MULTILINE)
     return {
-        "used": size(used[1]) if used else None,
-        "available": size(used[2]) if used else None,
-        "largest": buffers,
+        "used": size(*used.groups()[:2]) if used else None,
+        "available": size(*used.groups()[2:]) if used else None,
+        "largest": [{"bytes": size(number, unit), "what": what} for number, unit, what in buffers[:8]],
         "message": message[:2000],
     }

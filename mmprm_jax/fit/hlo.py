@@ -23,7 +23,8 @@ import numpy as np
 
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "s4": 1, "u4": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
           "u32": 4, "f64": 8, "s64": 8, "u64": 8}  # fmt: skip
-_FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "replica-id")
+_FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "replica-id",
+         "async-update")  # fmt: skip
 _TAKE, _PUT = ("slice", "dynamic-slice", "gather"), {"scatter": 2, "dynamic-update-slice": 1}  # operand of the update
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 
@@ -53,7 +54,7 @@ def hbm_bytes(shape: str) -> int:
 
 
 def parse(text: str) -> Program:
-    """The computations of ``Compiled.as_text()``."""
+    """The computations of a program's text."""
     program: Program = {}
     current: dict[str, Instruction] = {}
     for line in text.splitlines():
@@ -70,6 +71,14 @@ def parse(text: str) -> Program:
 
 def _called(i: Instruction, attribute: str) -> str:
     return re.search(rf"{attribute}=%?([\w.\-]+)", i.rest)[1]
+
+
+def _inner(i: Instruction) -> str | None:
+    """The computation that a fusion, a call, or what starts beside the others (also on a sparse core) runs once."""
+    if i.op == "call":
+        return _called(i, "to_apply")
+    found = re.search(r"(?:calls=|called_computations=\{)%?([\w.\-]+)", i.rest)
+    return found and found[1]
 
 
 def _branches(i: Instruction) -> list[str]:
@@ -144,9 +153,10 @@ def _bytes(program: Program, computation: dict[str, Instruction], i: Instruction
     sizes = [hbm_bytes(computation[name].shape) if name in computation else 0 for name in i.operands]
     if i.op == "fusion":
         return _fusion(program, i, sizes)
-    if i.op in ("copy-start", "slice-start"):
-        parts = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", i.shape)
-        target = parts[0] if i.op == "copy-start" else parts[1]
+    if inner := _inner(i):
+        return sum_bytes(program, inner)
+    if i.op == "copy-start":
+        target = re.search(r"\w+\[[\d,]*\](?:\{[^}]*\})?", i.shape)[0]
         return (_unplaced(target) if sizes[0] else 0) + hbm_bytes(target)
     if i.op.endswith("-start"):
         return sum(sizes) + max(0, hbm_bytes(i.shape) - sum(sizes))
@@ -235,10 +245,8 @@ def sum_flops(program: Program, name: str, kernels: Kernels = lambda name, shape
             total += _dot(i, _dims(computation[i.operands[0]].shape))
         elif i.op == "custom-call" and "tpu_custom_call" in i.rest:
             total += kernels(i.name, [_dims(computation[operand].shape) for operand in i.operands])
-        elif "calls=" in i.rest:
-            total += sum_flops(program, _called(i, "calls"), kernels)
-        elif i.op == "call":
-            total += sum_flops(program, _called(i, "to_apply"), kernels)
+        elif inner := _inner(i):
+            total += sum_flops(program, inner, kernels)
     return total
 
 
@@ -281,16 +289,14 @@ def collectives(program: Program, name: str, devices: int) -> dict[str, int]:
             total.update(max(parts, key=lambda part: sum(part.values())))
         elif kind in KINDS:
             # A gather that other work overlaps appears in several fusions; it starts in the one with flag -1.
-            flag = re.search(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"', i.rest)
+            flag = re.search(r'"async_collective_fusion_config":\{[^}]*"flag_start":"(-?\d+)"', i.rest)
             if flag is None or flag[1] == "-1":
                 size = sum(_unplaced(computation[operand].shape) for operand in i.operands)
                 scatter = kind == "all-reduce" and name.startswith("all-reduce-scatter")  # each keeps a part of it
                 kind = "reduce-scatter" if scatter else kind
                 total[kind] += _sent(kind, size, _members(i, devices))
-        elif "calls=" in i.rest:
-            total.update(collectives(program, _called(i, "calls"), devices))
-        elif i.op == "call":
-            total.update(collectives(program, _called(i, "to_apply"), devices))
+        elif inner := _inner(i):
+            total.update(collectives(program, inner, devices))
     return dict(total)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import sys
 
 import jax
@@ -156,33 +157,50 @@ def test_advice():
     assert "20.00 of 16.00 GB" in report.describe(found_of({"arguments": 3 * GB, "exceeded": e}))
 
 
-MESSAGE = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used \
-22.50G of 15.75G hbm. Exceeded hbm capacity by 6.75G.
+MESSAGE = """RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO \
+temporaries (46.83G) exceeds available HBM (15.75G). HLO module: jit_train_step.
+See https://openxla.org/xla/errors/error_1000 for more details."""
+USAGE = """Memory Space: default (color=0)
+Total bytes: 50282193920 (46.83GiB)
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+  ------------------------------------------------------------
+    4.75GiB(  9%);    4.75GiB;      5013504;               15; bf16[16,8192,896], bf16[32,1024,1024], 6×bf16[224,896]
+   42.25GiB( 83%);  896.00MiB;  44431081472;                5; 5×bf16[4,16,8192,896]
+   46.83GiB(100%);       512B;            0;                1; bf16[]
 
-Total hbm usage >= 22.75G:
-    reserved        258.00M
-    program          22.50G
-
-  Largest program allocations in hbm:
-
-  1. Size: 8.00G
-     Operator: op_name="jit(step)/while/dot_general"
-     Shape: f32[32,8192,8192]{2,1,0:T(8,128)}
-     Unpadded size: 8.00G
-     XLA label: fusion.1
-     ==========================
-
-  2. Size: 512.00M
-     Shape: bf16[2]
-     ==========================
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+  ------------------------------------------------------------
+       512B(100%);       512B;            0;                1; bf16[]
 """
 
 
 def test_exceeded():
-    found = compile.exceeded(MESSAGE)
-    assert found["used"] == 22.5 * 2**30 and found["available"] == 15.75 * 2**30
-    assert [b["bytes"] for b in found["largest"]] == [2**33, 2**29]
-    assert found["largest"][0]["what"].startswith("f32[32,8192,8192]") and "dot_general" in found["largest"][0]["what"]
+    """A message of libtpu 0.0.52, and some lines of its report: the total counts the arguments, too."""
+    found = compile.exceeded(MESSAGE, USAGE)
+    assert found["used"] == 46.83 * 2**30 and found["available"] == 15.75 * 2**30
+    assert [b["bytes"] for b in found["largest"]] == [4.75 * 2**30, 896 * 2**20, 512]
+    assert found["largest"][1]["what"] == "5×bf16[4,16,8192,896]"
+
+
+def test_refused_by_the_compiler():
+    """Its error becomes a report; another error stays one."""
+    said = MESSAGE
+
+    class Lowered:
+        def lower(self):
+            return self
+
+        def compile(self, compiler_options):
+            folder = pathlib.Path(compiler_options["xla_dump_to"])
+            (folder / "module_0000.jit_step.after_optimizations-memory-usage-report.txt").write_text(USAGE, "utf-8")
+            raise jax.errors.JaxRuntimeError(said)
+
+    program = jobs.Program("step", Lowered(), (), {})
+    found = compile._compiled(program, None, chips.topology("v5e-4"))
+    assert found["exceeded"]["used"] == 46.83 * 2**30 and len(found["exceeded"]["largest"]) == 3
+    for said in ("INTERNAL: no HBM was found", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=said):
+            compile._compiled(program, None, chips.topology("v5e-4"))
 
 
 def test_same_shapes_as_real_arrays(mesh):

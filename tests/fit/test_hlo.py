@@ -61,6 +61,49 @@ def test_trips():
     assert hlo.entry(unrolled) == "main"
 
 
+ASYNC = """
+%take (t: bf16[4096,64], n: s32[8]) -> bf16[8,64] {
+  %t = bf16[4096,64]{1,0} parameter(0)
+  %n = s32[8]{0:S(2)} parameter(1)
+  ROOT %rows = bf16[8,64]{1,0} gather(%t, %n), offset_dims={1}, collapsed_slice_dims={0}, slice_sizes={1,64}
+}, execution_thread="sparsecore"
+%called (t.2: bf16[4096,64], n.2: s32[8]) -> bf16[8,64] {
+  %t.2 = bf16[4096,64]{1,0} parameter(0)
+  %n.2 = s32[8]{0:S(2)} parameter(1)
+  ROOT %call = bf16[8,64]{1,0} call(%t.2, %n.2), to_apply=%take
+}, execution_thread="sparsecore"
+%offloaded (t.1: bf16[4096,64], n.1: s32[8]) -> bf16[8,64] {
+  %t.1 = bf16[4096,64]{1,0} parameter(0)
+  %n.1 = s32[8]{0:S(2)} parameter(1)
+  ROOT %custom-call = bf16[8,64]{1,0} custom-call(%t.1, %n.1), custom_call_target="x", called_computations={%called}
+}, execution_thread="sparsecore"
+%piece (p: bf16[16,64]) -> bf16[2,64] {
+  %p = bf16[16,64]{1,0} parameter(0)
+  ROOT %part = bf16[2,64]{1,0:S(1)} slice(%p), slice={[0:2], [0:64]}
+}
+ENTRY %main (a: bf16[4096,64], b: s32[8], c: bf16[16,64]) -> bf16[8,64] {
+  %a = bf16[4096,64]{1,0} parameter(0)
+  %b = s32[8]{0:S(2)} parameter(1)
+  %c = bf16[16,64]{1,0} parameter(2)
+  %slice-start = ((bf16[16,64]{1,0}), bf16[2,64]{1,0:S(1)}, s32[]{:S(2)}) async-start(%c), calls=%piece
+  %slice-done = bf16[2,64]{1,0:S(1)} async-done(%slice-start)
+  %start = ((), (), (s32[99]{0:T(1024)}, s32[25]{0:T(1)S(11)}, /*index=5*/s32[0]{0})) async-start(), \
+async_execution_thread="sparsecore", calls=%offloaded
+  %update = ((bf16[4096,64]{1,0}, s32[8]{0:S(2)}), bf16[8,64]{1,0}, (s32[99]{0})) async-update(%start, %a, %b), \
+output_to_operand_aliasing={{2,0}: (0, {2,0})}
+  ROOT %done = bf16[8,64]{1,0} async-done(%update)
+}
+""".replace("\\\n", "")
+
+
+def test_asynchronous():
+    """Work that runs beside the rest, some of it on a sparse core that gets its operands in an update, counts once."""
+    program = hlo.parse(ASYNC)
+    # of 16 rows two are read, on to the chip; of 4096 eight are read and written
+    assert hlo.sum_bytes(program, "main") == 2 * 64 * 2 + 2 * (8 * 64 * 2)
+    assert program["main"]["update"].operands == ("start", "a", "b")
+
+
 def line(text):
     return hlo.parse(f"ENTRY %main (x: s32[]) -> s32[] {{\n{text}\n}}\n")
 
@@ -106,12 +149,12 @@ COLLECTIVES = """
 %begin (i: bf16[32]) -> bf16[64] {
   %j = bf16[32]{0} parameter(0)
   ROOT %g = bf16[64]{0} all-gather(%j), channel_id=2, replica_groups=[4,2]<=[8], dimensions={0}, \
-backend_config={"async_collective_fusion_config":{"flag_start":"-1","flag_end":"-1"}}
+backend_config={"async_collective_fusion_config":{"flag_end":"-1","flag_start":"-1"}}
 }
 %finish (i: bf16[32]) -> bf16[64] {
   %k = bf16[32]{0} parameter(0)
   ROOT %h = bf16[64]{0} all-gather(%k), channel_id=2, replica_groups=[4,2]<=[8], dimensions={0}, \
-backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}
+backend_config={"async_collective_fusion_config":{"flag_end":"8","flag_start":"2"}}
 }
 ENTRY %main (x: f32[64], y: bf16[32]) -> f32[64] {
   %x = f32[64]{0} parameter(0)
