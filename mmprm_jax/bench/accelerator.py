@@ -1,7 +1,7 @@
-"""How fast a large random model decodes on one accelerator: ``python -m mmprm_jax.bench.accelerator [--key=value …]``.
+"""A large random model on one accelerator: ``python -m mmprm_jax.bench.accelerator {decode,train} [--key=value …]``.
 
-Groups of samples that share a prefix go through the sampling engine. Timed is decoding only, from the end of the second
-call of the device to that of the last but one. Prints JSON.
+decode: groups of samples that share a prefix go through the sampling engine. Timed is decoding only, from the end of
+the second call of the device to that of the last but one. train: training steps on packed rows. Prints JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmprm_jax.bench import common
+from mmprm_jax.bench import common, cost
+from mmprm_jax.fit import chips, jobs
 from mmprm_jax.models import build
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.released import named
@@ -30,12 +31,13 @@ def random_params(cfg: VLMConfig, mesh: Any, dtype: Any) -> tuple[Any, Any]:
     graphdef, shapes = build.abstract(cfg, -1, mesh, dtype)
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
+    return graphdef, jax.tree.unflatten(tree, [_draw(key, x) for key, x in zip(keys, leaves, strict=True)])
 
-    def make(key: jax.Array, x: Any) -> jax.Array:
-        draw = jax.jit(lambda key: jax.random.normal(key, x.shape, x.dtype) * 0.02, out_shardings=x.sharding)
-        return draw(key)
 
-    return graphdef, jax.tree.unflatten(tree, [make(key, x) for key, x in zip(keys, leaves, strict=True)])
+def _draw(key: jax.Array, x: Any) -> jax.Array:
+    """A random array like ``x``."""
+    draw = jax.jit(lambda key: jax.random.normal(key, x.shape, x.dtype) * 0.02, out_shardings=x.sharding)
+    return draw(key)
 
 
 def _groups(cfg: VLMConfig, groups: int, samples: int, prefix: int, new: int) -> list[Group]:
@@ -55,7 +57,7 @@ def _groups(cfg: VLMConfig, groups: int, samples: int, prefix: int, new: int) ->
     ]
 
 
-def decode_8b(
+def decode(
     model: str = "internvl2_5-8b", groups: int = 16, samples: int = 16, prefix: int = 1024, new: int = 129,
     steps: int = 16, layers: int = 0, dtype: str = "bfloat16", copied: int = 1 << 30,
 ) -> dict[str, Any]:  # fmt: skip
@@ -95,7 +97,7 @@ def decode_8b(
     }
     total = sum(fewest.values())
     return {
-        "benchmark": "decode_8b",
+        "benchmark": "decode",
         "device": jax.devices()[0].device_kind,
         "versions": common.versions(),
         "settings": dict(
@@ -113,7 +115,76 @@ def decode_8b(
     }  # fmt: skip
 
 
+def _segments(rows: int, tokens: int, examples: int) -> np.ndarray:
+    """int32 [rows, tokens]: ``examples`` of equal length in each row, numbered from 1."""
+    return np.tile(np.arange(tokens) * examples // tokens + 1, (rows, 1)).astype(np.int32)
+
+
+def train(
+    model: str = "internvl2_5-1b", job: str = "train_prm", rows: int = 8, tokens: int = 8192, examples: int = 7,
+    tiles: int = 24, microbatches: int = 8, remat: str = "full", layers: int = 0, steps: int = 6,
+) -> dict[str, Any]:  # fmt: skip
+    """Tokens/s and the share of the chip's peak (MFU) of ``trainer.train_step`` as ``mmprm fit`` compiles it.
+
+    A step takes ``rows`` of ``tokens``, in each ``examples`` of equal length and ``tiles`` image tiles; bfloat16 with
+    float32 masters and moments of AdamW, the vision tower frozen. The first step is not timed. ``mfu`` counts the least
+    work: attention within examples only, and nothing that is computed twice; ``mfu_whole_rows`` counts attention as if
+    each row were one example.
+    """
+    s = jobs.Settings(
+        model, job, layers=layers, rows=rows, row_tokens=tokens, row_examples=examples, tiles=tiles,
+        microbatches=microbatches, remat=remat,
+    )  # fmt: skip
+    cfg, mesh, rng = jobs.config(s), make_mesh({"data": 1}, jax.devices()[:1]), np.random.default_rng(0)
+    with jax.set_mesh(mesh):
+        work = jobs.JOBS[job](s, cfg, mesh)
+        state, frozen, batch = work.programs[0].args
+        key = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves((state["params"], frozen)))))
+        state["params"], frozen = jax.tree.map(lambda x: _draw(next(key), x), (state["params"], frozen))
+        state["opt"], state["step"] = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), (state["opt"], state["step"])
+        )
+        filled = {"segment": _segments(rows, tokens, examples), "example": np.zeros((rows, examples), np.int32)}
+        filled["tokens"] = rng.integers(1, cfg.decoder.vocab_size, (rows, tokens), np.int32)
+        filled["tokens"][:, : min(tokens, tiles * cfg.tokens_per_tile)] = 0  # the image token of jobs.train
+        filled["n"] = np.where(rng.random((rows, tokens)) < 0.01, 8, 0).astype(np.int32)
+        filled["k"] = filled["n"] // 2
+        filled["response"] = np.ones((rows, tokens), bool)
+        if "pixels" in batch:
+            filled["pixels"] = rng.standard_normal(batch["pixels"].shape, np.float32)
+        batch = {name: jax.device_put(filled[name], x.sharding) for name, x in batch.items()}
+        losses, marks = [], []
+        for _ in range(steps + 1):
+            state, scalars = work.programs[0].run(state, frozen, batch, **work.programs[0].kwargs)
+            losses.append(float(scalars["loss"]))
+            marks.append(time.perf_counter())
+    seconds = (marks[-1] - marks[0]) / steps
+    kind = jax.devices()[0].device_kind
+    peak = next((chip.flops for name, chip in chips.CHIPS.items() if name in kind.lower()), float("nan"))
+    drawn = tokens if job == "sft" else 0
+    least = {
+        name: cost.train_flops(cfg, rows * parts, tokens // parts, rows * tiles, drawn // parts)
+        for name, parts in {"mfu": examples, "mfu_whole_rows": 1}.items()
+    }
+    return {
+        "benchmark": "train",
+        "device": kind,
+        "versions": common.versions(),
+        "settings": dataclasses.asdict(s),
+        "parameters": work.parameters,
+        "seconds_per_step": seconds,
+        "tokens_per_s": rows * tokens / seconds,
+        "peak_flops": peak,
+        **{name: flops / seconds / peak for name, flops in least.items()},
+        "losses": losses,
+        "memory": jax.devices()[0].memory_stats(),
+    }
+
+
 if __name__ == "__main__":
-    options = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[1:])
+    commands = {"decode": decode, "train": train}
+    if sys.argv[1:2] == [] or sys.argv[1] not in commands:
+        sys.exit(f"usage: python -m mmprm_jax.bench.accelerator {{{','.join(commands)}}} [--key=value …]")
+    options = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[2:])
     numbers = {key: int(value) if value.isdigit() else value for key, value in options.items()}
-    print(json.dumps(decode_8b(**numbers), indent=2))
+    print(json.dumps(commands[sys.argv[1]](**numbers), indent=2))

@@ -135,7 +135,7 @@ def train(s: Settings, cfg: VLMConfig, mesh: Any) -> Job:
     loss = losses.policy_loss if s.job == "sft" else losses.prm_loss("soft", 0.5, *_CLASSES)
     task = trainer.make_task(graphdef, loss, settings)
     ints = functools.partial(_batch, mesh, jnp.int32, s.rows, s.row_tokens)
-    batch = {"tokens": ints(), "segment": ints()}
+    batch = {"tokens": ints(), "segment": ints(), "example": _batch(mesh, jnp.int32, s.rows, s.row_examples)}
     if s.job == "sft":
         batch["response"] = _batch(mesh, jnp.bool, s.rows, s.row_tokens)
     else:

@@ -37,15 +37,19 @@ def places_of(segment: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def self_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None, causal: bool, backend: str = ""
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None, causal: bool, backend: str = "", most: int = 0
 ) -> jax.Array:
     """Grouped-query softmax attention of each row over itself.
 
     q [B, S, G, R, D] (G key/value heads, R query heads each), k and v [B, S, G, D]; segment [B, S] int32, None: each
-    row is one example -> [B, S, G, R, D]. ``causal``: a token sees no later one. The softmax is float32.
+    row is one example -> [B, S, G, R, D]. ``causal``: a token sees no later one. ``most``: examples that a row has at
+    most, 0: unknown; known, cuDNN computes nothing across them. The softmax is float32.
     """
     backend = backend or choose_backend(q)
-    out = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}[backend](q, k, v, segment, causal)
+    if backend == "cudnn":
+        out = _cudnn(q, k, v, segment, causal, most)
+    else:
+        out = {"xla": _xla, "splash": _splash}[backend](q, k, v, segment, causal)
     return checkpoint_name(out, ATTENTION)
 
 
@@ -92,14 +96,50 @@ def _per_device(run: Any, q: jax.Array, k: jax.Array, v: jax.Array, segment: jax
     return jax.shard_map(run, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*args)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None, causal: bool) -> jax.Array:
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None, causal: bool, most: int = 0
+) -> jax.Array:
     def run(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None = None) -> jax.Array:
         flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
+        if segment is not None and most and _hopper():
+            return _cudnn_packed(flat, k, v, segment, causal, most).reshape(q.shape)
         mask = None if segment is None else _mask(segment, q.shape[1], False)[:, None]
         out = jax.nn.dot_product_attention(flat, k, v, mask=mask, is_causal=causal, implementation="cudnn")
         return out.reshape(q.shape)
 
     return _per_device(run, q, k, v, segment)
+
+
+def _hopper() -> bool:
+    """Whether the devices are new enough for cuDNN's packed layout."""
+    return float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= 9
+
+
+def _cudnn_packed(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, causal: bool, most: int) -> jax.Array:
+    """q [B, S, N, D], k and v [B, S, G, D] -> like q. No work and no memory for pairs of different examples."""
+    # The public jax.nn.dot_product_attention has no offsets.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))  # its offsets are for equal heads only
+    starts, sizes = starts_of(segment, most + 1)  # padding is one more
+    kind = MaskType.PADDING_CAUSAL if causal else MaskType.PADDING
+    scale = q.shape[-1] ** -0.5
+    return dot_product_attention(q, k, v, None, None, sizes, sizes, starts, starts, scale=scale, mask_type=kind)
+
+
+def starts_of(segment: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+    """First tokens [B, most + 1] and sizes [B, most] of the runs of equal numbers in segment [B, S], int32.
+
+    -1 where there is no further run; a row must not have more than ``most``.
+    """
+    rows, length = segment.shape
+    index = jax.lax.broadcasted_iota(jnp.int32, segment.shape, 1)
+    first = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    number, row = jnp.cumsum(first, axis=1) - 1, jnp.arange(rows)[:, None]
+    starts = jnp.full((rows, most + 1), -1, jnp.int32)
+    starts = starts.at[row, jnp.where(first, number, length + most)].set(index, mode="drop")
+    sizes = jnp.zeros((rows, most), jnp.int32).at[row, number].add(1, mode="drop")
+    return starts, jnp.where(sizes > 0, sizes, -1)
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None, causal: bool) -> jax.Array:

@@ -28,12 +28,15 @@ def stack(create: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> M
 
 
 # What the backward pass finds again, by name; it computes the rest once more, layer by layer. None: everything.
+_ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")  # the result of models.attention
 REMAT: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # of models.attention
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # not the attention's
+    "attention": _ATTENTION,
+    "dots": jax.checkpoint_policies.save_from_both_policies(jax.checkpoint_policies.dots_saveable, _ATTENTION),
+    "dots_no_batch": jax.checkpoint_policies.save_from_both_policies(  # not the scores of attention
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
+    ),
 }
 
 

@@ -1,8 +1,9 @@
 """Losses as (unreduced sum, weight), so that sums over microbatches and devices are exact.
 
 Every loss takes a model and a batch of packed rows: tokens [B, S] int32; segment [B, S] int32, 0 at padding, else the
-number of the example within its row; pixels [B, tiles, H, W, 3], absent for text-only models; what the loss itself
-needs; keep [B, tiles, layers, 2], absent without drop-path (see ``VisionTower.draw``).
+number of the example within its row; example [B, E], of which E counts: the examples that a row has at most (absent:
+unknown); pixels [B, tiles, H, W, 3], absent for text-only models; what the loss itself needs; keep [B, tiles, layers,
+2], absent without drop-path (see ``VisionTower.draw``).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _TOKENS_AT_ONCE = 1024  # logits of so many tokens are in the memory of a device
 
 def hidden_states(model: VLM, batch: Batch) -> jax.Array:
     """[B, S, D] after the final norm."""
-    return model(batch["tokens"], batch["segment"], batch.get("pixels"), keep=batch.get("keep"))[0]
+    most = batch["example"].shape[1] if "example" in batch else 0
+    return model(batch["tokens"], batch["segment"], batch.get("pixels"), keep=batch.get("keep"), most=most)[0]
 
 
 def policy_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -209,8 +209,7 @@ def fit(
             for step in range(start, s.steps):
                 batch = next(source)
                 done, examples = step + 1, batch.get("example")
-                rows = put_rows({k: v for k, v in batch.items() if k != "example"}, mesh)
-                state, scalars = train_step(state, frozen, rows, task=task)
+                state, scalars = train_step(state, frozen, put_rows(batch, mesh), task=task)
                 if before:
                     _check(name, *before)
                 before = (done, scalars, examples)

@@ -130,8 +130,8 @@ def test_names_of_cases():
         rollout.run(["mistral"])
 
 
-def test_decode_8b():
-    found = accelerator.decode_8b(
+def test_decode():
+    found = accelerator.decode(
         "tiny-internlm2", groups=2, samples=2, prefix=8, new=13, steps=3, layers=1, copied=1 << 16
     )
     assert found["steps"] == 6 and found["tokens_per_s"] > 0 and found["settings"]["layers"] == 1

@@ -1,5 +1,6 @@
 """Attention over packed rows: the reference against numpy, splash against the reference, and the TPU compiler."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -71,6 +72,51 @@ def test_back_ends(mesh):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attention, "_platform", lambda platform=platform: platform)
             assert attention.choose_backend(q[:, :length].astype(dtype)) == want
+
+
+def test_where_examples_begin():
+    rng = np.random.default_rng(0)
+    for most in (3, 6):
+        segment = np.zeros((5, 20), np.int32)
+        for row in segment:
+            ends = np.sort(rng.choice(np.arange(1, 20), rng.integers(1, most), replace=False))
+            for number, part in enumerate(np.split(row, ends)[:-1], 1):
+                part[:] = number  # the last one stays padding
+        starts, sizes = attention.starts_of(jnp.array(segment), most)
+        for row, start, size in zip(segment, starts.tolist(), sizes.tolist(), strict=True):
+            runs = [list(run) for _, run in itertools.groupby(row)]
+            want = [len(run) for run in runs]
+            assert size == want + [-1] * (most - len(runs))
+            assert start == [sum(want[:i]) for i in range(len(runs))] + [-1] * (most + 1 - len(runs))
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("most", [0, 4], ids=["mask", "packed"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_is_the_reference(mesh_of, causal, most):
+    """Two rows with different numbers of examples, bfloat16: forward and backward."""
+    q, k, v = draw(2, 640, 2, 3, 64)
+    segment = np.repeat([[1, 1, 1, 0, 0], [1, 2, 2, 3, 4]], 128, axis=1).astype(np.int32)
+    # padding may be anything finite
+    w = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32) * (segment > 0)[..., None, None, None]
+
+    def run(backend, dtype):
+        def total(x):
+            q, k, v = (x[name].astype(dtype) for name in "qkv")
+            out = attention.self_attention(q, k, v, x["segment"], causal, backend, most)
+            return jnp.sum(out.astype(jnp.float32) * x["w"])
+
+        mesh = mesh_of(data=1)
+        with jax.set_mesh(mesh):
+            x = put_batch({"q": q, "k": k, "v": v, "w": w}, mesh)
+            segments = put_batch({"segment": segment}, mesh)
+            return jax.device_get(jax.jit(jax.value_and_grad(lambda x: total(x | segments)))(x))
+
+    (want, wants), (got, gots) = run("xla", jnp.float32), run("cudnn", jnp.bfloat16)
+    np.testing.assert_allclose(got, want, rtol=0.02, atol=0.5)
+    for name in "qkv":
+        assert np.isfinite(gots[name]).all()
+        np.testing.assert_allclose(gots[name], wants[name], atol=0.02 * np.abs(wants[name]).max())
 
 
 COMPILE = """
