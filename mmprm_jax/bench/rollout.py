@@ -43,7 +43,13 @@ TINY = VLMConfig(  # the model of configs/digits.py in the layout of Qwen2
         rms_norm_eps=1e-5, rope_theta=1e4, qkv_bias=True,
     ),
 )  # fmt: skip
-MODELS = {"qwen2": QWEN2, "tiny_vlm": TINY}
+SMALL = VLMConfig(  # heads of 64, as the released models have; 31 million parameters
+    vision=VisionConfig(
+        image_size=56, patch_size=14, hidden_size=256, num_layers=4, num_heads=4, intermediate_size=1024
+    ),
+    decoder=QWEN2.decoder,
+)  # fmt: skip
+MODELS = {"qwen2": QWEN2, "tiny_vlm": TINY, "small_vlm": SMALL}
 IMAGE = 3  # the image token; prompts have larger ids else
 SAMPLING = dict(temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.05)  # the paper's
 _CHECK = 16  # greedy tokens that are compared at most

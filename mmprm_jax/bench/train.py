@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from mmprm_jax.bench import common
-from mmprm_jax.bench.rollout import IMAGE, TINY, export
+from mmprm_jax.bench.rollout import IMAGE, MODELS, export
 from mmprm_jax.data import packing
 from mmprm_jax.models import build
 from mmprm_jax.models.config import VLMConfig
@@ -37,16 +37,18 @@ _CLIP = 1.0
 class Case:
     """``steps`` batches of ``rows`` rows with ``tokens`` tokens each, filled with examples of about ``median``."""
 
+    model: str = "tiny_vlm"
     rows: int = 60
     tokens: int = 120
     examples: int = 4  # of a row at most; each has one image of one tile
     median: float = 45.0
     shortest: int = 24
     steps: int = 10
+    remat: str = "full"  # for the tiny model faster on CPUs than to keep what was computed
 
     @property
     def cfg(self) -> VLMConfig:
-        return dataclasses.replace(TINY, remat="full")  # on CPUs faster than to keep what was computed
+        return dataclasses.replace(MODELS[self.model], remat=self.remat)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ def initialised(tiny, mesh_of):
 
 def test_initialise_is_the_same_on_every_mesh(initialised):
     one, eight = initialised
-    equal(one, eight)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, eight)  # the same draws
     assert len(eight["decoder"]["embed"].sharding.device_set) == 8
     assert np.asarray(one["decoder"]["embed"]).std() == pytest.approx(16**-0.5, rel=0.1)
     q = np.asarray(one["decoder"]["layers"]["attention"]["q"])

@@ -71,7 +71,8 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("settings", [pytest.param(SETTINGS, marks=pytest.mark.slow), MUON], ids=["adamw", "muon"])
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [SETTINGS, MUON], ids=["adamw", "muon"])
 def test_learns_and_is_the_same_on_one_and_eight_devices(run, settings):
     one, eight = run(settings, ONE), run(settings, EIGHT)
     assert one.compiled == eight.compiled == 1
@@ -85,7 +86,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("shape", [ONE, EIGHT], ids=["1 device", "8 devices"])
+@pytest.mark.parametrize("shape", [ONE, pytest.param(EIGHT, marks=pytest.mark.slow)], ids=["1 device", "8 devices"])
 def test_interrupted_and_resumed_is_bit_identical(run, fit, tmp_path, monkeypatch, shape):
     whole = run(SETTINGS, shape)
 

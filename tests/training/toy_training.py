@@ -41,7 +41,7 @@ def pack(rows, length, tiles, cfg=TINY):
     batch = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "segment", "k", "n")}
     batch["response"] = np.zeros((len(rows), length), bool)
     batch["pixels"] = np.zeros((len(rows), tiles, size, size, 3), np.float32)
-    batch["example"] = np.full((len(rows), max(map(len, rows))), -1, np.int32)
+    batch["example"] = np.full((len(rows), EXAMPLES), -1, np.int32)
     count = 0
     for r, row in enumerate(rows):
         at = tile = 0
