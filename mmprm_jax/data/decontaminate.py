@@ -1,0 +1,185 @@
+"""Training rows that a benchmark has too: found by their text and their images, one row at a time.
+
+Text. Questions are compared as sets of shingles (4 words in a row) of normalised text: NFKC, case, ``$``, spacing
+commands and image tags do not count. Near: Jaccard similarity of at least 0.8 and the same numbers (a question with
+other numbers is another problem). When both rows have an image, the text alone decides only if it is self-contained
+(25 words, or 12 words with 2 numbers): "As shown in the figure, find x" is asked of thousands of figures, so there the
+image has to agree too.
+
+Images. The same bytes or pixels; or near: their difference hashes (64 bits) differ in at most 8 and their thumbnails of
+32 x 32 correlate by at least 0.98, which keeps thin drawings on white apart, whose hashes are often alike. An image
+decides alone, whatever is asked of it: a benchmark's figure under a new question is still the benchmark's figure.
+
+Memory depends on the benchmarks only. Nothing is sampled: the result is a function of the row and the benchmarks.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+SHINGLE = 4  # words
+JACCARD = 0.8
+HASH_BITS = 8  # of 64 that may differ
+CORRELATION = 0.98
+THUMBNAIL = 32  # pixels a side
+LONG_WORDS, WORDS, NUMBERS = 25, 12, 2  # what makes a question self-contained
+
+_NOISE = re.compile(r"<image_?\d*>|\\(?:left|right|displaystyle|quad|qquad|[,;:! ])|\\(?:mathrm|text|mbox|rm)\b|[$~]")
+_WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_a-z]|[a-z]+|[-+=<>^*/|%°∠△]")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_SAME = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\vartriangle": r"\triangle", "−": "-", "×": r"\times"}
+
+
+@dataclass(frozen=True)
+class Match:
+    """Why a training row was removed."""
+
+    benchmark: str
+    benchmark_id: str
+    why: str  # "question", "near question", "image" or "near image"
+    similarity: float  # Jaccard of the text, correlation of the image; 1: exact
+
+
+@dataclass(frozen=True)
+class Text:
+    """A question as it is compared."""
+
+    words: tuple[str, ...]
+    shingles: frozenset[int]
+    numbers: tuple[str, ...]  # sorted
+
+    @property
+    def self_contained(self) -> bool:
+        """Whether the text alone, without its image, tells a problem from others."""
+        return len(self.words) >= LONG_WORDS or (len(self.words) >= WORDS and len(self.numbers) >= NUMBERS)
+
+
+def fingerprint(question: str) -> Text:
+    """The normalised words of a question and their shingles."""
+    question = unicodedata.normalize("NFKC", question)
+    for old, new in _SAME.items():
+        question = question.replace(old, new)
+    words = tuple(_WORD.findall(_NOISE.sub(" ", question).casefold()))
+    ends = range(max(1, len(words) - SHINGLE + 1)) if words else ()
+    shingles = frozenset(_hash(" ".join(words[i : i + SHINGLE]).encode()) for i in ends)
+    return Text(words, shingles, tuple(sorted(w for w in words if _NUMBER.fullmatch(w))))
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as it is compared."""
+
+    bytes_hash: int  # of the file
+    pixel_hash: int  # of size and RGB pixels
+    difference_hash: int  # 64 bits: is a pixel of 9 x 8 brighter than its left neighbour
+    thumbnail: np.ndarray  # float32 [1024], mean 0 and length 1; zeros for an image of one colour
+
+
+def look(data: bytes, image: Image.Image) -> Picture:
+    """The fingerprint of an encoded image and its RGB pixels."""
+    pixels = _hash(repr(image.size).encode() + image.tobytes())
+    gray = image.convert("L")
+    small = np.asarray(gray.resize((9, 8), Image.Resampling.BOX), np.int16)
+    bits = np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
+    flat = np.asarray(gray.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32).ravel()
+    flat = flat - flat.mean()
+    length = float(np.linalg.norm(flat))
+    return Picture(_hash(data), pixels, int.from_bytes(bits, "big"), flat / length if length > 1 else 0 * flat)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A problem of a benchmark."""
+
+    benchmark: str
+    id: str
+    question: Text
+    picture: Picture | None
+
+
+class Benchmarks:
+    """An index of benchmark problems."""
+
+    def __init__(self, problems: Iterable[Known]):
+        self._known = list(problems)
+        self._exact: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
+        self._postings: dict[int, list[int]] = collections.defaultdict(list)
+        self._files: dict[int, int] = {}
+        self._pixels: dict[int, int] = {}
+        for i, known in enumerate(self._known):
+            if known.question.words:
+                self._exact[known.question.words].append(i)
+            for shingle in known.question.shingles:
+                self._postings[shingle].append(i)
+            if known.picture:
+                self._files.setdefault(known.picture.bytes_hash, i)
+                self._pixels.setdefault(known.picture.pixel_hash, i)
+        self._with_picture = [i for i, known in enumerate(self._known) if known.picture]
+        pictures = [self._known[i].picture for i in self._with_picture]
+        self._hashes = np.array([p.difference_hash for p in pictures], np.uint64)
+        self._thumbnails = np.stack([p.thumbnail for p in pictures]) if pictures else np.zeros((0, THUMBNAIL**2))
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def match(self, question: Text, picture: Picture | None) -> Match | None:
+        """The benchmark problem that a training row repeats, if any. Exact matches come before near ones."""
+        found = self._image(picture) if picture else None
+        if found and found.similarity == 1:
+            return found
+        return self._text(question, picture is not None) or found
+
+    def _found(self, index: int, why: str, similarity: float) -> Match:
+        known = self._known[index]
+        return Match(known.benchmark, known.id, why, round(similarity, 4))
+
+    def _text(self, question: Text, illustrated: bool) -> Match | None:
+        def decides(index: int) -> bool:
+            both = illustrated and self._known[index].picture is not None
+            return question.self_contained or not both
+
+        for i in self._exact.get(question.words, ()):
+            if decides(i):
+                return self._found(i, "question", 1.0)
+        shared = collections.Counter(i for s in question.shingles for i in self._postings.get(s, ()))
+        best: tuple[float, int] | None = None
+        for i, count in shared.items():
+            known = self._known[i].question
+            similarity = count / (len(question.shingles) + len(known.shingles) - count)
+            if similarity >= JACCARD and known.numbers == question.numbers and decides(i):
+                best = max(best or (0.0, 0), (similarity, -i))
+        return best and self._found(-best[1], "near question", best[0])
+
+    def _image(self, picture: Picture) -> Match | None:
+        for index, key in ((self._files, picture.bytes_hash), (self._pixels, picture.pixel_hash)):
+            if key in index:
+                return self._found(index[key], "image", 1.0)
+        if not len(self._hashes):
+            return None
+        differing = np.bitwise_count(self._hashes ^ np.uint64(picture.difference_hash))
+        near = np.flatnonzero(differing <= HASH_BITS)
+        if not near.size:
+            return None
+        similar = self._thumbnails[near] @ picture.thumbnail
+        best = int(np.argmax(similar))
+        if similar[best] < CORRELATION:
+            return None
+        return self._found(self._with_picture[near[best]], "near image", min(0.9999, float(similar[best])))
+
+
+def removed(id_: str, match: Match) -> dict[str, str | float]:
+    """The row of ``removed.jsonl``."""
+    return {"id": id_, **dataclasses.asdict(match)}
