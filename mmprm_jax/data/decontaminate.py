@@ -6,9 +6,11 @@ other numbers is another problem). When both rows have an image, the text alone 
 (25 words, or 12 words with 2 numbers): "As shown in the figure, find x" is asked of thousands of figures, so there the
 image has to agree too.
 
-Images. The same bytes or pixels; or near: their difference hashes (64 bits) differ in at most 8 and their thumbnails of
-32 x 32 correlate by at least 0.98, which keeps thin drawings on white apart, whose hashes are often alike. An image
-decides alone, whatever is asked of it: a benchmark's figure under a new question is still the benchmark's figure.
+Images. The same bytes or pixels; or near: their gray thumbnails of 24 x 24 correlate by at least 0.92 and their shapes
+differ by at most a tenth. (Measured on 300 figures of MM-K12: distinct ones correlate by at most 0.76; the same one by
+at least 0.97 as a bad JPEG, 0.93 at half its size in nine cases of ten. Difference hashes of 64 bits, the usual way,
+call 104 of the 44,850 pairs alike: thin drawings on white have few bits.) An image decides alone, whatever is asked of
+it: a benchmark's figure under a new question is still the benchmark's figure.
 
 Memory depends on the benchmarks only. Nothing is sampled: the result is a function of the row and the benchmarks.
 """
@@ -18,6 +20,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import io
+import math
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -28,9 +32,9 @@ from PIL import Image
 
 SHINGLE = 4  # words
 JACCARD = 0.8
-HASH_BITS = 8  # of 64 that may differ
-CORRELATION = 0.98
-THUMBNAIL = 32  # pixels a side
+CORRELATION = 0.92
+THUMBNAIL = 24  # pixels a side
+SHAPE = 0.1  # difference of the logarithms of width / height
 LONG_WORDS, WORDS, NUMBERS = 25, 12, 2  # what makes a question self-contained
 
 _NOISE = re.compile(r"<image_?\d*>|\\(?:left|right|displaystyle|quad|qquad|[,;:! ])|\\(?:mathrm|text|mbox|rm)\b|[$~]")
@@ -84,20 +88,22 @@ class Picture:
 
     bytes_hash: int  # of the file
     pixel_hash: int  # of size and RGB pixels
-    difference_hash: int  # 64 bits: is a pixel of 9 x 8 brighter than its left neighbour
-    thumbnail: np.ndarray  # float32 [1024], mean 0 and length 1; zeros for an image of one colour
+    shape: float  # log(width / height)
+    thumbnail: np.ndarray  # float32 [576], mean 0 and length 1; zeros for an image of one colour
 
 
-def look(data: bytes, image: Image.Image) -> Picture:
-    """The fingerprint of an encoded image and its RGB pixels."""
-    pixels = _hash(repr(image.size).encode() + image.tobytes())
-    gray = image.convert("L")
-    small = np.asarray(gray.resize((9, 8), Image.Resampling.BOX), np.int16)
-    bits = np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
-    flat = np.asarray(gray.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.float32).ravel()
+def look(data: bytes) -> Picture:
+    """The fingerprint of an encoded image that can be opened; what is transparent is seen on white."""
+    with Image.open(io.BytesIO(data)) as image:
+        layer = image.convert("RGBA")
+    page = Image.new("RGBA", layer.size, "white")
+    page.alpha_composite(layer)
+    pixels = _hash(repr(page.size).encode() + page.tobytes())
+    gray = page.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    flat = np.asarray(gray, np.float32).ravel()
     flat = flat - flat.mean()
     length = float(np.linalg.norm(flat))
-    return Picture(_hash(data), pixels, int.from_bytes(bits, "big"), flat / length if length > 1 else 0 * flat)
+    return Picture(_hash(data), pixels, math.log(page.width / page.height), flat / length if length > 1 else 0 * flat)
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class Benchmarks:
                 self._pixels.setdefault(known.picture.pixel_hash, i)
         self._with_picture = [i for i, known in enumerate(self._known) if known.picture]
         pictures = [self._known[i].picture for i in self._with_picture]
-        self._hashes = np.array([p.difference_hash for p in pictures], np.uint64)
+        self._shapes = np.array([p.shape for p in pictures])
         self._thumbnails = np.stack([p.thumbnail for p in pictures]) if pictures else np.zeros((0, THUMBNAIL**2))
 
     def __len__(self) -> int:
@@ -167,17 +173,14 @@ class Benchmarks:
         for index, key in ((self._files, picture.bytes_hash), (self._pixels, picture.pixel_hash)):
             if key in index:
                 return self._found(index[key], "image", 1.0)
-        if not len(self._hashes):
+        if not self._with_picture:
             return None
-        differing = np.bitwise_count(self._hashes ^ np.uint64(picture.difference_hash))
-        near = np.flatnonzero(differing <= HASH_BITS)
-        if not near.size:
-            return None
-        similar = self._thumbnails[near] @ picture.thumbnail
+        similar = self._thumbnails @ picture.thumbnail
+        similar = np.where(np.abs(self._shapes - picture.shape) <= SHAPE, similar, 0)
         best = int(np.argmax(similar))
         if similar[best] < CORRELATION:
             return None
-        return self._found(self._with_picture[near[best]], "near image", min(0.9999, float(similar[best])))
+        return self._found(self._with_picture[best], "near image", min(0.9999, float(similar[best])))
 
 
 def removed(id_: str, match: Match) -> dict[str, str | float]:

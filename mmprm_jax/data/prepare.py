@@ -133,8 +133,8 @@ def known(folders: Iterable[Path]) -> Iterator[decontaminate.Known]:
             for problem in records.read(path, Problem):
                 picture = None
                 if problem.image:
-                    image = images.open_image(folder / problem.image)
-                    picture = decontaminate.look((folder / problem.image).read_bytes(), image)
+                    images.open_image(folder / problem.image)  # within the limits
+                    picture = decontaminate.look((folder / problem.image).read_bytes())
                 name = problem.source or f"{folder.name}/{path.stem}"
                 yield decontaminate.Known(name, problem.id, decontaminate.fingerprint(problem.question), picture)
 
@@ -171,8 +171,10 @@ def run(settings: Settings) -> dict[str, Any]:
     with _replacing(folder / "summary.json") as file:
         file.write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if not report.written:
-        reasons = f"; see {folder / 'refused.jsonl'}" if report.reasons else ""
-        raise UserError(f"{settings.path}: none of {report.rows} rows became a record of {source.name}{reasons}")
+        raise UserError(
+            f"{settings.path}: none of {report.rows} rows became a record of {source.name}: {summary['refused']} were"
+            f" refused, {summary['removed']} removed as copies of a benchmark's; each is listed in {folder}"
+        )
     return summary
 
 
@@ -207,7 +209,7 @@ def _kept(
             report.refuse(Refused(row.file, row.row, row.record.id, str(error)))
             continue
         if benchmarks:
-            seen = decontaminate.look(*opened[0]) if opened else None
+            seen = decontaminate.look(opened[0][0]) if opened else None
             match = benchmarks.match(decontaminate.fingerprint(record.question), seen)
             if match:
                 report.remove(record.id, match)

@@ -109,16 +109,12 @@ def read_rows(located: Located) -> Iterator[Row]:
 def _starts_with_list(path: Path) -> bool:
     """Whether a .json file holds one list, or one object of rows over several lines; otherwise it is read as JSONL."""
     with path.open("rb") as file:
-        head = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
-    if head[:1] != b"{":
-        return True
-    first = head.split(b"\n", 1)[0]
+        first = file.readline(MAX_ROW).removeprefix(codecs.BOM_UTF8).strip()
     try:
-        json.loads(first)
+        value = json.loads(first)
     except (ValueError, RecursionError):
-        return True  # the object goes on: {"1": {…}, "2": {…}}
-    value = json.loads(first)
-    return bool(value) and all(isinstance(v, dict) for v in value.values())
+        return True  # it goes on: [{…}, …] or {"1": {…}, …}
+    return not isinstance(value, dict) or (bool(value) and all(isinstance(v, dict) for v in value.values()))
 
 
 def _row(name: str, number: int, value: Any) -> Row:
@@ -160,43 +156,42 @@ class _Window:
         self.at = 0
 
 
-def _elements(path: Path, name: str) -> Iterator[Row]:
-    """The members of a JSON list (or the values of a JSON object), without holding more than one and a chunk.
+_SKIP = re.compile(r'[\s,]*(?:"(?:[^"\\]|\\.){0,200}"\s*:\s*(?=[{"\[]))?')
 
-    A damaged one ends where the next begins: at ``{"KEY":`` with the first key of the rows before.
-    """
-    decoder, skip = json.JSONDecoder(), re.compile(r'[\s,\[]*(?:"(?:[^"\\]|\\.){0,200}"\s*:\s*(?=[{"\[]))?')
-    key, number = None, 0
+
+def _elements(path: Path, name: str) -> Iterator[Row]:
+    """The members of a JSON list (or the values of a JSON object), without holding more than one and a chunk."""
+    number, resume = 0, _Resume()
     with path.open("rb") as file:
         window = _Window(file)
         window.more()
         window.at = re.match(r"\s*[\[{]?", window.text).end()
         while True:
-            window.at = skip.match(window.text, window.at).end()
-            left = window.text[window.at : window.at + 64].strip()
-            if not window.ended and len(window.text) - window.at < 256:
+            if not window.ended and len(window.text) - window.at < 512:
                 window.more()
                 continue
+            begin, window.at = window.at, _SKIP.match(window.text, window.at).end()
+            left = window.text[window.at : window.at + 64].strip()
             if left in ("", "]", "}"):
                 if left == "":
                     yield Row(name, number + 1, None, "the file ends inside of the list; is it whole?")
                 return
             number += 1
-            value, error = _decode(decoder, window)
+            before = window.text[begin : window.at]
+            value, error = _decode(window)
             if error is None:
-                key = next(iter(value), key) if isinstance(value, dict) else key
+                resume.learn(value, before)
                 yield _row(name, number, value)
             else:
-                key = key or _first_key(window)
-                _resume(window, key)
+                resume.go_on(window)
                 yield Row(name, number, None, error)
 
 
-def _decode(decoder: json.JSONDecoder, window: _Window) -> tuple[Any, str | None]:
+def _decode(window: _Window, move: bool = True) -> tuple[Any, str | None]:
     """The value that begins at the window's position, which moves behind it; or why there is none."""
     while True:
         try:
-            value, end = decoder.raw_decode(window.text, window.at)
+            value, end = json.JSONDecoder().raw_decode(window.text, window.at)
             window.text[window.at : end].encode()
         except json.JSONDecodeError as error:
             cut_off = error.msg.startswith("Unterminated") or error.pos >= len(window.text) - 16
@@ -211,26 +206,48 @@ def _decode(decoder: json.JSONDecoder, window: _Window) -> tuple[Any, str | None
         if end == len(window.text) and not window.ended:  # a number may go on
             window.more()
             continue
-        window.at = end
+        window.at = end if move else window.at
         return value, None
 
 
-def _first_key(window: _Window) -> str | None:
-    found = re.compile(r'\{\s*"([^"\\]{1,100})"').match(window.text, window.at)
-    return found and found[1]
+class _Resume:
+    """Where the next row begins behind a damaged one.
 
+    Rows on lines of their own begin with a line that is indented as theirs were: a text in JSON has no line breaks.
+    Otherwise a row begins where a whole object has the keys of a row that was seen.
+    """
 
-def _resume(window: _Window, key: str | None) -> None:
-    """Moves to the beginning of the next row, or to the end."""
-    start = re.compile(r'\{\s*"' + (re.escape(key) if key else r'[^"\\]{1,100}') + r'"\s*:')
-    window.at += 1
-    while not (found := start.search(window.text, window.at)):
-        if window.ended:
-            window.at = len(window.text.rstrip().removesuffix("]").removesuffix("}"))
-            return
-        window.at = max(window.at, len(window.text) - 512)  # a start may be cut off
-        window.more()
-    window.at = found.start()
+    def __init__(self):
+        self._indent: str | None = None
+        self._keys: set[frozenset[str]] = set()
+
+    def learn(self, value: Any, before: str) -> None:
+        """``value`` was a good row; ``before``: the text between it and what came before."""
+        if isinstance(value, dict):
+            self._keys.add(frozenset(value))
+        line = before.rpartition("\n")
+        if line[1]:
+            self._indent = re.match(r"[ \t]*", line[2])[0]
+
+    def go_on(self, window: _Window) -> None:
+        """Moves to the beginning of the next row, or to the end."""
+        indent = self._indent
+        starts = re.compile(r'\{\s*"' if indent is None else rf"\n{re.escape(indent)}(?=[^\s}}\]])")
+        while True:
+            window.at += 1
+            while not (found := starts.search(window.text, window.at)):
+                if window.ended:
+                    window.at = len(window.text.rstrip().removesuffix("]").removesuffix("}"))
+                    return
+                window.at = max(window.at, len(window.text) - 512)  # a start may be cut off
+                window.more()
+            window.at = found.start()
+            if indent is not None or self._is_row(window):
+                return
+
+    def _is_row(self, window: _Window) -> bool:
+        value, error = _decode(window, move=False)
+        return error is None and (frozenset(value) in self._keys if self._keys else len(value) > 1)
 
 
 def _brief(error: BaseException) -> str:
