@@ -183,8 +183,10 @@ def _elements(path: Path, name: str) -> Iterator[Row]:
                 resume.learn(value, before)
                 yield _row(name, number, value)
             else:
-                resume.go_on(window)
+                found = resume.go_on(window)
                 yield Row(name, number, None, error)
+                if not found:
+                    return
 
 
 def _decode(window: _Window, move: bool = True) -> tuple[Any, str | None]:
@@ -229,21 +231,20 @@ class _Resume:
         if line[1]:
             self._indent = re.match(r"[ \t]*", line[2])[0]
 
-    def go_on(self, window: _Window) -> None:
-        """Moves to the beginning of the next row, or to the end."""
+    def go_on(self, window: _Window) -> bool:
+        """Moves to the beginning of the next row; False: there is none."""
         indent = self._indent
         starts = re.compile(r'\{\s*"' if indent is None else rf"\n{re.escape(indent)}(?=[^\s}}\]])")
         while True:
             window.at += 1
             while not (found := starts.search(window.text, window.at)):
                 if window.ended:
-                    window.at = len(window.text.rstrip().removesuffix("]").removesuffix("}"))
-                    return
+                    return False
                 window.at = max(window.at, len(window.text) - 512)  # a start may be cut off
                 window.more()
             window.at = found.start()
             if indent is not None or self._is_row(window):
-                return
+                return True
 
     def _is_row(self, window: _Window) -> bool:
         value, error = _decode(window, move=False)
