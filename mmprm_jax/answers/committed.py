@@ -58,4 +58,5 @@ def find_answer(solution: str) -> str | None:
     if stated:
         return stated
     whole = solution.strip()
-    return _bare(whole) or None if "\n" not in whole and len(whole.split()) <= BARE_WORDS else None
+    bare = "\n" not in whole and "boxed{" not in whole and len(whole.split()) <= BARE_WORDS
+    return _bare(whole) or None if bare else None

@@ -41,15 +41,15 @@ def _packed(text: str) -> str:
 def _only_answer(step: str, answer: str) -> bool:
     """Whether a step says nothing beside the answer, which has its own place."""
     rest = MARKER.sub("", step)
-    rest = re.sub(r"\\f?boxed\b|[\s$*.{}#†]|\\[()\[\]]", "", rest)
-    return rest in ("", re.sub(r"[\s$*.{}#†]|\\[()\[\]]", "", answer))
+    rest = re.sub(r"\\f?boxed\b|[\s$*.。{}#†]|\\[()\[\]]", "", rest)
+    return rest in ("", re.sub(r"[\s$*.。{}#†]|\\[()\[\]]", "", answer))
 
 
 def split_steps(solution: str) -> list[str]:
     """The steps of a solution in order: by "Step N" headings, else paragraphs, else lines, else sentences.
 
-    A formula set apart (``$$…$$``, ``\\[…\\]``, an environment) is never cut, and a paragraph that is nothing but one
-    goes with the text before it.
+    A formula set apart (``$$…$$``, ``\\[…\\]``, an environment) is never cut, and one that begins a paragraph goes with
+    the text before it.
     """
     headings = [found.start() for found in _HEADING.finditer(solution)]
     if len(headings) >= 2:
@@ -76,5 +76,4 @@ def _balanced(part: str) -> bool:
 
 
 def _formula(part: str) -> bool:
-    part = part.strip()
-    return part.startswith(("$$", r"\[", r"\begin{")) and part.endswith(("$$", r"\]", "}", "$$.", r"\]."))
+    return part.lstrip().startswith(("$$", r"\[", r"\begin{"))

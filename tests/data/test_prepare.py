@@ -116,18 +116,18 @@ def test_five_percent_bad_rows(tmp_path, suffix, capsys):
     assert png("blue") not in written and len(written) == sum(i % 3 == 0 for i in range(200) if i not in bad)
 
 
-def test_the_command_ends_with_0_when_rows_were_refused_and_with_1_when_nothing_is_left(tmp_path):
+def test_the_command_ends_with_0_when_rows_were_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"id": "a", "question": "q", "answer": "1"}\n{"id": "b"}\n')
-    (tmp_path / "bad.jsonl").write_text('{"id": "b"}\n')
-
-    def command(source):
-        argv = [sys.executable, "-m", "mmprm_jax.main", "prepare", "mm_k12", source, f"--output={tmp_path / 'o'}"]
-        return subprocess.run(argv, capture_output=True, text=True)
-
-    done = command(str(tmp_path / "train.jsonl"))
+    argv = [sys.executable, "-m", "mmprm_jax.main", "prepare", "mm_k12", str(tmp_path), f"--output={tmp_path / 'o'}"]
+    done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0 and "1 of 2 rows" in done.stdout and "refused 1 rows (1 x no question)" in done.stderr
-    failed = command(str(tmp_path / "bad.jsonl"))
-    assert failed.returncode == 1 and "none of 1 rows" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"id": "b"}\n')
+    with pytest.raises(UserError, match="none of 1 rows .*1 were refused, 0 removed"):
+        run("mm_k12", tmp_path, f"--output={tmp_path / 'o'}")
+    assert lines(tmp_path / "o/prepare/train/refused.jsonl")[0]["id"] == "b"
 
 
 def test_ids_stay_unique_and_repeated_rows_are_told(tmp_path):
@@ -177,7 +177,7 @@ MAVIS = {
         ("rcot", "GeoMM.json", {"id": "x", "image": "GeoMM/a.png", "conversations": CHAT}, SOLVED),
         ("mavis", "train.json", MAVIS, SOLVED),
         ("mavis", "train.json", {"id": "x", "image": "a.png", "conversations": CHAT}, SOLVED),
-        ("numina_math_cot", "train.jsonl", {"source": "s", "problem": "1+1?", "solution": "It is $1+1$.\n\n$\\boxed{2}$"},
+        ("numina_math_cot", "train.jsonl", {"problem": "1+1?", "solution": "It is $1+1$.\n\n$\\boxed{2}$"},
          "<step>It is $1+1$.</step><answer>2</answer>"),
         ("dart_math", "train.jsonl", {"query": "1+1?", "response": "One and one.\nThe answer is: $2$"},
          "<step>One and one.</step><answer>2</answer>"),
@@ -225,7 +225,7 @@ def test_training_rows_of_a_benchmark_are_removed_and_listed(tmp_path, capsys):
     rows = [
         {"id": "text", "question": " " + first["question"].upper().replace("$", ""), "answer": "1"},
         {"id": "figure", "question": "A new question.", "answer": "1", "image_path": "images/same.png"},
-        {"id": "template", "question": "As shown in the figure, find x.", "answer": "1", "image_path": "images/other.png"},
+        {"id": "template", "question": "In the figure, find x.", "answer": "1", "image_path": "images/other.png"},
         {"id": "new", "question": "How many primes are below 30?", "answer": "10"},
     ]  # fmt: skip
     (folder / "train.json").write_text(json.dumps(rows))
