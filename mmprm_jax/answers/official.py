@@ -24,7 +24,6 @@ from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 
 MAX_RESPONSE = 100_000  # characters; of a longer response the end counts
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
 
 
@@ -39,10 +38,12 @@ def _gold(row: Mapping[str, Any]) -> str:
 
 def extract(response: str) -> str | None:
     """The answer that a response commits to: ``<answer>``, a box, "The answer is", a few bare words. None: none."""
-    tagged = _ANSWER.findall(response)
-    inside = tagged[-1].strip() if tagged else response
-    found = find_answer(inside)
-    return found or (inside if tagged and inside else None)
+    end = response.rfind("</answer>")
+    start = response.rfind("<answer>", 0, max(end, 0))
+    if start < 0:
+        return find_answer(response)
+    inside = response[start + len("<answer>") : end].strip()
+    return find_answer(inside) or inside or None
 
 
 def _plain(text: str) -> str:
@@ -94,8 +95,9 @@ def mathvista(row: Mapping[str, Any]) -> Verdict:
     kind = row.get("answer_type")
     if not response:
         return unequal("no answer")  # officially the choice nearest to nothing
-    lettered = re.match(r"\(?[A-Z][).:]\s*(.+)", response, re.DOTALL)
-    response = lettered[1] if lettered and lettered[1] in options else response
+    lettered = re.match(r"\(?([A-Z])[).:]\s*(.+)", response, re.DOTALL)
+    if lettered and (lettered[1], lettered[2]) in zip(_LETTERS, options, strict=False):
+        response = lettered[1]
     quoted = re.search(r'The answer is "(.*)"\.', response)
     found = response if response in options else quoted[1] if quoted else extract(response)
     if found is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import mpmath
 
-MAX_LENGTH, MAX_DEPTH, MAX_DIGITS = 2000, 40, 50
+MAX_LENGTH, MAX_TOKENS, MAX_DEPTH, MAX_DIGITS = 2000, 300, 40, 50
 MAX_EXPONENT, MAX_FACTORIAL = 2000, 500
 DIGITS = 60  # of the arithmetic
 
@@ -48,6 +48,7 @@ _OPERATORS = {
     "√": "sqrt",
 }
 _CLOSING = {"(": ")", "{": "}", "[": "]"}
+_STOPS = ("+", "-", "*", "/", ")", "}", "]", "|", "^", "_", "!")  # what ends an implicit product
 _GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta lambda mu nu xi rho sigma tau phi varphi chi psi"
     " omega Gamma Delta Theta Lambda Omega Phi Psi Sigma"
@@ -113,7 +114,7 @@ class _Parser:
                 negative = self._peek() == "-" and bool(self._take())
                 factor = self._power()
                 node = (token, node, ("neg", factor) if negative else factor)
-            elif token and token not in ("+", "-", ")", "}", "]", "|", "^", "_", "!"):
+            elif token and token not in _STOPS:
                 node = ("*", node, self._power())
             else:
                 return ("neg", node) if sign < 0 else node
@@ -124,16 +125,16 @@ class _Parser:
             if self._take() == "!":
                 node = ("!", node)
             else:
-                node = ("^", node, self._argument())
+                node = ("^", node, self._argument(digits=False))
         return node
 
-    def _argument(self) -> Node:
-        """What follows ^, \\frac or \\sqrt: a group, one digit of a number, or an atom with a sign."""
+    def _argument(self, digits: bool = True) -> Node:
+        """What follows ^, \\frac or \\sqrt: a group or an atom, with a sign; digits: of a number the first one only."""
         token = self._peek()
         if token in ("-", "+"):
             self._take()
-            return ("neg", self._argument()) if token == "-" else self._argument()
-        if re.fullmatch(r"\d{2,}", token):  # \frac12, x^10 as TeX reads them
+            return ("neg", self._argument(digits)) if token == "-" else self._argument(digits)
+        if digits and re.fullmatch(r"\d{2,}", token):  # \frac12
             self._tokens[self._at] = token[1:]
             return ("number", token[0])
         return self._atom()
@@ -181,7 +182,11 @@ class _Parser:
                 power = self._argument()
             else:
                 base = self._argument()
-        node: Node = (name, self._power())
+        bare = self._peek() != "("
+        node = self._power()
+        while bare and self._peek() and self._peek() not in (*_FUNCTIONS, *_STOPS):  # \sin 2x
+            node = ("*", node, self._power())
+        node = (name, node)
         if base is not None:
             node = ("/", node, (name, base))
         return node if power is None else ("^", node, power)
@@ -202,14 +207,20 @@ def parse(text: str) -> Node:
     tokens = _tokens(text)
     if not tokens:
         raise NotMaths("nothing there")
+    if len(tokens) > MAX_TOKENS:
+        raise TooBig(f"more than {MAX_TOKENS} symbols")
     return _Parser(tokens).whole()
 
 
 def symbols(node: Node) -> set[str]:
     """The names of the unknowns in a tree."""
-    if node[0] == "symbol":
-        return {node[1]}
-    return set().union(*(symbols(part) for part in node[1:] if isinstance(part, tuple)))
+    found, left = set(), [node]
+    while left:
+        part = left.pop()
+        if part[0] == "symbol":
+            found.add(part[1])
+        left += [operand for operand in part[1:] if isinstance(operand, tuple)]
+    return found
 
 
 _LOCAL = threading.local()

@@ -76,7 +76,7 @@ def _mathvista_prompt(question: str, options: Sequence[str], unit: str, kind: st
     if hint is None:
         raise UserError(f"answer_type {kind} with precision {precision} has no official prompt")
     asked = f"Question: {question}" + (f" (Unit: {unit})" if unit else "") + listed_always(options)
-    return f"Hint: Please answer the question {'and ' if options else ''}{hint}\n{asked}"
+    return f"Hint: Please answer the question {'and ' if options else ''}{hint}\n{asked}".strip()
 
 
 def listed_always(options: Sequence[str]) -> str:
@@ -251,7 +251,7 @@ _ALL = (
     Source("mathverse", "problem", "AI4Math/MathVerse", {"testmini": _files("testmini.*", "testmini*")}, mathverse),
     Source(
         "mathvision", "problem", "MathLLMs/MathVision",
-        {"test": _files("test.*", "test-*", "*test_*"), "testmini": _files("*testmini*")}, mathvision,
+        {"test": _files("test.*", "test-*", "*test.*", "*test_*"), "testmini": _files("*testmini*")}, mathvision,
     ),
     Source(
         "olympiadbench", "problem", "Hothan/OlympiadBench",

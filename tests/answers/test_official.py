@@ -51,8 +51,7 @@ def test_mathvista_golds_are_right_in_every_form():
         if row["choices"]:
             letter = "ABCDEFGH"[row["choices"].index(row["answer"])]
             forms += [form.format(letter) for form in LETTER]
-            forms += [f"({letter}) {row['answer']}"] * (row["choices"][0] != "(c)")
-            forms += [f"{letter}. {row['answer']}"]
+            forms += [f"({letter}) {row['answer']}", f"{letter}. {row['answer']}"]
         for form in forms:
             assert vista(row, form) == "equal", (form, row)
     assert odd == 1
@@ -84,10 +83,10 @@ def test_mathvista_other_answers_are_wrong():
         (dict(gold="3", answer_type="integer"), "\\boxed{6/2}", "unknown"),
         (dict(gold="3", answer_type="integer"), "inf", "unequal"),
         (dict(gold="3", answer_type="integer"), "nan", "unequal"),
-        (dict(gold="3", answer_type="integer"), "I count the things.\nOne, two and three. That is all there are.", "unknown"),
+        (dict(gold="3", answer_type="integer"), "I count.\nOne, two, three. That is all.", "unknown"),
         (dict(gold="[1, 2]", answer_type="list"), "so it is [1,2]", "equal"),
         (dict(gold="[1, 2]", answer_type="list"), "[2, 1]", "unequal"),
-        (dict(gold="larger than", options=["smaller than", "larger than"]), "\\boxed{it is larger}", "equal"),  # nearest
+        (dict(gold="larger than", options=["smaller than", "larger than"]), "\\boxed{it is larger}", "equal"),
         (dict(gold="6cm", options=["6cm", "7cm"]), "$\\boxed{6 \\text{ cm}}$", "equal"),
         (dict(gold="145°", options=["135°", "145°"]), "\\boxed{145^\\circ}", "equal"),
         (dict(gold="4π", options=["2π", "4π"]), "\\boxed{4\\pi}", "equal"),
@@ -130,7 +129,8 @@ def test_mathvision_option_values_count_as_the_official_code_takes_them():
 def test_mathvision_other_letters_and_numbers_are_wrong():
     for row in VISION:
         if row["options"]:
-            for letter in set("ABCDE") - {row["answer"]}:
+            value = row["options"]["ABCDE".index(row["answer"])]  # may be another letter
+            for letter in set("ABCDE") - {row["answer"], value}:
                 assert vision(row, letter) == vision(row, f"\\boxed{{{letter}}}") == "unequal", row
         elif row["answer"] not in "ABCDE":
             assert vision(row, f"\\boxed{{{float(row['answer']) + 0.01}}}") == vision(row, "\\boxed{x}") == "unequal"
@@ -140,7 +140,7 @@ def test_mathvision_other_letters_and_numbers_are_wrong():
     "gold, prediction, wanted",
     [
         ("4.8", "\\boxed{\\frac{24}{5}}", "equal"), ("4.8", "4.801", "equal"), ("4.8", "4.81", "unequal"),
-        ("60", "\\boxed{60^\\circ}", "equal"), ("60", "\\boxed{60 \\text{ units}}", "unequal"), ("12", "12 km", "equal"),
+        ("60", "\\boxed{60^\\circ}", "equal"), ("60", "\\boxed{60 \\text{ units}}", "equal"), ("12", "12 km", "equal"),
         ("(1,2)", "\\boxed{(1.001, 2)}", "equal"), ("2", "", "unequal"), ("10", "x = 10", "equal"),
         ("2", "\\boxed{e}", "unequal"), ("2.72", "\\boxed{e}", "unequal"), ("720", "\\boxed{6!}", "equal"),
     ],
@@ -162,7 +162,7 @@ def test_mathvision_rules(gold, prediction, wanted):
         (dict(gold="\\frac{1}{2}", question_type="free-form"), "The answer is 0.5.", "equal"),
         (dict(gold="14 cm", question_type="free-form"), "\\boxed{14}", "unknown"),
         (dict(gold="the left one", question_type="free-form"), "\\boxed{the one on the left}", "unknown"),
-        (dict(gold="14", question_type="free-form"), "I have read it.\nI do not know what to say about all that.", "unknown"),
+        (dict(gold="14", question_type="free-form"), "I have read it.\nI do not know.", "unknown"),
         (dict(gold="14", question_type="free-form"), "", "unequal"),
     ],
 )  # fmt: skip
@@ -188,7 +188,8 @@ def test_mm_k12_rules(gold, prediction, wanted):
         ("3", "First $2$.\nThen $x=3$", None, "equal"),
         ("3", "3.00000001", None, "equal"), ("3", "3.0000001", None, "unequal"),
         ("2.5", "2.51", "1e-2", "equal"), ("2.5", "2.5101", "1e-2", "equal"), ("2.5", "2.5102", "1e-2", "unequal"),
-        ("0.25", "25\\%", None, "equal"), ("25", "\\boxed{0.25}", None, "equal"), ("25", "\\boxed{2.5}", None, "unequal"),
+        ("0.25", "25%", None, "equal"), ("25", "\\boxed{0.25}", None, "equal"),
+        ("25", "\\boxed{2.5}", None, "unequal"),
         ("1,2", "\\boxed{2}, \\boxed{1}", None, "equal"), ("1,2", "\\boxed{1}", None, "unequal"),
         ("1,1", "\\boxed{1,2}", None, "unequal"), ("1.0,2.00", "2.04,1", "1e-9,0.05", "equal"),
         ("1.0,2.00", "2,1.04", "1e-9,0.05", "unequal"),
@@ -216,7 +217,7 @@ def test_olympiadbench_rules(gold, prediction, error, wanted):
 @pytest.mark.parametrize(
     "text, wanted",
     [
-        ("\\frac12", "0.5"), ("-2^2", "-4"), ("2^{-1}", "0.5"), ("2^10", "20"), ("2^{10}", "1024"), ("3!", "6"),
+        ("\\frac12", "0.5"), ("-2^2", "-4"), ("2^{-1}", "0.5"), ("2^10", "1024"), ("2^{10}", "1024"), ("3!", "6"),
         ("\\sqrt[3]{-8}", "-2"), ("1\\frac{1}{2}", "1.5"), ("2(3+4)", "14"), ("\\frac{1}{2}\\pi", "1.5707963267948966"),
         ("\\left(1+2\\right)\\cdot 3", "9"), ("|-3|", "3"), ("\\log_2 8", "3"), ("2\\sin^2{1}+2\\cos^2 1", "2"),
         ("6/2*3", "9"), ("1-2-3", "-4"), ("2^3^2", "64"), ("--3", "3"), ("4\\div 2\\times 3", "6"), ("e^0", "1"),
@@ -224,8 +225,6 @@ def test_olympiadbench_rules(gold, prediction, error, wanted):
     ],
 )  # fmt: skip
 def test_arithmetic(text, wanted):
-    if text == "2^3^2":  # TeX has no such thing; read from the left
-        wanted = "64"
     assert abs(official_latex.value(official_latex.parse(text)) - mpmath.mpf(wanted)) < 1e-14
 
 
@@ -236,7 +235,8 @@ def test_what_is_no_arithmetic(text):
 
 
 HOSTILE = [
-    "9^{9^{9^9}}", "9^{9^{9^{9^9}}}", "10^{10^{10^{10}}}", "__import__('os').system('touch /tmp/owned')", "{" * 1_000_000,
+    "9^{9^{9^9}}", "9^{9^{9^{9^9}}}", "10^{10^{10^{10}}}", "__import__('os').system('touch /tmp/owned')",
+    "{" * 1_000_000,
     "(" * 1_000, "\\frac{" * 900, "1" * 100_000, "1000000!", "5!!!!!!", "\\sqrt" * 900, "-" * 100_000, "\0" * 100,
     "\\boxed{" * 100_000, "x" * 2_000, ",".join(["1"] * 50_000), "\\pm" * 10_000, "\\cup".join(["(1,2)"] * 5_000),
     "1/(" * 30 + "0" + ")" * 30, "2^{2000^{2000}}", "\\sin" * 900, "e^{1999}^{1999}^{1999}", "<answer>" * 50_000,
@@ -252,7 +252,7 @@ def test_hostile_answers(mode, hostile):
     rows = [
         {"gold": "3", "prediction": text, "answer_type": "integer"},
         {"gold": "3", "prediction": f"\\boxed{{{text}}}", "answer_type": "float", "precision": 2},
-        {"gold": "A", "prediction": f"<answer>{text}</answer>", "options": ["x^2", "3"], "question_type": "multi_choice"},
+        {"gold": "A", "prediction": f"<answer>{text}</answer>", "options": ["x^2", "3"]},
         {"gold": "x^2+1", "prediction": f"So the final answer is {text}", "answer_type": "list"},
     ]  # fmt: skip
     start = time.process_time()

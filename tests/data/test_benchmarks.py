@@ -61,7 +61,7 @@ def test_mathvision_prompt():
 @pytest.mark.parametrize(
     "change, parts",
     [
-        ({}, ["should be a numerical value. Please", '"So the final answer is \\boxed{answer}." and give', "explicitly."]),
+        ({}, ["should be a numerical value. Please", 'answer is \\boxed{answer}." and give', "explicitly."]),
         ({"unit": "cm"}, ["\\boxed{answer}(unit).", "explicitly, note that the unit of the answer should not be"]),
         ({"is_multiple_answer": True}, ["has multiple answers, each of them should be a numerical value. ",
                                         "\\boxed{multiple answers connected with commas}"]),
@@ -102,7 +102,7 @@ def test_mathverse_rows():
         ("mathvista", {"question": "q", "answer": "5", "answer_type": "float", "precision": "2", "image": "a",
                        "question_type": "free_form"}, "precision"),
         ("olympiadbench", {"question": "Prove it.", "final_answer": None}, "a problem to prove"),
-        ("visualprocessbench", {"question": "q", "response": {"steps": ["a"], "process_correctness": [2]}}, "1, 0 or -1"),
+        ("visualprocessbench", {"question": "q", "response": {"steps": ["a"], "process_correctness": [2]}}, "1, 0 or"),
         ("visualprocessbench", {"question": "q", "response": None}, "no object response"),
         ("processbench", {"problem": "q", "steps": [], "label": -1}, "0 steps"),
     ],
