@@ -168,7 +168,7 @@ def _compared(found: str, gold: str) -> Verdict:
     if found.endswith("°") and gold.endswith("°"):
         found, gold = found[:-1], gold[:-1]
     try:
-        a, b = (latex.value(latex.parse(text)) for text in (found, gold))
+        a, b = (latex.value(latex.parse(text, mixed=True)) for text in (found, gold))
     except (latex.NotMaths, latex.TooBig):
         return unknown(f"{found!r:.60} and {gold!r:.60} need a judge")
     same = abs(a - b) <= 1e-12 * max(1, abs(b))
@@ -252,7 +252,7 @@ def _rounded(text: str) -> float:
     """A number to two decimals. Raises latex.NotMaths when it is none, latex.TooBig beyond the limits."""
     if re.fullmatch(r"\s*[a-e]\s*", text):
         raise latex.NotMaths("a letter")  # not Euler's number
-    number = latex.value(latex.parse(text.replace("$", "").replace("\\%", "")))
+    number = latex.value(latex.parse(text.replace("$", "").replace("\\%", "/100")))
     try:
         return round(float(number), 2)
     except (TypeError, ValueError, OverflowError):

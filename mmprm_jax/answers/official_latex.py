@@ -34,7 +34,7 @@ _FUNCTIONS = {
 }
 _COMPUTE = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "log": "ln"}
 _WORDS = "|".join(sorted({*_FUNCTIONS, "sqrt", "pi"}, key=len, reverse=True))
-_TOKEN = re.compile(rf"\d+(?:\.\d+)?|\.\d+|\\[A-Za-z]+|(?:{_WORDS})(?![A-Za-z])|[A-Za-zπ√]|[-+*/^_!(){{}}\[\]|×÷·−]")
+_TOKEN = re.compile(rf"\d+(?:\.\d+)?|\.\d+|\\[A-Za-z]+|(?:{_WORDS})(?![A-Za-z])|[A-Za-zπ√]|[-+*/^_!(){{}}\[\]|×÷·−,':]")
 _SKIP = re.compile(r"(?:\s|\\[,;:! ]|\\(?:left|right|displaystyle|quad|qquad|limits)(?![A-Za-z])|~)+")
 _OPERATORS = {
     "\\cdot": "*",
@@ -42,16 +42,18 @@ _OPERATORS = {
     "×": "*",
     "·": "*",
     "\\div": "/",
+    ":": "/",
     "÷": "/",
     "−": "-",
     "π": "pi",
     "√": "sqrt",
 }
 _CLOSING = {"(": ")", "{": "}", "[": "]"}
-_STOPS = ("+", "-", "*", "/", ")", "}", "]", "|", "^", "_", "!")  # what ends an implicit product
+_FONTS = ("mathrm", "text", "mathbf", "operatorname", "mathit")
+_STOPS = ("+", "-", "*", "/", ")", "}", "]", "|", "^", "_", "!", ",", "'")  # what ends an implicit product
 _GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta lambda mu nu xi rho sigma tau phi varphi chi psi"
-    " omega Gamma Delta Theta Lambda Omega Phi Psi Sigma"
+    " omega Gamma Delta Theta Lambda Omega Phi Psi Sigma hbar ell"
 ).split()
 
 
@@ -73,8 +75,8 @@ def _tokens(text: str) -> list[str]:
 
 
 class _Parser:
-    def __init__(self, tokens: list[str]):
-        self._tokens, self._at, self._depth = tokens, 0, 0
+    def __init__(self, tokens: list[str], mixed: bool):
+        self._tokens, self._mixed, self._at, self._depth = tokens, mixed, 0, 0
 
     def whole(self) -> Node:
         node = self.sum()
@@ -121,12 +123,24 @@ class _Parser:
 
     def _power(self) -> Node:
         node = self._atom()
-        while self._peek() in ("^", "!"):
-            if self._take() == "!":
+        while self._peek() in ("^", "!", "_", "'"):
+            token = self._take()
+            if token == "!":
                 node = ("!", node)
-            else:
+            elif token == "^":
                 node = ("^", node, self._argument(digits=False))
+            else:
+                node = _renamed(node, "_" + self._subscript() if token == "_" else "'")
         return node
+
+    def _subscript(self) -> str:
+        """What stands behind _, as a part of a name."""
+        if self._peek() != "{":
+            return self._take()
+        begin, depth = self._at, 0
+        while depth or self._at == begin:
+            depth += {"{": 1, "}": -1}.get(self._take(), 0)
+        return "".join(t for t in self._tokens[begin : self._at] if t not in ("{", "}", *_FONTS))
 
     def _argument(self, digits: bool = True) -> Node:
         """What follows ^, \\frac or \\sqrt: a group or an atom, with a sign; digits: of a number the first one only."""
@@ -149,7 +163,7 @@ class _Parser:
         if token[0].isdigit() or token[0] == ".":
             if len(token) > MAX_DIGITS:
                 raise TooBig(f"a number of {len(token)} digits")
-            if self._peek() == "frac":  # 1\frac{1}{2}
+            if self._mixed and self._peek() == "frac":  # 1\frac{1}{2}
                 return ("+", ("number", token), self._atom())
             return ("number", token)
         if token in _CLOSING:
@@ -168,7 +182,7 @@ class _Parser:
             return ("root", self._argument(), root)
         if token in _FUNCTIONS:
             return self._function(token)
-        if token in ("mathrm", "text", "mathbf", "operatorname", "mathit"):
+        if token in _FONTS:
             return self._atom()
         if token == "pi" or re.fullmatch(r"[A-Za-z]", token) or token in _GREEK:
             return self._symbol(token)
@@ -194,22 +208,43 @@ class _Parser:
     def _symbol(self, name: str) -> Node:
         if name == "pi":
             return ("pi",)
-        if self._peek() == "_":
-            self._take()
-            name += "_" + repr(self._argument())
-        elif name == "e":
+        if name == "e" and self._peek() != "_":
             return ("e",)
+        end = self._arguments()
+        if end:  # f(x, y): a name as a whole
+            name, self._at = name + "".join(self._tokens[self._at : end]), end
         return ("symbol", name)
 
+    def _arguments(self) -> int:
+        """Where the list of several arguments ends that begins here; 0: none does."""
+        depth, commas = 0, 0
+        for i in range(self._at, len(self._tokens) if self._peek() == "(" else 0):
+            depth += {"(": 1, ")": -1}.get(self._tokens[i], 0)
+            commas += self._tokens[i] == "," and depth == 1
+            if depth == 0:
+                return i + 1 if commas else 0
+        return 0
 
-def parse(text: str) -> Node:
-    """The tree of an expression. Raises NotMaths or TooBig."""
+
+def _renamed(node: Node, more: str) -> Node:
+    """An unknown, or a power of one (v^2_0), with more to its name. Raises NotMaths for anything else."""
+    if node[0] == "symbol":
+        return ("symbol", node[1] + more)
+    if node[0] == "e":
+        return ("symbol", "e" + more)
+    if node[0] == "^":
+        return ("^", _renamed(node[1], more), node[2])
+    raise NotMaths(f"{more!r} cannot stand there")
+
+
+def parse(text: str, mixed: bool = False) -> Node:
+    """The tree of an expression. Raises NotMaths or TooBig. mixed: a number before a fraction is added to it."""
     tokens = _tokens(text)
     if not tokens:
         raise NotMaths("nothing there")
     if len(tokens) > MAX_TOKENS:
         raise TooBig(f"more than {MAX_TOKENS} symbols")
-    return _Parser(tokens).whole()
+    return _Parser(tokens, mixed).whole()
 
 
 def symbols(node: Node) -> set[str]:
@@ -241,7 +276,9 @@ def value(node: Node, at: Mapping[str, Any] | None = None) -> Any:
     """
     try:
         return _value(_context(), node, at or {})
-    except (ZeroDivisionError, OverflowError, mpmath.libmp.NoConvergence) as error:
+    except (ValueError, ZeroDivisionError, OverflowError, mpmath.libmp.NoConvergence) as error:
+        if isinstance(error, (NotMaths, TooBig)):
+            raise
         raise NotMaths(f"it has no value ({type(error).__name__})") from None
 
 
@@ -261,11 +298,9 @@ def _value(mp: Any, node: Node, at: Mapping[str, Any]) -> Any:
     if kind == "^" or kind == "root":
         return _power(mp, parts[0], parts[1] if kind == "^" else 1 / parts[1])
     if kind == "!":
-        if not mp.isint(parts[0]) or parts[0] < 0:
-            raise NotMaths("a factorial of no natural number")
-        if parts[0] > MAX_FACTORIAL:
+        if abs(parts[0]) > MAX_FACTORIAL:
             raise TooBig(f"a factorial above {MAX_FACTORIAL}!")
-        return mp.factorial(parts[0])
+        return mp.gamma(parts[0] + 1)
     if kind in _FUNCTIONS:
         if abs(parts[0]) > 10**6:
             raise TooBig(f"{kind} of a number above a million")

@@ -47,10 +47,10 @@ def olympiadbench(row: Mapping[str, Any]) -> Verdict:
 
 
 def _precisions(error: Any, count: int) -> list[float]:
-    given = [] if error in (None, "") else str(error).split(",")
+    given = error if isinstance(error, list | tuple) else [] if error in (None, "") else str(error).split(",")
     try:
-        found = [float(part) if part.strip() else PRECISION for part in given]
-    except ValueError:
+        found = [float(part) if str(part).strip() else PRECISION for part in given]
+    except (ValueError, TypeError):
         found = []
     return (found * count if len(found) == 1 else [*found, *[PRECISION] * count])[:count]
 

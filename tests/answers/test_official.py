@@ -173,7 +173,7 @@ def test_mathverse_rules(row, prediction, wanted):
 @pytest.mark.parametrize(
     "gold, prediction, wanted",
     [("$$36$$", "\\boxed{36}", "equal"), ("8\n4", "<answer>8\n4</answer>", "equal"), ("$\\frac12$", "0.5", "equal"),
-     ("36", "37", "unequal"), ("8\n4", "\\boxed{8, 4}", "unknown"), ("60°", "<answer>$60^\\circ$</answer>", "equal"),
+     ("36", "37", "unequal"), ("1.5", "$1\\frac{1}{2}$", "equal"), ("8\n4", "\\boxed{8, 4}", "unknown"), ("60°", "<answer>$60^\\circ$</answer>", "equal"),
      ("60°", "61°", "unequal")],
 )  # fmt: skip
 def test_mm_k12_rules(gold, prediction, wanted):
@@ -218,7 +218,7 @@ def test_olympiadbench_rules(gold, prediction, error, wanted):
     "text, wanted",
     [
         ("\\frac12", "0.5"), ("-2^2", "-4"), ("2^{-1}", "0.5"), ("2^10", "1024"), ("2^{10}", "1024"), ("3!", "6"),
-        ("\\sqrt[3]{-8}", "-2"), ("1\\frac{1}{2}", "1.5"), ("2(3+4)", "14"), ("\\frac{1}{2}\\pi", "1.5707963267948966"),
+        ("\\sqrt[3]{-8}", "-2"), ("3\\frac{1}{2}", "1.5"), ("6:4", "1.5"), ("2(3+4)", "14"), ("\\frac{1}{2}\\pi", "1.5707963267948966"),
         ("\\left(1+2\\right)\\cdot 3", "9"), ("|-3|", "3"), ("\\log_2 8", "3"), ("2\\sin^2{1}+2\\cos^2 1", "2"),
         ("6/2*3", "9"), ("1-2-3", "-4"), ("2^3^2", "64"), ("--3", "3"), ("4\\div 2\\times 3", "6"), ("e^0", "1"),
         ("\\ln e", "1"), ("1/(2/4)", "2"), ("3\\cdot-2", "-6"),
