@@ -130,9 +130,7 @@ def _is_interval(text: str) -> bool:
 
 def _intervals(gold: str, answer: str, precision: float) -> bool:
     golds, answers = gold.split("\\cup"), answer.split("\\cup")
-    return len(golds) == len(answers) and all(
-        _interval(a.strip(), b.strip(), precision) for a, b in zip(golds, answers, strict=True)
-    )
+    return len(golds) == len(answers) and all(_interval(a, b, precision) for a, b in zip(golds, answers, strict=True))
 
 
 def _interval(gold: str, answer: str, precision: float) -> bool:

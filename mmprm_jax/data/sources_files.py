@@ -216,7 +216,8 @@ class _Resume:
     """Where the next row begins behind a damaged one.
 
     Rows on lines of their own begin with a line that is indented as theirs were: a text in JSON has no line breaks.
-    Otherwise a row begins where a whole object has the keys of a row that was seen.
+    Otherwise a row begins where a whole object has the keys of a row that was seen; before there is one, where it has
+    the damaged row's first key.
     """
 
     def __init__(self):
@@ -234,6 +235,7 @@ class _Resume:
     def go_on(self, window: _Window) -> bool:
         """Moves to the beginning of the next row; False: there is none."""
         indent = self._indent
+        first = re.compile(r'\{\s*"([^"\\]{1,100})"').match(window.text, window.at)
         starts = re.compile(r'\{\s*"' if indent is None else rf"\n{re.escape(indent)}(?=[^\s}}\]])")
         while True:
             window.at += 1
@@ -243,12 +245,14 @@ class _Resume:
                 window.at = max(window.at, len(window.text) - 512)  # a start may be cut off
                 window.more()
             window.at = found.start()
-            if indent is not None or self._is_row(window):
+            if indent is not None or self._is_row(window, first and first[1]):
                 return True
 
-    def _is_row(self, window: _Window) -> bool:
+    def _is_row(self, window: _Window, first: str | None) -> bool:
         value, error = _decode(window, move=False)
-        return error is None and (frozenset(value) in self._keys if self._keys else len(value) > 1)
+        if error is not None:
+            return False
+        return frozenset(value) in self._keys if self._keys else first in (None, next(iter(value), None))
 
 
 def _brief(error: BaseException) -> str:

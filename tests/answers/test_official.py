@@ -196,7 +196,7 @@ def test_mm_k12_rules(gold, prediction, wanted):
         ("\\pm 2", "-2,2", None, "equal"), ("\\pm 2", "2", None, "unequal"),
         ("$[1,2)$", "$[1,2)$", None, "equal"), ("[1,2)", "[1,2]", None, "unequal"),
         ("(-\\infty,\\frac{1}{2})", "(-\\infty, 0.5)", None, "equal"),
-        ("(0,1) \\cup (2,3)", "(0,1)\\cup(2,3)", None, "equal"), ("x \\in [1,2]", "[1,2]", None, "equal"),
+        ("(0,1)\\cup(2,3)", "(0,1)\\cup(2,\\frac{6}{2})", None, "equal"), ("x \\in [1,2]", "[1,2]", None, "equal"),
         ("\\frac{\\sqrt{3}}{2}", "\\frac{3}{2\\sqrt{3}}", None, "equal"), ("2\\pi", "6.2831853", None, "equal"),
         ("2\\pi", "6.28", None, "unequal"),
         ("$(n+1)^{2}$", "$n^2+2n+1$", None, "equal"), ("(n+1)^2", "n^2+1", None, "unequal"),

@@ -106,6 +106,17 @@ def test_first_and_last_row_of_a_list_may_be_damaged(tmp_path):
     assert values(rows(path)) == wanted and "ends inside" in rows(path)[-1].error
 
 
+def test_objects_inside_of_a_damaged_first_row_are_no_rows(tmp_path):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    wanted = [{"id": str(i), "conversations": turns} for i in range(50)]
+    texts = [json.dumps(row)[: -20 if i % 20 == 0 else None] for i, row in enumerate(wanted)]
+    for between in (",", ",\n"):
+        (tmp_path / "a.json").write_text("[" + between.join(texts) + "]")
+        found = rows(tmp_path / "a.json")
+        assert values(found) == [row for i, row in enumerate(wanted) if i % 20]
+        assert [row.number for row in found if row.error] == [1, 21, 41]
+
+
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     for name, text in (("a.json", b'[{"id": "a"}, {"id": "\xff"}, {"id": "b"}]'),
                        ("a.jsonl", b'{"id": "a"}\n{"id": "\xff"}\n{"id": "b"}\n')):  # fmt: skip
