@@ -159,8 +159,8 @@ def run(settings: Settings) -> dict[str, Any]:
         with progress(None, f"prepare {source.name}", "row") as bar:
             report.written = records.write(settings.output / f"{name}.jsonl", _told(rows, scoring, bar))
     summary = {
-        "source": source.name, "split": settings.split, "from": settings.path, "file": f"{name}.jsonl",
-        "rows": report.rows, "written": report.written, "refused": report.reasons.total(),
+        "source": source.name, "split": settings.split, "from": settings.path, "revision": located.revision,
+        "file": f"{name}.jsonl", "rows": report.rows, "written": report.written, "refused": report.reasons.total(),
         "removed": report.matches.total(), "refused_by_reason": dict(report.reasons.most_common()),
         "removed_by_match": dict(sorted(report.matches.items())), "benchmark_problems": len(benchmarks or ()),
         **({"rewriter": settings.rewriter.figures()} if settings.rewriter else {}),
@@ -240,7 +240,7 @@ def _parse(argv: Sequence[str]) -> Settings:
         epilog=f"Sources: {', '.join(sources.SOURCES)}.",
     )  # fmt: skip
     parser.add_argument("source", help="the data set's name")
-    parser.add_argument("path", help="a file, a folder or a hub id (org/name@revision)")
+    parser.add_argument("path", nargs="?", help="a file, a folder or a hub id (org/name@revision); default: its own id")
     parser.add_argument("--output", required=True, type=Path, help="the folder for records and images")
     parser.add_argument("--split", default=None, help="train, test, …; default: train, or a benchmark's first")
     parser.add_argument("--name", default="", help="NAME.jsonl is written; default: the split, or sft")
@@ -261,7 +261,9 @@ def _parse(argv: Sequence[str]) -> Settings:
     against = tuple(Path(part) for part in given.against.split(",") if part)
     rewriter = Rewriter(given.rewriter, given.model) if given.rewriter else None
     split = given.split or next(iter(source.files))
-    return Settings(source.name, given.path, given.output, split, given.name, given.limit, against, rewriter)
+    return Settings(
+        source.name, given.path or source.hub, given.output, split, given.name, given.limit, against, rewriter
+    )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -46,14 +46,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Located:
-    """Where a source's files are. ``trusted``: folders that symbolic links may lead to."""
+    """Where a source's files are."""
 
     folder: Path
     files: tuple[Path, ...]
-    trusted: tuple[Path, ...]
+    trusted: tuple[Path, ...]  # folders that symbolic links may lead to
+    revision: str = ""  # the commit on the hub; "": local files
 
 
-def locate(path_or_id: str, patterns: Sequence[str], hub_patterns: Sequence[str] = ("*",)) -> Located:
+def locate(path_or_id: str, patterns: Sequence[str]) -> Located:
     """The data files of a source: a file, a folder, or a hub id (``org/name`` or ``org/name@revision``) downloaded.
 
     patterns: tried in order below the folder; the files of the first one that has any are taken, sorted.
@@ -62,20 +63,20 @@ def locate(path_or_id: str, patterns: Sequence[str], hub_patterns: Sequence[str]
     path = Path(path_or_id)
     if path.is_file():
         return Located(path.parent, (path,), (path.parent,))
-    trusted = path
+    trusted, revision = path, ""
     if not path.is_dir():
-        path = _download(path_or_id, hub_patterns)
-        trusted = path.parent.parent  # a snapshot is links to ../../blobs
+        path = _download(path_or_id)
+        trusted, revision = path.parent.parent, path.name  # a snapshot is links to ../../blobs
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
     for pattern in patterns:
         found = [name for name in names if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(Path(name).name, pattern)]
         if found:
-            return Located(path, tuple(path / name for name in found), (path, trusted))
+            return Located(path, tuple(path / name for name in found), (path, trusted), revision)
     seen = f"; it has {', '.join(names[:5])}{' …' * (len(names) > 5)}" if names else ""
     raise UserError(f"{path}: no file {' or '.join(patterns)} in this folder{seen}; name the file itself")
 
 
-def _download(name: str, patterns: Sequence[str]) -> Path:
+def _download(name: str) -> Path:
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"{name}: neither a file, a folder nor a hub id (org/name or org/name@revision)")
     from huggingface_hub import snapshot_download
@@ -83,9 +84,7 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
 
     repo, _, revision = name.partition("@")
     try:
-        return Path(
-            snapshot_download(repo, repo_type="dataset", revision=revision or None, allow_patterns=list(patterns))
-        )
+        return Path(snapshot_download(repo, repo_type="dataset", revision=revision or None))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"{name}: no such file or folder, and not to be had from the hub ({first})") from None

@@ -7,6 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from mmprm_jax import records
+from mmprm_jax.data import prepare
 from mmprm_jax.data.rewriter import Rewriter, accepted
 from mmprm_jax.data.sources_base import Item
 from mmprm_jax.records import SFTExample, UserError
@@ -105,6 +107,18 @@ def test_items_come_back_in_order_whatever_fails(stub):
     body = server.bodies[0]
     assert (body["temperature"], body["model"]) == (0, "m") and server.headers[0]["Authorization"] == "Bearer sk-1"
     assert "solution" in body["messages"][0]["content"]
+
+
+def test_prepare_with_a_rewriter(stub, tmp_path):
+    solutions = ["It is one.\n\nThe answer is 1.", "It is two.\n\nThe answer is 2."]
+    lines = [json.dumps({"query": f"q{i}", "response": text}) for i, text in enumerate(solutions)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    server = stub(lambda content, nth: f"<step>Rewritten.</step><answer>{1 + ('q1' in content) * 4}</answer>")
+    prepare.main(["dart_math", str(tmp_path), f"--output={tmp_path / 'o'}", f"--rewriter={server.url}", "--model=m"])
+    found = [example.response for example in records.read(tmp_path / "o" / "sft.jsonl", SFTExample)]
+    assert found == ["<step>Rewritten.</step><answer>1</answer>", "<step>It is two.</step><answer>2</answer>"]
+    summary = json.loads((tmp_path / "o/prepare/sft/summary.json").read_text())
+    assert summary["rewriter"] == {"by the server": 1, "by rules: the server changed the final answer": 1}
 
 
 def test_a_refusing_server_is_told_at_once(stub):

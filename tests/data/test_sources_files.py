@@ -269,4 +269,5 @@ def test_hub_ids_are_downloaded_at_their_revision(tmp_path, monkeypatch):
     for name, revision in (("org/set@abc", "abc"), ("org/set", None)):
         found = sources_files.locate(name, ("*train*",))
         assert asked.pop() == ("org/set", "dataset", revision) and tmp_path in found.trusted
+        assert found.revision == "abc"
         assert [path.name for path in found.files] == ["train.json"]
