@@ -244,7 +244,10 @@ def parse(text: str, mixed: bool = False) -> Node:
         raise NotMaths("nothing there")
     if len(tokens) > MAX_TOKENS:
         raise TooBig(f"more than {MAX_TOKENS} symbols")
-    return _Parser(tokens, mixed).whole()
+    try:
+        return _Parser(tokens, mixed).whole()
+    except RecursionError:
+        raise TooBig("nested too deep") from None
 
 
 def symbols(node: Node) -> set[str]:

@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,8 @@ def main(argv: Sequence[str]) -> None:
     """The command. Exit code 0 also when rows were refused: they are listed, and counted on stderr."""
     try:
         settings = _parse(argv)
-        with settings.rewriter or contextlib.nullcontext():
+        with settings.rewriter or contextlib.nullcontext(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # of sizes and palettes: our own limits decide
             summary = run(settings)
     except OSError as error:
         raise UserError(str(error)) from None

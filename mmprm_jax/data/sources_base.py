@@ -91,9 +91,11 @@ def identity(row: Mapping[str, Any], *keys: str) -> str:
 
 
 def picture(value: Any) -> tuple[Picture, ...]:
-    """No image, a path, or the {bytes, path} of the ``datasets`` library. Raises UserError."""
+    """No image, a path, the {bytes, path} of the ``datasets`` library, or a list of one of these. Raises UserError."""
     if value is None or value == "":
         return ()
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if not isinstance(value, str | bytes):

@@ -315,6 +315,8 @@ class ImageFiles:
         """Every file in every archive of the folder; the first of a name counts."""
         found: dict[str, tuple[zipfile.ZipFile, zipfile.ZipInfo]] = {}
         for path in sorted(self._folder.rglob("*.zip")):
+            if not any(path.resolve().is_relative_to(root) for root in self._trusted):
+                continue
             try:
                 archive = zipfile.ZipFile(path)
             except (OSError, zipfile.BadZipFile):

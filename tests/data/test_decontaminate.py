@@ -84,6 +84,14 @@ def test_image_copies_are_found_among_real_figures_and_nothing_else():
             assert match and match.benchmark_id == str(i) and "image" in match.why
 
 
+def test_figures_that_share_much_are_still_two():
+    """The same drawing with one more line, as problems of one family have."""
+    for seed in range(20):
+        more = drawing(seed)
+        ImageDraw.Draw(more).line([(10, 80), (110, 15)], "black", 3)
+        assert why(bench("a b c d", drawing(seed)), "e f g h", more) is None
+
+
 def test_blank_images_are_like_no_other():
     white, black = Image.new("RGB", (50, 50), "white"), Image.new("RGB", (60, 60), "black")
     assert why(bench("a b c d", white), "e f g h", black) is None

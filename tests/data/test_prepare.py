@@ -203,7 +203,7 @@ def test_demonstrations(tmp_path, name, file, row, wanted):
         ({"conversations": "text"}, "no list conversations"),
         ({"conversations": [CHAT[0], {"from": "gpt", "value": "I think, and think.\nNo idea."}]}, "no final answer"),
         ({"image": None}, "placeholders"),
-        ({"image": ["a.png"]}, "the image is list"),
+        ({"image": ["a.png", "b.png"]}, "the image is list"),
         ({"conversations": [CHAT[0], {"from": "gpt", "value": "x" * 200_000}]}, "characters"),
     ],
 )
