@@ -54,6 +54,7 @@ class _Images:
 
     def __init__(self, files: sources_files.ImageFiles, output: Path):
         self._files, self._output = files, output
+        self.blank: set[str] = set()  # kept images that are of one colour as the model sees them
 
     def _load(self, picture: Picture) -> tuple[bytes, str]:
         if isinstance(picture, str):
@@ -82,10 +83,12 @@ class _Images:
         data, name = self._load(picture)
         return data, images.decode_image(data, name)
 
-    def keep(self, data: bytes) -> str:
+    def keep(self, data: bytes, image: Image.Image) -> str:
         """Writes an image unless it is there. Returns its path relative to the output folder."""
         digest = hashlib.sha256(data).hexdigest()[:32]
         path = Path("images") / digest[:2] / f"{digest}.{sources_files.suffix(data)}"
+        if all(low == high for low, high in image.getextrema()):
+            self.blank.add(path.as_posix())
         target = self._output / path
         if not (target.exists() and target.stat().st_size == len(data)):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +167,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "file": f"{name}.jsonl", "rows": report.rows, "written": report.written, "refused": report.reasons.total(),
         "removed": report.matches.total(), "refused_by_reason": dict(report.reasons.most_common()),
         "removed_by_match": dict(sorted(report.matches.items())), "benchmark_problems": len(benchmarks or ()),
+        "blank_images": sorted(pictures.blank),
         **({"rewriter": settings.rewriter.figures()} if settings.rewriter else {}),
     }  # fmt: skip
     if scoring:
@@ -215,7 +219,7 @@ def _kept(
             if match:
                 report.remove(record.id, match)
                 continue
-        paths = tuple(pictures.keep(data) for data, _ in opened)
+        paths = tuple(pictures.keep(*encoded) for encoded in opened)
         if isinstance(record, Problem | SFTExample):
             record = named(record, image=paths[0] if paths else None)
         else:
@@ -282,3 +286,9 @@ def main(argv: Sequence[str]) -> None:
         if summary[kind]:
             top = "; ".join(f"{count} x {reason}" for reason, count in list(summary[by].items())[:8])
             print(f"{kind} {summary[kind]} rows ({top}): {folder / kind}.jsonl", file=sys.stderr)
+    if summary["blank_images"]:
+        print(
+            f"{len(summary['blank_images'])} images are of one colour without their transparency, which models do not"
+            f" see: {folder / 'summary.json'}",
+            file=sys.stderr,
+        )

@@ -1,6 +1,7 @@
 """``mmprm prepare``: no good row is lost, every bad one is listed; again the same bytes; copies of benchmarks go."""
 
 import io
+import itertools
 import json
 import random
 import struct
@@ -128,6 +129,40 @@ def test_nothing_left_is_an_error(tmp_path):
     with pytest.raises(UserError, match="none of 1 rows .*1 were refused, 0 removed"):
         run("mm_k12", tmp_path, f"--output={tmp_path / 'o'}")
     assert lines(tmp_path / "o/prepare/train/refused.jsonl")[0]["id"] == "b"
+
+
+def test_images_in_which_a_model_sees_nothing_are_told(tmp_path, capsys):
+    """A drawing in the alpha channel alone: its RGB pixels are all black."""
+    layer = Image.new("RGBA", (30, 30), (0, 0, 0, 0))
+    layer.paste((0, 0, 0, 255), (5, 5, 20, 8))
+    layer.save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((K12.parent / json.loads(K12.read_text())[0]["image_path"]).read_bytes())
+    rows = [{"question": f"q{name}", "answer": "1", "image_path": name} for name in ("a.png", "b.png")]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    run("mm_k12", tmp_path, f"--output={tmp_path / 'o'}")
+    first, _ = read(tmp_path / "o" / "train.jsonl")
+    assert json.loads((tmp_path / "o/prepare/train/summary.json").read_text())["blank_images"] == [first.image]
+    assert "1 images are of one colour" in capsys.readouterr().err
+
+
+def test_an_interruption_leaves_what_was_there(tmp_path, monkeypatch):
+    run("mm_k12", K12, "--split=test", f"--output={tmp_path}", "--limit=5")
+    before, items = tree(tmp_path), sources.items
+
+    def interrupted(*args):
+        yield from itertools.islice(items(*args), 10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources, "items", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("mm_k12", K12, "--split=test", f"--output={tmp_path}")
+    assert before.items() <= tree(tmp_path).items()
+    monkeypatch.undo()
+    run("mm_k12", K12, "--split=test", f"--output={tmp_path}")
+    run("mm_k12", K12, "--split=test", f"--output={tmp_path / 'fresh'}")
+    fresh = tree(tmp_path / "fresh")
+    assert fresh == {name: data for name, data in tree(tmp_path).items() if name in fresh}
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_ids_stay_unique_and_repeated_rows_are_told(tmp_path):
