@@ -71,11 +71,11 @@ def levenshtein(a: str, b: str) -> int:
 
 def _choice(extraction: str, options: Sequence[str]) -> str:
     """MathVista: a letter's choice, else the choice nearest in edits, the first of equally near ones."""
-    letter = re.findall(r"\(([a-zA-Z])\)", extraction)
-    letter = letter[0].upper() if letter else extraction
-    if letter in _LETTERS[: len(options)] and len(letter) == 1:
-        return options[_LETTERS.index(letter)]
-    return min(options, key=lambda option: levenshtein(extraction[:1000], option))
+    letters = re.findall(r"\(([a-zA-Z])\)", extraction)
+    said = letters[0].upper() if letters else extraction
+    if len(said) == 1 and said in _LETTERS[: len(options)]:
+        return options[_LETTERS.index(said)]
+    return min(options, key=lambda option: levenshtein(said[:1000], option))
 
 
 def _one_number(text: str) -> str | None:

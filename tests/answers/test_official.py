@@ -90,6 +90,7 @@ def test_mathvista_other_answers_are_wrong():
         (dict(gold="6cm", options=["6cm", "7cm"]), "$\\boxed{6 \\text{ cm}}$", "equal"),
         (dict(gold="145°", options=["135°", "145°"]), "\\boxed{145^\\circ}", "equal"),
         (dict(gold="4π", options=["2π", "4π"]), "\\boxed{4\\pi}", "equal"),
+        (dict(gold="Yes", options=["Yes", "No"]), "(D)", "unequal"),  # no such letter: D is nearer to No
         (dict(gold="A", options=["B", "A"]), "B", "equal"),  # a letter names the second choice, whatever that says
         (dict(gold="3", answer_type="integer"), None, "unequal"),
     ],
