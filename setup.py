@@ -24,6 +24,7 @@ setup(
         "jax>=0.10",
         "matplotlib>=3.9",
         "ml-collections>=1.0",
+        "mpmath>=1.3",  # arithmetic with a stated precision, for official scorings; sympy brings it anyway
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
