@@ -24,11 +24,13 @@ setup(
         "jax>=0.10",
         "matplotlib>=3.9",
         "ml-collections>=1.0",
+        "mpmath>=1.3",  # arithmetic with a stated precision, for official scorings; sympy brings it anyway
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "pebble>=5.0",  # worker processes with deadlines, for verifying answers
         "pillow>=11.0",
+        "pyarrow>=16.0",  # Parquet, the format of most data sets on the hub, in batches
         "pyyaml>=6.0",  # manifests of mmprm launch
         "safetensors>=0.5",  # bfloat16 in numpy
         "scikit-learn>=1.5",  # its handwritten digits are the embedded data set

@@ -1,0 +1,294 @@
+"""``mmprm prepare``: a named data set into the files that the stages read.
+
+    OUTPUT/NAME.jsonl              the records (NAME: the split, "sft" for demonstrations)
+    OUTPUT/images/ab/abcd….png     the images as they were encoded, by the hash of their bytes
+    OUTPUT/prepare/NAME/           refused.jsonl, removed.jsonl, benchmark.jsonl (of a benchmark) and summary.json
+
+Each file is written beside its place and moved there when it is whole; the same command writes the same bytes again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmprm_jax import records
+from mmprm_jax.data import decontaminate, images, sources, sources_files
+from mmprm_jax.data.rewriter import Rewriter
+from mmprm_jax.data.sources_base import Item, Picture, Refused, named
+from mmprm_jax.metrics import progress
+from mmprm_jax.records import Problem, SFTExample, UserError
+
+FOLDER = "prepare"
+_GAP = 16  # pixels between images that are put below each other
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the command line says."""
+
+    source: str
+    path: str
+    output: Path
+    split: str = "train"
+    name: str = ""  # of the file of records; "": the split, or "sft"
+    limit: int = 0  # good rows; 0: all
+    against: tuple[Path, ...] = ()  # prepared benchmarks
+    rewriter: Rewriter | None = None
+
+
+class _Images:
+    """Copies the images of rows into the output folder."""
+
+    def __init__(self, files: sources_files.ImageFiles, output: Path):
+        self._files, self._output = files, output
+        self.blank: set[str] = set()  # kept images that are of one colour as the model sees them
+
+    def _load(self, picture: Picture) -> tuple[bytes, str]:
+        if isinstance(picture, str):
+            return self._files.read(picture), picture
+        return picture, "the row's image"
+
+    def merged(self, pictures: Sequence[Picture]) -> list[tuple[bytes, Image.Image]]:
+        """The one image of a problem, encoded and opened: its only one, or all of them below each other as PNG."""
+        opened = [self.open(picture) for picture in pictures]
+        if len(opened) < 2:
+            return opened
+        width = max(image.width for _, image in opened)
+        height = sum(image.height + _GAP for _, image in opened) - _GAP
+        if width * height > images.MAX_PIXELS or height > images.MAX_EDGE:
+            raise UserError(f"its {len(opened)} images make one of {width} x {height} pixels")
+        page, top = Image.new("RGB", (width, height), "white"), 0
+        for _, image in opened:
+            page.paste(image, (0, top))
+            top += image.height + _GAP
+        encoded = io.BytesIO()
+        page.save(encoded, "PNG")
+        return [(encoded.getvalue(), page)]
+
+    def open(self, picture: Picture) -> tuple[bytes, Image.Image]:
+        """An image's bytes and pixels. Raises UserError when it is refused."""
+        data, name = self._load(picture)
+        return data, images.decode_image(data, name)
+
+    def keep(self, data: bytes, image: Image.Image) -> str:
+        """Writes an image unless it is there. Returns its path relative to the output folder."""
+        digest = hashlib.sha256(data).hexdigest()[:32]
+        path = Path("images") / digest[:2] / f"{digest}.{sources_files.suffix(data)}"
+        if all(low == high for low, high in image.getextrema()):
+            self.blank.add(path.as_posix())
+        target = self._output / path
+        if not (target.exists() and target.stat().st_size == len(data)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f"{target.name}.tmp")
+            temporary.write_bytes(data)
+            temporary.replace(target)
+        return path.as_posix()
+
+
+@dataclasses.dataclass
+class _Report:
+    """What did not become a record, and how much did; the files of it are open while rows are read."""
+
+    refused_file: Any
+    removed_file: Any
+    rows: int = 0
+    written: int = 0
+    reasons: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    matches: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    def refuse(self, refused: Refused) -> None:
+        self.refused_file.write(records.to_json(refused) + "\n")
+        self.reasons[_kind(refused.reason)] += 1
+
+    def remove(self, id_: str, match: decontaminate.Match) -> None:
+        row = decontaminate.removed(id_, match)
+        self.removed_file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+        self.matches[f"{match.benchmark}: {match.why}"] += 1
+
+
+def _kind(reason: str) -> str:
+    """A reason without what differs from row to row."""
+    return reason.rpartition(": ")[2].split(" (")[0][:80]
+
+
+def known(folders: Iterable[Path]) -> Iterator[decontaminate.Known]:
+    """The problems of prepared benchmarks. Raises UserError when a folder is none."""
+    for folder in folders:
+        names = sorted(path.parent.name for path in folder.glob(f"{FOLDER}/*/summary.json"))
+        files = [folder / f"{name}.jsonl" for name in names] or sorted(folder.glob("test*.jsonl"))
+        if not files:
+            raise UserError(
+                f"{folder}: no prepared benchmark; make it with mmprm prepare BENCHMARK … --output={folder}"
+            )
+        for path in files:
+            for problem in records.read(path, Problem):
+                picture = None
+                if problem.image:
+                    images.open_image(folder / problem.image)  # within the limits
+                    picture = decontaminate.look((folder / problem.image).read_bytes())
+                name = problem.source or f"{folder.name}/{path.stem}"
+                yield decontaminate.Known(name, problem.id, decontaminate.fingerprint(problem.question), picture)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Prepares a source. Returns the summary. Raises UserError when no row at all was good."""
+    source = sources.find(settings.source)
+    located = sources.locate(source, settings.path, settings.split)
+    name = settings.name or ("sft" if source.kind == "sft" else settings.split)
+    if source.kind == "steps" and settings.against:
+        raise UserError(f"--against is for training data; {source.name} is a benchmark")
+    benchmarks = decontaminate.Benchmarks(known(settings.against)) if settings.against else None
+    folder = settings.output / FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = _Images(sources_files.ImageFiles(located, source.image_folders), settings.output)
+    scoring: list[dict[str, Any]] = []
+    with _replacing(folder / "refused.jsonl") as refused, _replacing(folder / "removed.jsonl") as removed:
+        report = _Report(refused, removed)
+        rows = _kept(sources.items(source, located, settings.split), pictures, benchmarks, report, settings.limit)
+        if settings.rewriter:
+            rows = settings.rewriter.rewrite(rows)
+        with progress(None, f"prepare {source.name}", "row") as bar:
+            report.written = records.write(settings.output / f"{name}.jsonl", _told(rows, scoring, bar))
+    summary = {
+        "source": source.name, "split": settings.split, "from": settings.path, "revision": located.revision,
+        "file": f"{name}.jsonl", "rows": report.rows, "written": report.written, "refused": report.reasons.total(),
+        "removed": report.matches.total(), "refused_by_reason": dict(report.reasons.most_common()),
+        "removed_by_match": dict(sorted(report.matches.items())), "benchmark_problems": len(benchmarks or ()),
+        "blank_images": sorted(pictures.blank),
+        **({"rewriter": settings.rewriter.figures()} if settings.rewriter else {}),
+    }  # fmt: skip
+    if scoring:
+        with _replacing(folder / "benchmark.jsonl") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in scoring)
+    with _replacing(folder / "summary.json") as file:
+        file.write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    if not report.written:
+        raise UserError(
+            f"{settings.path}: none of {report.rows} rows became a record of {source.name}: {summary['refused']} were"
+            f" refused, {summary['removed']} removed as copies of a benchmark's; each is listed in {folder}"
+        )
+    return summary
+
+
+def _told(rows: Iterable[Item], scoring: list[dict[str, Any]], bar: Any) -> Iterator[Any]:
+    """The records of the items, whose scoring rows are gathered."""
+    for item in rows:
+        if item.benchmark:
+            scoring.append({"id": item.record.id, **item.benchmark})
+        bar.update()
+        yield item.record
+
+
+def _kept(
+    rows: Iterable[Item | Refused], pictures: _Images, benchmarks: decontaminate.Benchmarks | None, report: _Report,
+    limit: int,
+) -> Iterator[Item]:  # fmt: skip
+    """The items that are to be written, with their images in place."""
+    kept = 0
+    for row in rows:
+        report.rows += 1
+        if isinstance(row, Refused):
+            report.refuse(row)
+            continue
+        try:
+            if isinstance(row.record, Problem | SFTExample):
+                opened = pictures.merged(row.pictures)
+                record = named(row.record, image=None)
+            else:
+                opened = [pictures.open(picture) for picture in row.pictures]
+                record = row.record
+        except UserError as error:
+            report.refuse(Refused(row.file, row.row, row.record.id, str(error)))
+            continue
+        if benchmarks:
+            seen = decontaminate.look(opened[0][0]) if opened else None
+            match = benchmarks.match(decontaminate.fingerprint(record.question), seen)
+            if match:
+                report.remove(record.id, match)
+                continue
+        paths = tuple(pictures.keep(*encoded) for encoded in opened)
+        if isinstance(record, Problem | SFTExample):
+            record = named(record, image=paths[0] if paths else None)
+        else:
+            record = named(record, images=paths)
+        yield dataclasses.replace(row, record=record)
+        kept += 1
+        if kept == limit:
+            return
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Any]:
+    """A text file that takes its place when it is whole."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        yield file
+    temporary.replace(path)
+
+
+def _parse(argv: Sequence[str]) -> Settings:
+    parser = argparse.ArgumentParser(
+        prog="mmprm prepare", description="A named data set into the files that the stages read.",
+        epilog=f"Sources: {', '.join(sources.SOURCES)}.",
+    )  # fmt: skip
+    parser.add_argument("source", help="the data set's name")
+    parser.add_argument("path", nargs="?", help="a file, a folder or a hub id (org/name@revision); default: its own id")
+    parser.add_argument("--output", required=True, type=Path, help="the folder for records and images")
+    parser.add_argument("--split", default=None, help="train, test, …; default: train, or a benchmark's first")
+    parser.add_argument("--name", default="", help="NAME.jsonl is written; default: the split, or sft")
+    parser.add_argument("--limit", default=0, type=int, help="so many records at most; 0: all")
+    parser.add_argument("--against", default="", help="folders of prepared benchmarks, whose problems are taken out")
+    parser.add_argument("--rewriter", default="", help="an OpenAI-compatible server that restructures SFT responses")
+    parser.add_argument("--model", default="", help="the rewriter's model")
+    given = parser.parse_args(argv)
+    source = sources.find(given.source)
+    if given.limit < 0:
+        raise UserError(f"--limit={given.limit}: at least 1, or 0 for all")
+    if bool(given.rewriter) != bool(given.model):
+        raise UserError("--rewriter=http://host:8000/v1 and --model=NAME go together")
+    if given.rewriter and source.kind != "sft":
+        raise UserError(f"--rewriter is for demonstrations; {source.name} has {source.kind} records")
+    if any(c in given.name for c in "/\\"):
+        raise UserError(f"--name={given.name}: a name, not a path")
+    against = tuple(Path(part) for part in given.against.split(",") if part)
+    rewriter = Rewriter(given.rewriter, given.model) if given.rewriter else None
+    split = given.split or next(iter(source.files))
+    return Settings(
+        source.name, given.path or source.hub, given.output, split, given.name, given.limit, against, rewriter
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command. Exit code 0 also when rows were refused: they are listed, and counted on stderr."""
+    try:
+        settings = _parse(argv)
+        with settings.rewriter or contextlib.nullcontext(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # of sizes and palettes: our own limits decide
+            summary = run(settings)
+    except OSError as error:
+        raise UserError(str(error)) from None
+    folder = settings.output / FOLDER / Path(summary["file"]).stem
+    print(f"{settings.output / summary['file']}: {summary['written']} of {summary['rows']} rows of {summary['source']}")
+    for kind, by in (("refused", "refused_by_reason"), ("removed", "removed_by_match")):
+        if summary[kind]:
+            top = "; ".join(f"{count} x {reason}" for reason, count in list(summary[by].items())[:8])
+            print(f"{kind} {summary[kind]} rows ({top}): {folder / kind}.jsonl", file=sys.stderr)
+    if summary["blank_images"]:
+        print(
+            f"{len(summary['blank_images'])} images are of one colour without their transparency, which models do not"
+            f" see: {folder / 'summary.json'}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,160 @@
+"""Named data sets over local files or hub ids: MM-K12, MMK12, what the policy learns from, and the benchmarks.
+
+for item in sources.read("geo170k", "Luckyjhg/Geo170K@REVISION", "train"):
+    ...  # an Item, or Refused with the reason: a bad row never ends the reading
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from mmprm_jax.data import sources_files
+from mmprm_jax.data.benchmarks import BENCHMARKS
+from mmprm_jax.data.prompts import PLACEHOLDER
+from mmprm_jax.data.sources_base import Item, Refused, Source, identity, named, picture, placed, text
+from mmprm_jax.data.sources_files import Located
+from mmprm_jax.data.steps import restructure
+from mmprm_jax.records import Problem, SFTExample, UserError, to_json
+
+_ANYTHING = ("*.jsonl", "*.json", "*.parquet")
+
+
+def problem(row: Mapping[str, Any], split: str) -> Item:
+    """MMK12 (Parquet), and MM-K12's seed schema ``{id, question, correct_answer or answer, image_path}``."""
+    pictures = picture(next((row[key] for key in ("image_path", "image", "images") if row.get(key)), None))
+    question = placed(text(row, "question"), len(pictures))
+    answer = text(row, "correct_answer", "answer")
+    return Item(Problem(identity(row, "id"), question, answer), pictures)
+
+
+def mm_k12(row: Mapping[str, Any], split: str) -> Item:
+    """MM-K12; its test problems are a benchmark, officially scored by a judge (here: of the unknowns only)."""
+    item = problem(row, split)
+    scoring = {"prompt": item.record.question, "mode": "mm_k12", "gold": item.record.answer}
+    return Item(item.record, item.pictures, scoring if split == "test" else None)
+
+
+def _demonstration(id_: str, question: str, solution: str, pictures: tuple, answer: str | None = None) -> Item:
+    """An SFT example. Raises UserError when the solution has no final answer that could be found."""
+    response = restructure(solution, answer)
+    if response is None:
+        raise UserError("no final answer found in the response (a box, Answer:, The answer is, ####)")
+    return Item(SFTExample(id_, placed(question.strip(), len(pictures)), response), pictures, solution=solution)
+
+
+def conversation(row: Mapping[str, Any], split: str) -> Item:
+    """LLaVA's ``{id, image, conversations: [{from, value}, …]}`` with one question and one answer."""
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise UserError("no list conversations of {from, value}")
+    said = [(str(turn.get("from")), text(turn, "value")) for turn in turns if turn.get("from") != "system"]
+    if [role for role, _ in said] not in (["human", "gpt"], ["user", "assistant"]):
+        raise UserError(f"{len(said)} turns; one question and one answer are expected")
+    pictures = picture(row.get("image"))
+    return _demonstration(identity(row, "id"), said[0][1], said[1][1], pictures)
+
+
+def mavis(row: Mapping[str, Any], split: str) -> Item:
+    """MAVIS: conversations, or MAVIS-Geometry's own rows, of which the text-dominant English form is taken."""
+    if "conversations" in row:
+        return conversation(row, split)
+    said = row.get("text_en")
+    if not isinstance(said, Mapping):
+        raise UserError("neither conversations nor text_en")
+    choices, index = row.get("choices"), row.get("answer_index")
+    answer = None
+    if isinstance(choices, list) and choices and isinstance(index, int):
+        if not 0 <= index < min(len(choices), 26):
+            raise UserError(f"answer_index {index} of {len(choices)} choices")
+        answer = chr(ord("A") + index)
+    pictures = picture(row.get("image_text_dominant") or row.get("image"))
+    question = text(said, "text_dominant_question", "question")
+    return _demonstration(identity(row, "id"), question, text(said, "CoT_reasoning"), pictures, answer)
+
+
+def _written(question: str, solution: str) -> Callable[[Mapping[str, Any], str], Item]:
+    """Rows of a question and a solution, text only; the names of their keys."""
+
+    def parse(row: Mapping[str, Any], split: str) -> Item:
+        asked = re.sub(re.escape(PLACEHOLDER), "", text(row, question))
+        return _demonstration(identity(row, "id"), asked, text(row, solution), ())
+
+    return parse
+
+
+def _splits(*patterns: str, test: bool = False) -> dict[str, tuple[str, ...]]:
+    """train (and test): files that are called so, else the given ones."""
+    found = {"train": ("*train*.jsonl", "*train*.json", "*train*.parquet", *patterns)}
+    return found | ({"test": ("*test*.jsonl", "*test*.json", "*test*.parquet", *patterns)} if test else {})
+
+
+_TRAINING = (
+    Source("mm_k12", "problem", "Cierra0506/MM-K12", _splits(*_ANYTHING, test=True), mm_k12),
+    Source("mmk12", "problem", "FanqingM/MMK12", _splits("*.parquet", *_ANYTHING, test=True), problem),
+    Source(
+        "mathv360k", "sft", "Zhiqiang007/MathV360K", {"train": ("train_samples_all_tuning.json", *_ANYTHING)},
+        conversation, ("", "data_images", "images"),
+    ),
+    Source("mavis", "sft", "CaraJ/MAVIS-Geometry", _splits(*_ANYTHING), mavis),
+    Source("rcot", "sft", "dle666/R-CoT", {"train": ("GeoMM.json", *_ANYTHING)}, conversation, ("", "images", "GeoMM")),
+    Source("geo170k", "sft", "Luckyjhg/Geo170K", {"train": ("qa_tuning*", "geo170k*.json", *_ANYTHING)}, conversation),
+    Source("numina_math_cot", "sft", "AI-MO/NuminaMath-CoT", _splits(*_ANYTHING), _written("problem", "solution")),
+    Source("dart_math", "sft", "hkust-nlp/dart-math-hard", _splits(*_ANYTHING), _written("query", "response")),
+)  # fmt: skip
+SOURCES: Mapping[str, Source] = {source.name: source for source in _TRAINING} | BENCHMARKS
+
+
+def find(name: str) -> Source:
+    """The source of that name. Raises UserError with the nearest names."""
+    if name not in SOURCES:
+        nearest = difflib.get_close_matches(name, SOURCES, n=2, cutoff=0)
+        raise UserError(f"{name!r}: no such source; did you mean {' or '.join(nearest)}? All: {', '.join(SOURCES)}")
+    return SOURCES[name]
+
+
+def locate(source: Source, path_or_id: str, split: str) -> Located:
+    """The files of a split. Raises UserError when there are none."""
+    if split not in source.files:
+        raise UserError(f"{source.name} has no split {split!r}, only {', '.join(source.files)}")
+    return sources_files.locate(path_or_id, source.files[split])
+
+
+def read(name: str, path_or_id: str, split: str) -> Iterator[Item | Refused]:
+    """The rows of a source in order, each an Item or Refused; streams. Raises UserError when there is no such source.
+
+    Records have the source's name in ``source`` and unique ids: "" becomes NAME-FILE-ROW, an id seen before with other
+    content gets "~2", "~3" … behind it, and the same content under the same id is refused.
+    """
+    source = find(name)
+    yield from items(source, locate(source, path_or_id, split), split)
+
+
+def items(source: Source, located: Located, split: str) -> Iterator[Item | Refused]:
+    """``read`` for files that were located."""
+    seen: dict[str, list[bytes]] = {}  # what was under each id, 8 bytes a row
+    for row in sources_files.read_rows(located):
+        if row.value is None:
+            yield Refused(row.file, row.number, None, row.error)
+            continue
+        given = identity(row.value, "id", "pid", "sample_index") or None
+        try:
+            item = source.parse(row.value, split)
+        except UserError as error:
+            yield Refused(row.file, row.number, given, str(error))
+            continue
+        id_ = item.record.id or f"{source.name}-{row.file}-{row.number}"
+        content = (to_json(item.record) + repr(item.pictures)).encode(errors="surrogatepass")
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        same = seen.setdefault(id_, [])
+        if digest in same:
+            yield Refused(row.file, row.number, given, "the same row, id included, came before")
+            continue
+        same.append(digest)
+        id_ = id_ if len(same) == 1 else f"{id_}~{len(same)}"
+        record = named(item.record, id=id_, source=source.name)
+        yield dataclasses.replace(item, record=record, file=row.file, row=row.number)

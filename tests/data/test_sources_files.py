@@ -1,0 +1,273 @@
+"""Rows from damaged files, and images from hostile paths: everything good is read, everything bad is told."""
+
+import io
+import json
+import os
+import random
+import tracemalloc
+import zipfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mmprm_jax.data import images, sources_files
+from mmprm_jax.data.sources_files import ImageFiles, Located
+from mmprm_jax.records import UserError
+
+
+def located(*paths):
+    return Located(paths[0].parent, tuple(paths), (paths[0].parent,))
+
+
+def rows(path):
+    return list(sources_files.read_rows(located(path)))
+
+
+def values(found):
+    return [row.value for row in found if row.value is not None]
+
+
+def make(count):
+    rng = random.Random(0)
+    texts = ["plain", 'a "quoted" \\ {"id": 3} text', "[1, 2] } ] {", "汉字 \n ü \u2028", "\ud800 half", ""]
+    return [
+        {"id": f"r{i}", "question": rng.choice(texts) * rng.randrange(4), "list": [{"id": 1}, [2]]}
+        for i in range(count)
+    ]
+
+
+FORMS = {
+    "dense": lambda rows: json.dumps(rows),
+    "indented": lambda rows: json.dumps(rows, indent=1, ensure_ascii=True),
+    "object": lambda rows: json.dumps({str(i): row for i, row in enumerate(rows)}, indent=2),
+    "object on a line": lambda rows: json.dumps({str(i): row for i, row in enumerate(rows)}),
+    "bom": lambda rows: "\ufeff" + json.dumps(rows),
+    "lines called json": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chunk", [7, 2**20])
+def test_every_form_of_a_json_file_gives_its_rows(tmp_path, monkeypatch, form, chunk):
+    monkeypatch.setattr(sources_files, "_CHUNK", chunk)
+    wanted = make(60)
+    path = tmp_path / "a.json"
+    path.write_text(FORMS[form](wanted))
+    found = rows(path)
+    assert values(found) == wanted
+    assert [row.number for row in found] == list(range(1, 61)) and not any(row.error for row in found)
+
+
+DAMAGE = {
+    "unterminated text": lambda text: text[: len(text) // 2],
+    "a missing brace": lambda text: text.removesuffix("}"),
+    "garbage": lambda text: "%%% garbage %%%",
+    "a comma too many": lambda text: text.replace(":", ":,", 1),
+    "no object": lambda text: "17",
+    "nesting": lambda text: "[" * 100_000,
+    "a number without end": lambda text: '{"id": ' + "9" * 10_000 + "}",
+}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_rows_cost_no_good_one(tmp_path, suffix, damage):
+    wanted, bad = make(40), {0, 7, 8, 39} if suffix == ".jsonl" else {7, 8, 39}
+    texts = [DAMAGE[damage](json.dumps(row)) if i in bad else json.dumps(row) for i, row in enumerate(wanted)]
+    path = tmp_path / f"a{suffix}"
+    path.write_text("\n".join(texts) if suffix == ".jsonl" else "[" + ",\n ".join(texts) + "]")
+    found = rows(path)
+    assert values(found) == [row for i, row in enumerate(wanted) if i not in bad]
+    errors = [row.number - 1 for row in found if row.error]
+    assert errors == sorted(bad)
+
+
+def test_rows_on_one_line_are_found_by_their_keys(tmp_path):
+    """Two damaged neighbours are told as one there: nothing says where the first one ends."""
+    wanted = make(30)
+    for damage in DAMAGE.values():
+        texts = [damage(json.dumps(row)) if i in (7, 8, 20) else json.dumps(row) for i, row in enumerate(wanted)]
+        (tmp_path / "a.json").write_text("[" + ", ".join(texts) + "]")
+        found = rows(tmp_path / "a.json")
+        assert values(found) == [row for i, row in enumerate(wanted) if i not in (7, 8, 20)]
+        assert len([row for row in found if row.error]) in (2, 3)
+
+
+def test_first_and_last_row_of_a_list_may_be_damaged(tmp_path):
+    wanted = make(5)
+    texts = [json.dumps(row) for row in wanted]
+    path = tmp_path / "a.json"
+    path.write_text("[" + texts[0][:-9] + "," + ",".join(texts[1:-1]) + "," + texts[-1][:-9] + "]")
+    found = rows(path)
+    assert values(found) == wanted[1:-1] and [row.number for row in found if row.error] == [1, 5]
+    path.write_text("[" + ",".join(texts))  # a download that broke off between two rows
+    assert values(rows(path)) == wanted and "ends inside" in rows(path)[-1].error
+
+
+def test_objects_inside_of_a_damaged_first_row_are_no_rows(tmp_path):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    wanted = [{"id": str(i), "conversations": turns} for i in range(50)]
+    texts = [json.dumps(row)[: -20 if i % 20 == 0 else None] for i, row in enumerate(wanted)]
+    for between in (",", ",\n"):
+        (tmp_path / "a.json").write_text("[" + between.join(texts) + "]")
+        found = rows(tmp_path / "a.json")
+        assert values(found) == [row for i, row in enumerate(wanted) if i % 20]
+        assert [row.number for row in found if row.error] == [1, 21, 41]
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    for name, text in (("a.json", b'[{"id": "a"}, {"id": "\xff"}, {"id": "b"}]'),
+                       ("a.jsonl", b'{"id": "a"}\n{"id": "\xff"}\n{"id": "b"}\n')):  # fmt: skip
+        (tmp_path / name).write_bytes(text)
+        found = rows(tmp_path / name)
+        assert values(found) == [{"id": "a"}, {"id": "b"}] and found[1].error
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_memory_does_not_grow_with_the_file(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(sources_files, "_CHUNK", 2**16)
+    path = tmp_path / f"a{suffix}"
+    row = json.dumps({"id": "x", "question": "y" * 2000})
+    with path.open("w") as file:
+        file.write("[" * (suffix == ".json"))
+        for _ in range(5000):
+            file.write(row + (",\n" if suffix == ".json" else "\n"))
+        file.write((row + "]") * (suffix == ".json"))
+    assert path.stat().st_size > 10_000_000
+    tracemalloc.start()
+    count = sum(1 for _ in sources_files.read_rows(located(path)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 5000 + (suffix == ".json") and peak < 2_000_000
+
+
+def test_a_row_too_long_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_files, "MAX_ROW", 1000)
+    monkeypatch.setattr(sources_files, "_CHUNK", 100)
+    wanted = [{"id": "a"}, {"id": "b", "question": "x" * 5000}, {"id": "c"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, wanted)))
+    (tmp_path / "b.json").write_text('[{"id": "a"}, {"id": "b", "question": "' + "x" * 5000 + ', {"id": "c"}]')
+    for name in ("a.jsonl", "b.json"):
+        found = rows(tmp_path / name)
+        assert values(found) == [wanted[0], wanted[2]] and [row.number for row in found if row.error] == [2]
+
+
+def test_parquet_in_batches_and_damaged(tmp_path):
+    wanted = [{"id": str(i), "image": {"bytes": bytes([i]), "path": None}} for i in range(200)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(wanted), path, row_group_size=50)
+    assert values(rows(path)) == wanted
+    data = bytearray(path.read_bytes())
+    path.write_bytes(data[:100])
+    (row,) = rows(path)
+    assert row.number == 0 and "Parquet damaged" in row.error
+    with pq.ParquetFile(io.BytesIO(data)) as file:
+        column = file.metadata.row_group(2).column(1)
+        start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + 40] = os.urandom(40)
+    path.write_bytes(data)
+    found = rows(path)
+    assert values(found) == wanted[: len(values(found))] and len(values(found)) >= 64 and found[-1].error
+
+
+def png(size=(4, 4), color="red"):
+    out = io.BytesIO()
+    Image.new("RGB", size, color).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A source's folder with an image in images/, and a secret beside it."""
+    folder = tmp_path / "source"
+    (folder / "images" / "sub").mkdir(parents=True)
+    (folder / "images" / "a.png").write_bytes(png())
+    (tmp_path / "secret.png").write_bytes(png(color="blue"))
+    (folder / "rows.json").write_text("[]")
+    return folder
+
+
+def test_images_inside_are_found(source):
+    files = ImageFiles(located(source / "rows.json"), ("", "images"))
+    assert files.read("images/a.png") == files.read("a.png") == files.read("./images/a.png") == png()
+    os.symlink(source / "images" / "a.png", source / "images" / "link.png")
+    assert files.read("link.png") == png()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.png", "images/../../secret.png", "/etc/hostname", "C:\\secret.png", "..\\secret.png",
+        "file:///etc/hostname", "http://a.example/x.png", "images/a.png\0.txt", "link.png", "folder/secret.png",
+        "images", "pipe.png", "circle.png", "missing.png", "", "  ", None, 7, "x" * 5000, "a.png/b.png",
+    ],
+)  # fmt: skip
+def test_paths_that_lead_elsewhere_are_refused(source, name):
+    os.symlink(source.parent / "secret.png", source / "images" / "link.png")
+    os.symlink(source.parent, source / "images" / "folder")
+    os.symlink("circle.png", source / "images" / "circle.png")
+    os.mkfifo(source / "images" / "pipe.png")  # reading it would wait for ever
+    with pytest.raises(UserError):
+        ImageFiles(located(source / "rows.json"), ("", "images")).read(name)
+
+
+def test_links_of_a_hub_snapshot_may_lead_to_its_blobs(tmp_path):
+    """The hub's cache keeps files as ``snapshots/REVISION/NAME -> ../../blobs/HASH``."""
+    snapshot, blobs = tmp_path / "datasets--a--b" / "snapshots" / ("0" * 40), tmp_path / "datasets--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "h").write_bytes(png())
+    os.symlink("../../blobs/h", snapshot / "a.png")
+    (snapshot / "rows.json").write_text("[]")
+    place = Located(snapshot, (snapshot / "rows.json",), (snapshot, snapshot.parent.parent))
+    assert ImageFiles(place).read("a.png") == png()
+
+
+def test_images_in_archives(source, monkeypatch):
+    with zipfile.ZipFile(source / "data_images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data_images/x/b.png", png())
+        archive.writestr("../evil.png", png())
+        archive.writestr("data_images/bomb.png", b"\0" * 3_000_000)
+    (source / "broken.zip").write_bytes(b"PK\x03\x04 nothing")
+    monkeypatch.setattr(images, "MAX_BYTES", 2_000_000)
+    files = ImageFiles(located(source / "rows.json"), ("", "images"))
+    assert files.read("x/b.png") == files.read("data_images/x/b.png") == png()
+    for name in ("bomb.png", "../evil.png", "nothing.png"):
+        with pytest.raises(UserError):
+            files.read(name)
+
+
+def test_locate_tells_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="neither a file, a folder nor a hub id"):
+        sources_files.locate(str(tmp_path / "nothing here"), ("*.json",))
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(UserError, match="no file .*test.*it has x.json"):
+        sources_files.locate(str(tmp_path), ("*test*",))
+    for names, wanted in ((("a_test.json", "a_train.json"), "a_train.json"), (("b.jsonl",), "b.jsonl")):
+        folder = tmp_path / wanted
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("[]")
+        found = sources_files.locate(str(folder), ("*train*", "*.jsonl"))
+        assert [path.name for path in found.files] == [wanted]
+
+
+def test_hub_ids_are_downloaded_at_their_revision(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    (tmp_path / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / "snapshots" / "abc" / "train.json").write_text("[]")
+
+    def download(repo, **settings):
+        asked.append((repo, settings["repo_type"], settings["revision"]))
+        return str(tmp_path / "snapshots" / "abc")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for name, revision in (("org/set@abc", "abc"), ("org/set", None)):
+        found = sources_files.locate(name, ("*train*",))
+        assert asked.pop() == ("org/set", "dataset", revision) and tmp_path in found.trusted
+        assert found.revision == "abc"
+        assert [path.name for path in found.files] == ["train.json"]
