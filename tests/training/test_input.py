@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -213,15 +214,16 @@ def test_a_position_in_other_batches(sets, change, words):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path, mesh):
     """A run of the smoke configuration with few data, before its training."""
     import runpy
 
     config = runpy.run_path("configs/digits.py")["get_config"]("smoke")
     config.data.update(train=2, dev=1, test=1, demonstrations=12, transcriptions=4, text_only=4)
-    run = stages.Run(ConfigDict(config), tmp_path, "")
-    digits.generate(run.data, stages.settings_of(digits.Settings, config.data, seed=0))
-    return run
+    with jax.set_mesh(mesh):  # a run takes one in use; behind this, it is out of use
+        run = stages.Run(ConfigDict(config), tmp_path, "")
+        digits.generate(run.data, stages.settings_of(digits.Settings, config.data, seed=0))
+        yield run
 
 
 def test_a_stage_encodes_again_only_what_has_changed(run, monkeypatch):
