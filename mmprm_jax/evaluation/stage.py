@@ -278,11 +278,12 @@ def compare(run: Run, sampled: Sampled, results: Mapping[str, Scored]) -> Figure
     selected = best_of_n.select_aggregator(results["dev"], n)
     figures, each = selectors(test, n, greedy=greedy)
     prm = each["prm"][selected]
-    others = {"random", "greedy", "majority", "policy_logprob"}
+    others = {x: each[x] for x in ("random", "greedy", "majority", "policy_logprob")}
+    if selected != "last":
+        others["outcome"] = each["prm"]["last"]
     figures |= {
         "prm_selected": selected,
-        "paired": {x: statistics.paired(prm, each[x]) for x in each if x in others}
-        | {"outcome": statistics.paired(prm, each["prm"]["last"])},
+        "paired": {name: statistics.paired(prm, values) for name, values in others.items()},
         "controls": {},
         "rollouts": sum(len(group) for name in ("dev", "test") for group in results[name]),
         "calibration": calibrate(sampled.steps, test),
