@@ -29,6 +29,8 @@ from mmprm_jax import config as configs
 from mmprm_jax import records, stages
 from mmprm_jax.evaluation import best_of_n, stage, statistics
 from mmprm_jax.records import ScoredCandidate, UserError
+from mmprm_jax.search import labels
+from mmprm_jax.training import losses, trainer
 from mmprm_jax.training.preemption import Preemption
 
 SEED = "seed"
@@ -97,6 +99,13 @@ class CellRun(stages.Run):
         return (self.workdir if stage in ("train_prm", "evaluate") else self._base.workdir) / stage
 
 
+def _check(config: ConfigDict) -> None:
+    """Raises UserError on settings of the training that do not exist."""
+    c = config.train_prm
+    stages.settings_of(labels.LabelSettings, c)
+    trainer.make_task(None, losses.prm_loss(c.label, c.threshold, 0, 1), stages.training_settings(c, config.seed))
+
+
 def run(base: stages.Run, settings: Sequence[tuple[Cell, ConfigDict]], grid: Grid) -> str:
     """Trains and evaluates the cells that are missing, writes the tables and returns the Markdown.
 
@@ -104,6 +113,8 @@ def run(base: stages.Run, settings: Sequence[tuple[Cell, ConfigDict]], grid: Gri
     """
     if base.figures("annotate") is None:
         raise UserError(f"{base.workdir}: its annotation has not finished; run `mmprm annotate` there first")
+    for _, config in settings:  # told before anything is trained
+        _check(config)
     base.controls, folder = False, base.workdir / "sweep"
     runs = [CellRun(base, config, configs.guard_workdir(folder / cell.name, config)) for cell, config in settings]
     base.folder("evaluate").mkdir(parents=True, exist_ok=True)
@@ -145,21 +156,24 @@ def _result(cell: Cell, cell_run: CellRun) -> Result:
     problems, selected = list(groups.values()), cell_run.figures("evaluate")["prm_selected"]
     each = {n: best_of_n.per_problem(problems, n) for n in best_of_n.sizes(problems)}
     return Result(
-        cell, selected, {n: x["prm"][selected] for n, x in each.items()}, {n: x["prm"]["mean"] for n, x in each.items()},
-        {n: x["majority"] for n, x in each.items()}, next(iter(each.values()))["random"],
+        cell, selected,
+        chosen={n: x["prm"][selected] for n, x in each.items()},
+        mean={n: x["prm"]["mean"] for n, x in each.items()},
+        majority={n: x["majority"] for n, x in each.items()},
+        random=next(iter(each.values()))["random"],
     )  # fmt: skip
 
 
 def interval(values: np.ndarray, accuracy: bool = True) -> dict[str, Any]:
     """Mean of [seeds, P] values and its bootstrap interval: problems are resampled, and seeds if there are several."""
     seeds, problems = values.shape
-    if np.all(values == 1) or (accuracy and np.all(values == 0)):
+    if accuracy and (np.all(values == 0) or np.all(values == 1)):
         return {"value": float(values.mean()), "ci95": statistics.interval(values[0])}
-    drawn = statistics.draws(problems) / problems
+    resampled = statistics.resampled_sums(values.T) / problems  # [resamples, seeds]
     if seeds == 1:
-        resampled = drawn @ values[0]
+        resampled = resampled[:, 0]
     else:
-        resampled = np.einsum("bp,sp,bs->b", drawn, values, statistics.draws(seeds, seed=1) / seeds, optimize=True)
+        resampled = (resampled * statistics.draws(seeds, seed=1)[: len(resampled)]).sum(1) / seeds
     return {"value": float(values.mean()), "ci95": statistics.quantiles(resampled)}
 
 

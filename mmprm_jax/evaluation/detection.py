@@ -214,19 +214,23 @@ def _figures(
 
     weighted: the mean over sources is by their steps; otherwise every source counts the same. NaN where undefined.
     """
-    w, names = statistics.draws(len(rows)), sorted({row.source for row in rows})
-    w = np.concatenate([np.ones((1, len(rows))), w])  # first the rows themselves
+    names = sorted({row.source for row in rows})
     sources = np.array([row.source for row in rows])
+
+    def sums(counts: np.ndarray) -> np.ndarray:
+        """[1 + resamples, 4]: first those of the rows themselves."""
+        return np.concatenate([counts.sum(0, keepdims=True), statistics.resampled_sums(counts)])
+
     values, weights = [], []
     for name in names:
-        part = np.where((sources == name)[:, None], per_row, 0)
-        values.append(f1(w @ part))
-        weights.append((w @ part).sum(-1) if weighted else np.ones(len(w)))
+        part = sums(np.where((sources == name)[:, None], per_row, 0))
+        values.append(f1(part))
+        weights.append(part.sum(-1) if weighted else np.ones(len(part)))
 
     def told(x: np.ndarray) -> dict[str, Any]:
         return {"f1": float(x[0]), "ci95": statistics.quantiles(x[1:])}
 
-    result = {"rows": len(rows), "pooled": told(f1(w @ per_row))}
+    result = {"rows": len(rows), "pooled": told(f1(sums(per_row)))}
     total = np.sum(weights, 0)
     result["mean_of_sources"] = told(_ratio(np.sum(np.array(values) * weights, 0), total))
     result["sources"] = {

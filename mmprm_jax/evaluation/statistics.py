@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-RESAMPLES = 4000  # of a bootstrap
+RESAMPLES = 4000  # of a bootstrap; fewer above 20,000 units, where an interval is narrow anyway
+_CELLS = 80_000_000  # of a table of draws, a byte each
 FLIPS = 9999  # of a permutation test
 LEVEL = 0.95
 
@@ -38,13 +39,24 @@ def mean_and_stderr(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(stderr)
 
 
-@functools.lru_cache(maxsize=8)
-def draws(count: int, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
-    """How often each of ``count`` problems is in each bootstrap sample, float64 [resamples, count]; read-only."""
-    found = np.random.default_rng([seed, count]).multinomial(count, np.full(count, 1 / count), resamples)
-    found = found.astype(np.float64)
+@functools.lru_cache(maxsize=16)
+def draws(count: int, seed: int = 0) -> np.ndarray:
+    """How often each of ``count`` units is in each bootstrap sample, uint8 [resamples, count]; read-only."""
+    rng, resamples = np.random.default_rng([seed, count]), max(200, min(RESAMPLES, _CELLS // count))
+    found, step = np.empty((resamples, count), np.uint8), max(1, 4_000_000 // count)
+    for i in range(0, resamples, step):
+        part = found[i : i + step]
+        drawn = rng.integers(0, count, part.shape) + count * np.arange(len(part))[:, None]
+        part[:] = np.bincount(drawn.ravel(), minlength=part.size).reshape(part.shape)
     found.flags.writeable = False
     return found
+
+
+def resampled_sums(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Sums over bootstrap samples of the first axis, [P, ...] -> [resamples, ...]; the same samples for equal P."""
+    values = np.asarray(values, np.float64)
+    table, step = draws(len(values), seed), max(1, 4_000_000 // len(values))
+    return np.concatenate([table[i : i + step].astype(np.float64) @ values for i in range(0, len(table), step)])
 
 
 def interval(values: np.ndarray, seed: int = 0, level: float = LEVEL) -> list[float]:
@@ -60,7 +72,7 @@ def interval(values: np.ndarray, seed: int = 0, level: float = LEVEL) -> list[fl
         return [0.0, 1 - tail ** (1 / values.size)]
     if np.all(values == 1):
         return [tail ** (1 / values.size), 1.0]
-    return quantiles(draws(values.size, seed) @ values / values.size, level)
+    return quantiles(resampled_sums(values, seed) / values.size, level)
 
 
 def quantiles(resampled: np.ndarray, level: float = LEVEL) -> list[float]:
@@ -98,7 +110,7 @@ def paired(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, Any]:
     return {
         "difference": difference,
         "stderr": stderr,
-        "ci95": quantiles(draws(d.size, seed) @ d / d.size),
+        "ci95": quantiles(resampled_sums(d, seed) / d.size),
         "wins": wins,
         "losses": losses,
         "p_value": p,

@@ -128,7 +128,7 @@ def _findings(metrics: dict) -> list[str]:
         low, high = (100 * v for v in pair["ci95"])
         difference = _percent(pair, "difference", "stderr", "+")
         line = f"PRM minus {_SELECTORS.get(key, key)}, same problems: {difference} points"
-        p = f", p = {_p(pair['p_value'])}" if "p_value" in pair else ""
+        p = f", p {_p(pair['p_value'])}" if "p_value" in pair else ""
         lines.append(f"{line} (95% interval {low:+.1f} to {high:+.1f}{p})")
     if found := metrics.get("calibration"):
         lines.append(
@@ -140,7 +140,7 @@ def _findings(metrics: dict) -> list[str]:
 
 
 def _p(value: float) -> str:
-    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+    return "< 0.0001" if value < 1e-4 else f"= {value:.4f}"
 
 
 def _versus_majority(metrics: dict, chosen_only: bool = False) -> list[tuple[str, str, str, str]]:
@@ -158,7 +158,7 @@ def _versus_majority(metrics: dict, chosen_only: bool = False) -> list[tuple[str
         result = row.get(key, {}).get(name) if name else row.get(key)
         if result is None or (chosen_only and name and name != metrics.get("prm_selected", name)):
             continue
-        low, high = (100 * x for x in result["ci95"])
+        low, high = (100 * x for x in result.get("ci95", (math.nan, math.nan)))
         under, over = (100 * x for x in pair["ci95"])
         rows.append((
             _label(selector),
