@@ -75,15 +75,19 @@ def test_the_pipeline_ends_with_the_table_and_the_report(finished):
     metrics = json.loads((workdir / "report" / "metrics.json").read_text())
     assert metrics["n_problems"] == 32
     assert set(metrics["best_of_n"]) == {"1", "2", "4", "8", "16"}
-    for selector in ("random", "unique", "majority", "policy_logprob", "oracle"):
-        assert set(metrics["best_of_n"]["16"][selector]) == {"accuracy", "stderr"}
+    for selector in ("random", "unique", "greedy", "majority", "policy_logprob", "oracle"):
+        assert set(metrics["best_of_n"]["16"][selector]) == {"accuracy", "stderr", "ci95"}
     aggregators = {"min", "mean", "product", "last", "max", "sum_log_odds", "mean_odds"}
     assert set(metrics["best_of_n"]["16"]["prm"]) == aggregators
     assert metrics["prm_selected"] in aggregators
     assert set(metrics["controls"]) == {"blank_image", "shuffled_image", "policy_shuffled_image"}
     assert set(metrics["seconds"]) == {"data", "sft", "annotate", "train_prm", "evaluate", "total"}
     assert metrics["labels"]["steps"] > 0 and metrics["rollouts"]["annotate"] > 0
-    assert "oracle" in out and "PRM" in out
+    assert {"random", "greedy", "prm.last", "prm_weighted_majority.min"} <= set(metrics["against_majority"])
+    assert sum(group["n_problems"] for group in metrics["by_length"].values()) == 32
+    calibration = metrics["calibration"]
+    assert calibration["rollouts"] == 8 * calibration["steps"] == 8 * sum(b["steps"] for b in calibration["diagram"])
+    assert "oracle" in out and "PRM" in out and "minus majority" in out
     page = (workdir / "report" / "index.html").read_text()
     assert page.count("data:image/png") >= 3
 

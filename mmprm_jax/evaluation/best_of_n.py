@@ -116,10 +116,8 @@ def _votes(x: _Arrays, subsets: np.ndarray) -> np.ndarray:
     given = subsets @ x.answers  # how many candidates of the subset give each answer
     right = (subsets * x.correct) @ x.answers / np.maximum(given, 1)
     votes = subsets @ (x.weights[:, :, None] * x.answers)
-    votes = np.where(given > 0, votes, -np.inf)
-    top = votes.max(-1, keepdims=True)
-    with np.errstate(invalid="ignore"):  # a subset without any answer: -inf - -inf
-        tied = (given > 0) & (votes >= top - _TIE * np.abs(top))
+    top = votes.max(-1, keepdims=True)  # weights are not negative: no answer that was not given is above one that was
+    tied = (given > 0) & (votes >= top - _TIE * top)
     return _share(tied, right)
 
 
