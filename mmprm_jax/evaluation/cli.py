@@ -141,6 +141,7 @@ def _detect(argv: Sequence[str]) -> None:
         "detect", "First-error F1 (ProcessBench), step macro-F1 (VisualProcessBench) and calibration of step scores."
     )
     parser.add_argument("file", help="JSONL rows: id, source, scores, and label | labels | k and n")
+    parser.add_argument("--labels", metavar="FILE", help="rows with all but the scores, joined by id")
     parser.add_argument("--dev", metavar="FILE", help="held-out rows to choose the threshold on")
     parser.add_argument("--threshold", type=float, help="a given threshold; nothing is held out")
     parser.add_argument("--dev_share", type=float, default=0.2, help="without --dev: share of the rows held out")
@@ -156,7 +157,7 @@ def _detect(argv: Sequence[str]) -> None:
 
     from mmprm_jax.evaluation import detection
 
-    rows, bad = detection.read(args.file)
+    rows, bad = detection.read(args.file, args.labels)
     dev = None
     if args.dev:
         dev, more = detection.read(args.dev)

@@ -42,16 +42,22 @@ class Row:
     )
 
 
-def read(path: epath.PathLike) -> tuple[list[Row], list[str]]:
+def read(path: epath.PathLike, truth: epath.PathLike | None = None) -> tuple[list[Row], list[str]]:
     """(rows, a line for each bad row) of a file {id, source, scores, and one of: label; labels; k and n}.
 
+    truth: a file with all but the scores, joined by id; ``path`` may then be what `mmprm score` writes.
     Raises UserError if no row is good, and if every label 0 must be a mistake (there is no -1 beside them).
     """
     rows, bad = [], []
+    known = {} if truth is None else {str(row["id"]): row for _, row in each_row(truth) if _named(row)}
     for where, row in each_row(path):
         try:
             if isinstance(row, ValueError):
                 raise row
+            if truth is not None:
+                if not _named(row) or str(row["id"]) not in known:
+                    raise ValueError(f"{truth} has no row of that id")
+                row = known[str(row["id"])] | {"scores": row.get("scores")}
             rows.append(_row(row, where))
         except (ValueError, TypeError) as error:
             bad.append(f"{path}, {where}: {error}")
@@ -61,6 +67,10 @@ def read(path: epath.PathLike) -> tuple[list[Row], list[str]]:
     if 0 in steps and -1 not in steps:
         raise UserError(f"{path}: labels has 0 but no -1; a wrong step is -1, 0 is neutral and ignored")
     return rows, bad
+
+
+def _named(row: Any) -> bool:
+    return isinstance(row, dict) and row.get("id") is not None
 
 
 def _row(row: Any, where: str) -> Row:

@@ -196,6 +196,16 @@ def test_a_bad_row_is_named_and_the_others_are_read(tmp_path, row, words, capsys
     assert "line 2" in said.err and "2 rows, threshold" in said.out
 
 
+def test_scores_and_labels_in_two_files(tmp_path):
+    """What `mmprm score` writes, and a benchmark's rows."""
+    scores = [{"id": 1, "scores": [[0.9, 0.1]], "model": "m"}, {"id": "2", "error": "x"}, {"id": "3", "scores": [[1]]}]
+    labels = [{"id": "2", "label": -1}, {"id": "1", "label": 1, "source": "s", "steps": ["a", "b"]}, 5, {"label": 0}]
+    path, truth = write(tmp_path / "s.jsonl", scores), write(tmp_path / "l.jsonl", labels)
+    rows, bad = detection.read(path, truth)
+    assert rows == [Row("1", "s", (0.9, 0.1), label=1)]
+    assert "line 2: scores must be a list" in bad[0] and f"line 3: {truth} has no row of that id" in bad[1]
+
+
 def test_labels_that_must_be_a_mistake(tmp_path):
     path = write(tmp_path / "s.jsonl", [{"scores": [0.5, 0.5], "labels": [1, 0]}])
     with pytest.raises(UserError, match="a wrong step is -1, 0 is neutral"):
