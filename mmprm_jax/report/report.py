@@ -127,8 +127,9 @@ def _findings(metrics: dict) -> list[str]:
     for key, pair in metrics.get("paired", {}).items():
         low, high = (100 * v for v in pair["ci95"])
         difference = _percent(pair, "difference", "stderr", "+")
-        line = f"PRM minus {_SELECTORS.get(key, key)}, same problems: {difference} points"
-        p = f", p {_p(pair['p_value'])}" if "p_value" in pair else ""
+        name = "its last step's score (outcome)" if key == "outcome" else _SELECTORS.get(key, key)
+        line = f"PRM minus {name}, same problems: {difference} points"
+        p = f", p: {_p(pair['p_value'])}" if "p_value" in pair else ""
         lines.append(f"{line} (95% interval {low:+.1f} to {high:+.1f}{p})")
     if found := metrics.get("calibration"):
         lines.append(
@@ -140,7 +141,7 @@ def _findings(metrics: dict) -> list[str]:
 
 
 def _p(value: float) -> str:
-    return "< 0.0001" if value < 1e-4 else f"= {value:.4f}"
+    return "<0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
 def _versus_majority(metrics: dict, chosen_only: bool = False) -> list[tuple[str, str, str, str]]:

@@ -198,10 +198,10 @@ def test_table():
     assert "blank image: 30.0 ± 1.2 % (-20.0 ± 5.0 points against random choice)" in text
     assert "0.875" in text and "40 test problems" in text
     assert (
-        "PRM minus majority vote, same problems: +25.0 ± 3.0 points (95% interval +19.1 to +30.9, p < 0.0001)" in text
+        "PRM minus majority vote, same problems: +25.0 ± 3.0 points (95% interval +19.1 to +30.9, p: <0.0001)" in text
     )
     versus = [line.split() for line in lines if "[" in line]
     assert versus == [
-        [*name, str(x), f"[{x - 2.5},", f"{x + 2.5}]", "+25.0", "[+19.1,", "+30.9]", "<", "0.0001"]
+        [*name, str(x), f"[{x - 2.5},", f"{x + 2.5}]", "+25.0", "[+19.1,", "+30.9]", "<0.0001"]
         for name, x in ((["random"], 50.0), (["PRM", "mean"], 75.0))  # not the aggregators that were not chosen
     ]
