@@ -34,6 +34,7 @@ setup(
         "pyyaml>=6.0",  # manifests of mmprm launch
         "safetensors>=0.5",  # bfloat16 in numpy
         "scikit-learn>=1.5",  # its handwritten digits are the embedded data set
+        "scipy>=1.13",  # exact tests (binomial) in the evaluation; jax needs it anyway
         "sentencepiece>=0.2.1",  # reads InternLM2's vocabulary file (tokenizer.model)
         "sympy>=1.13",
         "tensorboardX>=2.6.2",

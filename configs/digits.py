@@ -124,6 +124,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate.slots = 512
     config.evaluate.cache_tokens = 50_000
     config.evaluate.score_rows = 256
+    config.evaluate.calibration_problems = 100  # test problems; of each one solution, estimated behind every step
+    config.evaluate.calibration_rollouts = 16  # per step
 
     if arg == "smoke":
         config.data.update(train=64, dev=16, test=32, demonstrations=256, transcriptions=256, text_only=256)
@@ -133,5 +135,5 @@ def get_config(arg: str = "") -> ConfigDict:
             num_rollouts=4, max_searches=4, rollout_budget=24, slots=64, in_flight=32, trees_per_shard=16
         )
         config.train_prm.update(steps=40, checkpoint_every=20)
-        config.evaluate.update(slots=64, score_rows=64)
+        config.evaluate.update(slots=64, score_rows=64, calibration_problems=8, calibration_rollouts=8)
     return config

@@ -10,6 +10,8 @@ of time for chips that are not there: memory, FLOPs, traffic, the least time; ex
 ``mmprm convert SOURCE TARGET [--prm] [--verify] [--dtype=…]`` takes a released checkpoint (a folder or a hub id) to
 Orbax, or back. ``mmprm score PROBLEMS.jsonl --model=MODEL`` scores solutions with a released PRM.
 ``mmprm prepare SOURCE PATH_OR_HUB_ID --output=FOLDER`` turns a named data set into the files that the stages read.
+``mmprm bon CANDIDATES`` compares selectors on stored candidates, ``mmprm detect SCORES.jsonl`` finds wrong steps,
+``mmprm sweep --config=… --workdir=… --grid=KEY=V1,V2`` trains and compares PRMs on one annotated set.
 ``mmprm launch {tpu,gke,slurm,local} [options] -- STAGE …`` runs a stage on many machines or devices.
 """
 
@@ -53,6 +55,7 @@ _USAGE = (
     " [--dtype=bfloat16] or: mmprm score PROBLEMS.jsonl --model=MODEL [--output=FILE] [--template=NAME]"
     " or: mmprm bench {rollout [CASE …],annotate,train} [--json=FILE] or: mmprm launch {tpu,gke,slurm,local} --help"
     " or: mmprm prepare SOURCE PATH_OR_HUB_ID --output=FOLDER [--split=NAME]"
+    " or: mmprm {bon,detect,sweep} --help"
     " or: mmprm fit --model=NAME --job={sft,train_prm,decode,score} --topology=NAME [key=value …] [--json=FILE]"
 )
 
@@ -184,6 +187,10 @@ def run() -> None:
             from mmprm_jax.data import prepare
 
             return prepare.main(sys.argv[2:])
+        if sys.argv[1:2] in (["bon"], ["detect"], ["sweep"]):
+            from mmprm_jax.evaluation import cli
+
+            return cli.main(sys.argv[1:], _cache_compilations)
         argv, overrides = configs.split_args(sys.argv)
     except UserError as error:
         sys.exit(f"mmprm: {error}")

@@ -1,7 +1,7 @@
 """The stages of the pipeline. Each reads record files and writes record files below ``<workdir>/<stage>``.
 
 A finished stage leaves ``done.json`` (its figures) and is skipped from then on; an interrupted one goes on where it
-was: training from its newest checkpoint, annotation and evaluation after the last finished file.
+was: training from its newest checkpoint, annotation inside of its trees, evaluation after its last saved piece.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,19 +21,16 @@ from ml_collections import ConfigDict
 
 from mmprm_jax import annotate as annotation
 from mmprm_jax import convert, records
-from mmprm_jax.answers.verify import is_correct
 from mmprm_jax.data import digits, encode, training_files
 from mmprm_jax.data.packing import Sizes
-from mmprm_jax.data.prompts import final_answer, policy_template
+from mmprm_jax.data.prompts import policy_template
 from mmprm_jax.data.training_files import Encoded, TrainingSet
-from mmprm_jax.evaluation import best_of_n
-from mmprm_jax.evaluation.score import Scorer, Solutions
-from mmprm_jax.metrics import progress
+from mmprm_jax.evaluation.stage import evaluate
 from mmprm_jax.models import build
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import Candidate, Problem, Request, ScoredCandidate, SFTExample, StepExample, UserError
+from mmprm_jax.records import Problem, SFTExample, StepExample, UserError
 from mmprm_jax.report import report as report_page
 from mmprm_jax.rollout.engine import Engine
 from mmprm_jax.rollout.rollouts import (
@@ -70,6 +66,8 @@ class Run:
         self.mesh = make_mesh(self.mesh_shape)
         jax.set_mesh(self.mesh)
         self.data = epath.Path(config.data.folder) if config.data.folder else workdir / "data"
+        self.sampled = workdir / "evaluate"  # what the policy sampled for the evaluation
+        self.controls = True  # whether the evaluation has them
 
     def folder(self, stage: str) -> epath.Path:
         return self.workdir / stage
@@ -143,11 +141,6 @@ def released_policy(run: Run, settings: ConfigDict, mesh: Any) -> Sampled:
     sampling = settings_of(Sampling, settings, stop=(tokenizer.id(tok.TURN_END),))
     policy = Policy(tokenizer, prompt, file_pixels(run.data, cfg, settings.max_tiles), sampling)
     return Sampled(graphdef, loaded.params, cfg, image_token, policy)
-
-
-def is_correct_all(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
-    """Whether the answer of each (answer, gold) pair is right."""
-    return [is_correct(answer, gold) for answer, gold in pairs]
 
 
 def settings_of(cls: type, config: Mapping[str, Any], **more: Any) -> Any:
@@ -309,147 +302,6 @@ def step_examples(run: Run, tokenizer: Tokenizer, cfg: VLMConfig) -> TrainingSet
         run, "train_prm", "steps", "prm", (tokenizer, cfg), sources, run.data, examples, mode=c.mode,
         seed=run.config.seed, **made,
     )  # fmt: skip
-
-
-def sample_candidates(run: Run, split: str, tokenizer: Tokenizer, cfg: VLMConfig) -> list[list[Candidate]]:
-    """N solutions of each problem of a split, from ``evaluate/<split>_candidates.jsonl`` if they are there."""
-    c, path = run.config.evaluate, run.folder("evaluate") / f"{split}_candidates.jsonl"
-    problems = run.problems(split)
-    if not path.exists():
-        tiles = run.pixels(problems, cfg)
-        policy = run.policy(c, run.mesh, tokenizer, cfg, lambda p: tiles[p.id] if p.image else None)
-        sampler = policy.sampler(run, c, run.mesh, "evaluate", c.n, is_correct_all)
-        requests = [Request(p, (), c.n) for p in problems]
-        with progress(len(problems), f"sample {split}", "problem") as bar:
-            groups = sampler.solve(requests, bar.update)
-        found = [
-            Candidate(problem.id, r.segments, final_answer(r.segments), r.correct, logprob, r.n_tokens)
-            for problem, group in zip(problems, groups, strict=True)
-            for r, logprob in group
-        ]
-        records.write(path, found)
-    stored = records.read_all(path, Candidate)
-    groups: dict[str, list[Candidate]] = {p.id: [] for p in problems}
-    for candidate in stored:
-        if candidate.problem_id not in groups:
-            raise UserError(f"{path}: a candidate of the unknown problem {candidate.problem_id!r}")
-        groups[candidate.problem_id].append(candidate)
-    return list(groups.values())
-
-
-Scored = list[list[ScoredCandidate]]
-
-
-def evaluate(run: Run) -> Figures:
-    """Best-of-N on the test problems; the PRM's aggregator is chosen on dev."""
-    c, folder = run.config.evaluate, run.folder("evaluate")
-    policy_tokenizer = run.tokenizer()
-    tokenizer = Tokenizer.load(run.folder("train_prm") / "tokenizer.json")
-    cfg = run.prm(tokenizer)
-    candidates = {s: sample_candidates(run, s, policy_tokenizer, run.model(policy_tokenizer)) for s in ("dev", "test")}
-    graphdef, params = run.load("train_prm", tokenizer, cfg)
-    classes = (tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))
-    scorer = Scorer(graphdef, params, run.mesh, classes, problems=c.score_rows // 4, solutions=4)
-
-    def scored(split: str, change: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> Scored:
-        problems = run.problems(split)
-        stack = change(np.stack(list(run.pixels(problems, cfg).values())))
-        solutions = []
-        for problem, group, pixels in zip(problems, candidates[split], stack, strict=True):
-            prompt = encode.prompt_ids(tokenizer, cfg, problem.question, int(problem.image is not None))
-            solutions.append(Solutions([encode.prm_ids(tokenizer, prompt, x.segments) for x in group], pixels))
-        return [
-            [ScoredCandidate(x, scores) for x, scores in zip(group, found, strict=True)]
-            for group, found in zip(candidates[split], scorer.score(solutions), strict=True)
-        ]
-
-    with progress(4, "score", "set") as bar:
-        results: dict[str, Scored] = {}
-        for name, split, change in (
-            ("dev", "dev", lambda x: x),
-            ("test", "test", lambda x: x),
-            ("blank_image", "test", np.zeros_like),
-            ("shuffled_image", "test", lambda x: np.roll(x, 1, axis=0)),
-        ):
-            results[name] = scored(split, change)
-            bar.update()
-    for split in ("dev", "test"):
-        records.write(folder / f"{split}_scored.jsonl", [x for group in results[split] for x in group])
-    figures = compare(run, results)
-    figures["controls"]["policy_shuffled_image"] = policy_control(run, policy_tokenizer, run.model(policy_tokenizer))
-    return figures
-
-
-def policy_control(run: Run, tokenizer: Tokenizer, cfg: VLMConfig) -> Figures:
-    """How often the policy is right about a problem when it sees the image of another one, and how often by chance.
-
-    Chance: the probability that a sampled answer equals the gold answer of a problem drawn independently.
-    """
-    c, problems = run.config.evaluate, run.problems("test")
-    pixels = run.pixels(problems, cfg)
-    shuffled = dict(zip(pixels, np.roll(np.stack(list(pixels.values())), 1, axis=0), strict=True))
-    policy = run.policy(c, run.mesh, tokenizer, cfg, lambda p: shuffled[p.id] if p.image else None)
-    sampler = policy.sampler(run, c, run.mesh, "control", c.n, is_correct_all)
-    groups = [[r for r, _ in group] for group in sampler.solve([Request(p, (), c.n) for p in problems])]
-    accuracy, stderr = best_of_n.mean_and_stderr(np.array([[r.correct for r in g] for g in groups]).mean(axis=1))
-    answers = Counter(final_answer(r.segments) for g in groups for r in g)
-    gold = Counter(p.answer for p in problems)
-    chance = sum(answers[a] * gold[a] for a in gold) / (answers.total() * gold.total())
-    return {"accuracy": accuracy, "stderr": stderr, "chance": chance}
-
-
-def compare(run: Run, results: Mapping[str, Scored]) -> Figures:
-    """All figures of metrics.json that come from scored candidates."""
-    test, n = results["test"], run.config.evaluate.n
-    selected = best_of_n.select_aggregator(results["dev"], n)
-    each = best_of_n.per_problem(test, n)
-    prm = each["prm"][selected]
-    figures: Figures = {
-        "n_problems": len(test),
-        "best_of_n": best_of_n.best_of_n(test),
-        "prm_selected": selected,
-        "paired": {name: best_of_n.paired(prm, each[name]) for name in ("random", "majority", "policy_logprob")},
-        "controls": {},
-        "rollouts": sum(len(group) for name in ("dev", "test") for group in results[name]),
-    }
-    for name in ("blank_image", "shuffled_image"):
-        blind = best_of_n.per_problem(results[name], n)["prm"][selected]
-        difference = best_of_n.paired(blind, each["random"])
-        accuracy, stderr = best_of_n.mean_and_stderr(blind)
-        figures["controls"][name] = {
-            "accuracy": accuracy,
-            "stderr": stderr,
-            "difference_to_random": difference["difference"],
-            "difference_stderr": difference["stderr"],
-        }
-    truth_file = run.data / "truth.jsonl"
-    if truth_file.exists():
-        truth = {t.id: t for t in records.read(truth_file, digits.Truth)}
-        pairs = [
-            pair
-            for group in test
-            for x in group
-            for pair in zip(
-                x.scores, digits.steps_right(truth[x.candidate.problem_id], x.candidate.segments), strict=False
-            )
-        ]
-        figures["step_auc"] = best_of_n.step_auc([s for s, _ in pairs], [t for _, t in pairs])
-        figures["by_tricky_sites"] = by_tricky_sites(each, selected, [truth[p.id].tricky for p in run.problems("test")])
-    return figures
-
-
-def by_tricky_sites(each: Mapping[str, Any], selected: str, tricky: Sequence[int]) -> Figures:
-    """Accuracy by the number of sites at which the demonstrations' habits apply."""
-    sites = np.array(tricky)
-    return {
-        str(count): {
-            "n_problems": int((sites == count).sum()),
-            "random": float(each["random"][sites == count].mean()),
-            "majority": float(each["majority"][sites == count].mean()),
-            "prm": float(each["prm"][selected][sites == count].mean()),
-        }
-        for count in sorted(set(tricky))
-    }
 
 
 def report(run: Run) -> Figures:

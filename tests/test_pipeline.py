@@ -75,15 +75,19 @@ def test_the_pipeline_ends_with_the_table_and_the_report(finished):
     metrics = json.loads((workdir / "report" / "metrics.json").read_text())
     assert metrics["n_problems"] == 32
     assert set(metrics["best_of_n"]) == {"1", "2", "4", "8", "16"}
-    for selector in ("random", "unique", "majority", "policy_logprob", "oracle"):
-        assert set(metrics["best_of_n"]["16"][selector]) == {"accuracy", "stderr"}
+    for selector in ("random", "unique", "greedy", "majority", "policy_logprob", "oracle"):
+        assert set(metrics["best_of_n"]["16"][selector]) == {"accuracy", "stderr", "ci95"}
     aggregators = {"min", "mean", "product", "last", "max", "sum_log_odds", "mean_odds"}
     assert set(metrics["best_of_n"]["16"]["prm"]) == aggregators
     assert metrics["prm_selected"] in aggregators
     assert set(metrics["controls"]) == {"blank_image", "shuffled_image", "policy_shuffled_image"}
     assert set(metrics["seconds"]) == {"data", "sft", "annotate", "train_prm", "evaluate", "total"}
     assert metrics["labels"]["steps"] > 0 and metrics["rollouts"]["annotate"] > 0
-    assert "oracle" in out and "PRM" in out
+    assert {"random", "greedy", "prm.last", "prm_weighted_majority.min"} <= set(metrics["against_majority"])
+    assert sum(group["n_problems"] for group in metrics["by_length"].values()) == 32
+    calibration = metrics["calibration"]
+    assert calibration["rollouts"] == 8 * calibration["steps"] == 8 * sum(b["steps"] for b in calibration["diagram"])
+    assert "oracle" in out and "PRM" in out and "minus majority" in out
     page = (workdir / "report" / "index.html").read_text()
     assert page.count("data:image/png") >= 3
 
@@ -247,6 +251,7 @@ import json, sys
 import jax
 from etils import epath
 from mmprm_jax import config, stages
+from mmprm_jax.evaluation.stage import is_correct_all
 from mmprm_jax.records import Request
 run = stages.Run(config.load(sys.argv[1]), epath.Path(sys.argv[2]), "")
 tokenizer = run.tokenizer()
@@ -255,7 +260,7 @@ trees = stages.read_trees(run.folder("annotate"))[:60]
 chosen = [(t, i) for t in trees for i in range(len(t.nodes)) if (i < 3)]
 pixels = run.pixels([t.problem for t in trees], cfg)
 policy = run.policy(run.config.annotate, run.mesh, tokenizer, cfg, lambda p: pixels[p.id])
-sampler = policy.sampler(run, run.config.annotate, run.mesh, "brute force", 16, stages.is_correct_all)
+sampler = policy.sampler(run, run.config.annotate, run.mesh, "brute force", 16, is_correct_all)
 answers = sampler.solve([Request(t.problem, t.prefix(i), 96) for t, i in chosen])
 print(json.dumps([[t.nodes[i].k, t.nodes[i].n, sum(r.correct for r, _ in a), len(a)]
                   for (t, i), a in zip(chosen, answers)]))

@@ -1,135 +1,175 @@
-"""Best-of-N: how often each selector picks a right solution among the first N sampled ones of a problem.
+"""Best-of-N: how often each selector picks a right solution among N sampled ones of a problem.
 
-The candidates of a problem are independent samples, so every selector sees the same first N. Nothing is drawn at
-random: a choice that is left open (random, unique, ties) counts with its exact expectation, so an accuracy depends
-neither on a seed nor on the order of the candidates. The original draws from an unseeded generator and lets the first
-of tied candidates win.
+The n stored candidates of a problem are independent samples, so each N of them are as good a sample as the first N. An
+accuracy at N is therefore the mean over *all* subsets of N: it has the same expectation and less variance, and at N = n
+it is that of the candidates themselves. Selectors that rank candidates by a number have a closed form (sort them: the
+best of a subset is candidate r if none of those above r is in it). A vote has none: it is exact where there are at most
+256 subsets, and the mean over 256 seeded ones otherwise.
+
+What a selector leaves open (random, unique, ties) counts with its exact expectation. The original draws from an
+unseeded generator and lets the first of tied candidates win (``evaluation.paper``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+import itertools
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from mmprm_jax.evaluation import aggregate
+from mmprm_jax.evaluation.statistics import mean_and_stderr, summary
 from mmprm_jax.records import ScoredCandidate
 
 Problems = Sequence[Sequence[ScoredCandidate]]
+Key = Callable[[str], Hashable]  # answers with equal keys count as one answer
 
+SUBSETS = 256  # of N candidates, for a vote
 _TIE = 1e-12  # relative; sums of the same numbers in another order differ by rounding only
+
+
+def plain(answer: str) -> str:
+    """The default key: composed characters (not NFKC: 2² is not 22), no capitals, no spaces around, one between."""
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFC", answer)).strip().casefold()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Arrays:
-    """Candidates as arrays [P, N]; ``valid`` is False where a problem has fewer than N."""
+    """The n candidates of one problem."""
 
-    valid: np.ndarray  # bool
-    correct: np.ndarray  # float64, 0 or 1
-    answer: np.ndarray  # int; equal within a problem iff the answers are equal; -1: no answer
-    solution: np.ndarray  # int; equal within a problem iff the texts are equal
-    logprob: np.ndarray  # float64, nats
-    scores: dict[str, np.ndarray]  # aggregator -> float64
-
-
-def _ids(values: Iterable[Any]) -> list[int]:
-    """Numbers equal values equally; None becomes -1."""
-    seen: dict[Any, int] = {}
-    return [-1 if v is None else seen.setdefault(v, len(seen)) for v in values]
+    correct: np.ndarray  # float64 [n], 0 or 1
+    answers: np.ndarray  # float64 [n, classes]: 1 where the candidate gives that answer; no answer: a row of zeros
+    texts: np.ndarray  # float64 [n, distinct texts]
+    values: np.ndarray  # float64 [1 + aggregators, n]: what candidates are ranked by; the first is the log-probability
+    weights: np.ndarray  # float64 [1 + aggregators, n]: what votes count; the first is a plain vote
 
 
-def _arrays(problems: Problems, n: int) -> _Arrays:
-    shape = (len(problems), n)
-    arrays = _Arrays(
-        valid=np.zeros(shape, bool),
-        correct=np.zeros(shape),
-        answer=np.full(shape, -1),
-        solution=np.full(shape, -1),
-        logprob=np.full(shape, -np.inf),
-        scores={name: np.full(shape, -np.inf) for name in aggregate.AGGREGATORS},
+def _one_hot(values: Iterable[Hashable]) -> np.ndarray:
+    """float64 [n, distinct values]; None has no column."""
+    seen: dict[Hashable, int] = {}
+    ids = [-1 if v is None else seen.setdefault(v, len(seen)) for v in values]
+    return (np.array(ids, int)[:, None] == np.arange(len(seen))).astype(np.float64)
+
+
+def _arrays(scored: Sequence[ScoredCandidate], key: Key) -> _Arrays:
+    candidates = [s.candidate for s in scored]
+    scores = [np.asarray(s.scores) for s in scored]
+    ranked = {name: np.array([f(s) for s in scores]) for name, f in aggregate.AGGREGATORS.items()}
+    plain_votes = np.ones(len(scored))
+    return _Arrays(
+        correct=np.array([c.correct for c in candidates], np.float64),
+        answers=_one_hot(None if c.answer is None else key(c.answer) for c in candidates),
+        texts=_one_hot(c.segments for c in candidates),
+        values=np.array([[c.logprob for c in candidates], *ranked.values()], np.float64),
+        weights=np.array([plain_votes, *(aggregate.vote_weight(name, v) for name, v in ranked.items())]),
     )
-    for p, scored in enumerate(problems):
-        scored = scored[:n]
-        m = len(scored)
-        candidates = [s.candidate for s in scored]
-        arrays.valid[p, :m] = True
-        arrays.correct[p, :m] = [c.correct for c in candidates]
-        arrays.answer[p, :m] = _ids(c.answer for c in candidates)
-        arrays.solution[p, :m] = _ids(c.segments for c in candidates)
-        arrays.logprob[p, :m] = [c.logprob for c in candidates]
-        for name, function in aggregate.AGGREGATORS.items():
-            arrays.scores[name][p, :m] = [function(np.asarray(s.scores)) for s in scored]
-    return arrays
 
 
-def _expectation(weight: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """[P, N] unnormalised probabilities of being picked -> [P] probability of a right pick; 0 where all are 0."""
-    total = weight.sum(1)
-    return (weight * correct).sum(1) / np.where(total > 0, total, 1)
+@functools.lru_cache(maxsize=256)
+def _none_above(n: int, size: int) -> np.ndarray:
+    """[n + 1]: P(a subset of ``size`` of n candidates lies within m given ones), for m = 0 to n."""
+    return np.array([math.comb(m, size) / math.comb(n, size) for m in range(n + 1)])
 
 
-def _tied(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """[P, N] bool: the valid candidates whose value is the largest of their problem."""
-    top = np.where(valid, values, -np.inf).max(1, keepdims=True)
-    return valid & (values >= top - _TIE * np.abs(top))
+def _best(values: np.ndarray, correct: np.ndarray, size: int) -> float:
+    """P(the candidate of the largest value in a random subset is right); tied ones are equally likely."""
+    order = np.argsort(-values, kind="stable")
+    ranked, right = values[order], correct[order]
+    with np.errstate(invalid="ignore"):  # -inf - -inf: a tie
+        new = np.concatenate([[True], ranked[:-1] - ranked[1:] > _TIE * np.abs(ranked[:-1])])
+    starts = np.flatnonzero(new)
+    ends = np.append(starts[1:], len(ranked))
+    within = _none_above(len(ranked), size)
+    chance = within[len(ranked) - starts] - within[len(ranked) - ends]
+    return float(chance @ (np.add.reduceat(right, starts) / (ends - starts)))
 
 
-def _same(ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """[P, N, N] float64: 1 where two valid candidates have the same id."""
-    return ((ids[:, :, None] == ids[:, None, :]) & valid[:, :, None] & valid[:, None, :]).astype(np.float64)
+@functools.lru_cache(maxsize=256)
+def _subsets(n: int, size: int) -> np.ndarray:
+    """float64 [subsets, n] of 0 and 1: all subsets of ``size``, or ``SUBSETS`` seeded ones."""
+    if math.comb(n, size) <= SUBSETS:
+        chosen = np.array(list(itertools.combinations(range(n), size)))
+    else:
+        rng = np.random.default_rng([n, size])
+        chosen = np.array([rng.permutation(n)[:size] for _ in range(SUBSETS)])
+    found = np.zeros((len(chosen), n))
+    np.put_along_axis(found, chosen, 1.0, axis=1)
+    return found
 
 
-def _vote(weight: np.ndarray, same: np.ndarray, answered: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """[P] probability that the answer with the largest sum of weights is right; tied answers are equally likely."""
-    votes = np.einsum("pij,pj->pi", same, weight)
-    # each answer counts once, however many candidates give it
-    return _expectation(_tied(votes, answered) / np.maximum(same.sum(2), 1), correct)
+def _share(chosen: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """[..., K] bool, [..., K] -> mean over the subsets (axis -2) of the mean of ``right`` over the chosen; none: 0."""
+    count = chosen.sum(-1)
+    return ((chosen * right).sum(-1) / np.maximum(count, 1)).mean(-1)
 
 
-def per_problem(problems: Problems, n: int) -> dict[str, Any]:
-    """Accuracy of each selector on each problem, float64 [P] in [0, 1], from its first ``n`` candidates.
+def _votes(x: _Arrays, subsets: np.ndarray) -> np.ndarray:
+    """[1 + aggregators]: P(the answer with the largest sum of weights is right); tied answers are equally likely."""
+    if not x.answers.shape[1]:
+        return np.zeros(len(x.weights))
+    given = subsets @ x.answers  # how many candidates of the subset give each answer
+    right = (subsets * x.correct) @ x.answers / np.maximum(given, 1)
+    votes = subsets @ (x.weights[:, :, None] * x.answers)
+    top = votes.max(-1, keepdims=True)  # weights are not negative: no answer that was not given is above one that was
+    tied = (given > 0) & (votes >= top - _TIE * top)
+    return _share(tied, right)
 
-    Keys: random; unique (uniform over the distinct texts); majority (vote of the extracted answers, compared as
-    strings; no answer: no vote); policy_logprob (largest total log-probability); prm -> {aggregator: ...} (largest
-    score); prm_weighted_majority -> {aggregator: ...} (a vote weighted by `aggregate.vote_weight`); oracle (any right).
-    A problem with fewer candidates uses those it has; one with none is wrong everywhere.
+
+def _unique(x: _Arrays, subsets: np.ndarray) -> float:
+    given = subsets @ x.texts
+    right = (subsets * x.correct) @ x.texts / np.maximum(given, 1)
+    return float(_share(given > 0, right))
+
+
+def _selected(x: _Arrays, n: int) -> np.ndarray:
+    """Accuracies of one problem: random, unique, majority, log-probability, oracle, the PRMs, the weighted votes."""
+    count = len(x.correct)
+    if not count:
+        return np.zeros(5 + 2 * len(aggregate.AGGREGATORS))
+    size = min(n, count)
+    subsets = _subsets(count, size)
+    votes = _votes(x, subsets)
+    best = [_best(values, x.correct, size) for values in x.values]
+    oracle = _best(x.correct, x.correct, size)  # = pass@n
+    return np.array([x.correct.mean(), _unique(x, subsets), votes[0], best[0], oracle, *best[1:], *votes[1:]])
+
+
+def _named(rows: np.ndarray, without: Iterable[str]) -> dict[str, Any]:
+    """[P, selectors] to the dictionary that ``per_problem`` returns."""
+    names = list(aggregate.AGGREGATORS)
+    random, unique, majority, logprob, oracle = rows[:, :5].T
+    found = {
+        "random": random,
+        "unique": unique,
+        "majority": majority,
+        "policy_logprob": logprob,
+        "prm": dict(zip(names, rows[:, 5 : 5 + len(names)].T, strict=True)),
+        "prm_weighted_majority": dict(zip(names, rows[:, 5 + len(names) :].T, strict=True)),
+        "oracle": oracle,
+    }
+    return {name: values for name, values in found.items() if name not in set(without)}
+
+
+def per_problem(problems: Problems, n: int, key: Key = plain, without: Iterable[str] = ()) -> dict[str, Any]:
+    """Accuracy of each selector on each problem, float64 [P] in [0, 1], over all subsets of ``n`` of its candidates.
+
+    Keys: random; unique (uniform over the distinct texts); majority (a vote of the extracted answers, equal where their
+    ``key`` is; no answer: no vote); policy_logprob (largest total log-probability); prm -> {aggregator: ...} (largest
+    score; ``last`` is the outcome baseline); prm_weighted_majority -> {aggregator: ...} (a vote weighted by
+    `aggregate.vote_weight`); oracle (any right: pass@n). A problem with fewer candidates uses those it has; one with
+    none is wrong everywhere. without: selectors to leave out, for want of what they need.
     Raises ValueError for n < 1 and for scores outside [0, 1].
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, found {n}")
-    x = _arrays(problems, n)
-    answered = x.valid & (x.answer >= 0)
-    same = _same(x.answer, answered)
-    copies = _same(x.solution, x.valid).sum(2)
-    return {
-        "random": _expectation(x.valid.astype(np.float64), x.correct),
-        "unique": _expectation(x.valid / np.maximum(copies, 1), x.correct),
-        "majority": _vote(np.ones_like(x.correct), same, answered, x.correct),
-        "policy_logprob": _expectation(_tied(x.logprob, x.valid), x.correct),
-        "prm": {name: _expectation(_tied(s, x.valid), x.correct) for name, s in x.scores.items()},
-        "prm_weighted_majority": {
-            name: _vote(aggregate.vote_weight(name, s), same, answered, x.correct) for name, s in x.scores.items()
-        },
-        "oracle": x.correct.max(1),
-    }
-
-
-def mean_and_stderr(values: np.ndarray) -> tuple[float, float]:
-    """Mean of [P] values and its standard error std(ddof=1) / sqrt(P); NaN for P = 1. Raises ValueError for P = 0."""
-    values = np.asarray(values, np.float64)
-    if not values.size:
-        raise ValueError("no problems to average over")
-    stderr = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.nan
-    return float(values.mean()), float(stderr)
-
-
-def _summary(values: Any) -> dict[str, Any]:
-    if isinstance(values, dict):
-        return {name: _summary(v) for name, v in values.items()}
-    accuracy, stderr = mean_and_stderr(values)
-    return {"accuracy": accuracy, "stderr": stderr}
+    rows = [_selected(_arrays(scored, key), n) for scored in problems]
+    return _named(np.array(rows).reshape(len(rows), 5 + 2 * len(aggregate.AGGREGATORS)), without)
 
 
 def sizes(problems: Problems) -> list[int]:
@@ -138,19 +178,61 @@ def sizes(problems: Problems) -> list[int]:
     return [2**i for i in range(most.bit_length()) if 2**i < most] + [max(most, 1)]
 
 
-def best_of_n(problems: Problems) -> dict[str, Any]:
-    """``{str(N): {selector: {"accuracy", "stderr"}}}`` for N in `sizes`; selectors as in `per_problem`."""
-    return {str(n): _summary(per_problem(problems, n)) for n in sizes(problems)}
+def summarise(values: Any) -> dict[str, Any]:
+    """`statistics.summary` of the [P] accuracies in (nested) dictionaries."""
+    if isinstance(values, dict):
+        return {name: summarise(v) for name, v in values.items()}
+    return summary(values)
 
 
-def paired(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    """Mean difference a - b of [P] accuracies on the same problems, its standard error and normal 95% interval."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"paired accuracies need equal shapes, found {a.shape} and {b.shape}")
-    difference, stderr = mean_and_stderr(a - b)
-    half = 1.959963984540054 * stderr
-    return {"difference": difference, "stderr": stderr, "ci95": [difference - half, difference + half]}
+def best_of_n(
+    problems: Problems, key: Key = plain, without: Iterable[str] = (), greedy: Sequence[bool] | None = None
+) -> dict[str, Any]:
+    """``{str(N): {selector: {"accuracy", "stderr", "ci95"}}}`` for N in `sizes`; selectors as in `per_problem`.
+
+    greedy: whether the solution decoded at temperature 0 is right, for each problem; it is the same for every N.
+    """
+    arrays, found = [_arrays(scored, key) for scored in problems], {}
+    for n in sizes(problems):
+        if not arrays:
+            raise ValueError("no problems to average over")
+        each = _named(np.array([_selected(x, n) for x in arrays]), without)
+        if greedy is not None:
+            each["greedy"] = np.asarray(greedy, np.float64)
+        found[str(n)] = summarise(each)
+    return found
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """{"prm": {"min": x}} to {"prm.min": x}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
+def by_group(each: dict[str, Any], groups: Sequence[str]) -> dict[str, Any]:
+    """Accuracies of the selectors (as `per_problem` returns them) in each group of problems, in the order of names."""
+    labels = np.array(groups)
+    return {
+        name: {"n_problems": int((labels == name).sum())}
+        | summarise({k: v[labels == name] for k, v in flat(each).items()})
+        for name in sorted(set(groups), key=natural)
+    }
+
+
+def natural(name: str) -> list[Any]:
+    """Sorts the numbers in names as numbers."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def length_group(scored: Sequence[ScoredCandidate]) -> str:
+    """The mean number of steps of a problem's candidates, in bins that double: 0-1 steps, 2, 3-4, 5-8, 9-16, …"""
+    steps = math.ceil(np.mean([len(s.scores) for s in scored]) - 1e-9) if scored else 0
+    if steps <= 2:
+        return "2 steps" if steps == 2 else "0-1 steps"
+    top = 2 ** (steps - 1).bit_length()
+    return f"{top // 2 + 1}-{top} steps"
 
 
 def select_aggregator(dev_problems: Problems, n: int = 16) -> str:

@@ -23,12 +23,14 @@ from mmprm_jax.records import Node, Rollout, Tree
 _SELECTORS = {
     "random": "random",
     "unique": "random distinct text",
+    "greedy": "greedy (temperature 0)",
     "majority": "majority vote",
     "policy_logprob": "policy log-prob",
     "prm": "PRM",
     "prm_weighted_majority": "PRM-weighted vote",
-    "oracle": "oracle (any right)",
+    "oracle": "oracle (any right: pass@N)",
 }
+_OUTCOME = "last"  # the score of the last step: what an outcome reward model says
 _CONTROLS = {
     "blank_image": "PRM with a blank image",
     "shuffled_image": "PRM with another problem's image",
@@ -95,7 +97,14 @@ def _rows(metrics: dict) -> Iterator[tuple[str, bool, list[dict]]]:
         else:
             for name in first:
                 chosen = key == "prm" and name == metrics.get("prm_selected")
-                yield f"{label} {name}", chosen, [r[key][name] for r in results]
+                yield _label(f"{key}.{name}"), chosen, [r[key][name] for r in results]
+
+
+def _label(selector: str) -> str:
+    """How people call ``random``, ``prm.min`` and so on."""
+    key, _, name = selector.partition(".")
+    label = f"{_SELECTORS.get(key, key)} {name}".strip()
+    return f"{label} (outcome)" if selector == f"prm.{_OUTCOME}" else label
 
 
 def _percent(result: dict, mean: str = "accuracy", stderr: str = "stderr", sign: str = "") -> str:
@@ -118,9 +127,47 @@ def _findings(metrics: dict) -> list[str]:
     for key, pair in metrics.get("paired", {}).items():
         low, high = (100 * v for v in pair["ci95"])
         difference = _percent(pair, "difference", "stderr", "+")
-        line = f"PRM minus {_SELECTORS.get(key, key)}, same problems: {difference} points"
-        lines.append(f"{line} (95% interval {low:+.1f} to {high:+.1f})")
+        name = "its last step's score (outcome)" if key == "outcome" else _SELECTORS.get(key, key)
+        line = f"PRM minus {name}, same problems: {difference} points"
+        p = f", p: {_p(pair['p_value'])}" if "p_value" in pair else ""
+        lines.append(f"{line} (95% interval {low:+.1f} to {high:+.1f}{p})")
+    if found := metrics.get("calibration"):
+        lines.append(
+            f"Calibration of {found['steps']} step scores against Monte Carlo estimates: ECE {found['ece']:.3f} "
+            f"(a perfect PRM: {found['ece_perfect']:.3f}), Brier {found['brier']:.3f} (a perfect PRM: "
+            f"{found['brier_perfect']:.3f})"
+        )
     return lines
+
+
+def _p(value: float) -> str:
+    return "<0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _versus_majority(metrics: dict, chosen_only: bool = False) -> list[tuple[str, str, str, str]]:
+    """(selector, accuracy with interval, minus majority with interval, p) at the largest N.
+
+    chosen_only: leaves out the aggregators that were not chosen on dev, if one was.
+    """
+    found = metrics.get("against_majority")
+    if not found or not _columns(metrics):
+        return []
+    row = metrics["best_of_n"][str(_columns(metrics)[-1])]
+    rows = []
+    for selector, pair in found.items():
+        key, _, name = selector.partition(".")
+        result = row.get(key, {}).get(name) if name else row.get(key)
+        if result is None or (chosen_only and name and name != metrics.get("prm_selected", name)):
+            continue
+        low, high = (100 * x for x in result.get("ci95", (math.nan, math.nan)))
+        under, over = (100 * x for x in pair["ci95"])
+        rows.append((
+            _label(selector),
+            f"{100 * result['accuracy']:.1f} [{low:.1f}, {high:.1f}]",
+            f"{100 * pair['difference']:+.1f} [{under:+.1f}, {over:+.1f}]",
+            _p(pair["p_value"]),
+        ))  # fmt: skip
+    return rows
 
 
 def format_table(metrics: dict) -> str:
@@ -137,7 +184,15 @@ def format_table(metrics: dict) -> str:
         for label, chosen, results in rows:
             cells = "".join(f"{_percent(r):>14}" for r in results)
             lines.append(("> " if chosen else "  ") + label.ljust(width) + cells)
-        lines.append(f"> chosen on the development problems; {metrics.get('n_problems', '?')} test problems")
+        chosen = "> chosen on the development problems; " if metrics.get("prm_selected") else ""
+        lines.append(f"{chosen}{metrics.get('n_problems', '?')} test problems")
+    if versus := _versus_majority(metrics, chosen_only=True):
+        width = max(len(row[0]) for row in versus)
+        lines.append(
+            f"\n  {f'N={columns[-1]}, 95% intervals'.ljust(width)}{'accuracy':>22}{'minus majority':>24}{'p':>10}"
+        )
+        lines += [f"  {a.ljust(width)}{b:>22}{c:>24}{d:>10}" for a, b, c, d in versus]
+        lines.append("")
     return "\n".join(lines + _findings(metrics)) + "\n"
 
 
@@ -193,6 +248,20 @@ def _plot_labels(histogram: Sequence[int]) -> str:
         axes.set(xlabel="share of right rollouts, k / n", ylabel="steps", xlim=(0, 1))
 
     return _plot(draw, "Histogram of the step labels")
+
+
+def _plot_calibration(found: dict) -> str:
+    bins = found["diagram"]
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=_COLOURS[0], linestyle="--", linewidth=1)
+        x, y = [b["score"] for b in bins], [b["value"] for b in bins]
+        # the interval need not hold its own mean where a bin has one step
+        error = [[max(0, b["value"] - b["ci95"][0]) for b in bins], [max(0, b["ci95"][1] - b["value"]) for b in bins]]
+        axes.errorbar(x, y, error, color=_COLOURS[4], marker="o", ms=4, capsize=3, linewidth=1)
+        axes.set(xlabel="PRM score", ylabel="share of right rollouts, k / n", xlim=(0, 1), ylim=(0, 1))
+
+    return _plot(draw, "Reliability diagram: Monte Carlo value over PRM score", 3.6)
 
 
 def _plot_seconds(seconds: dict[str, float]) -> str:
@@ -318,6 +387,20 @@ def _table(metrics: dict) -> str:
     return f'<div class="wide"><table><tr><th>selector</th>{head}</tr>{body}</table></div>'
 
 
+def _rows_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join("<tr>" + "".join(f"<td>{_escape(x)}</td>" for x in row) + "</tr>" for row in rows)
+    titles = "".join(f"<th>{_escape(x)}</th>" for x in head)
+    return f'<div class="wide"><table><tr>{titles}</tr>{cells}</table></div>'
+
+
+def _groups_table(groups: dict, selected: str | None) -> str:
+    """Accuracies by group at the largest N: a row per group, a column per selector."""
+    first = next(iter(groups.values()))
+    keys = [k for k in first if k.partition(".")[2] in ("", selected) and k != "n_problems"]
+    rows = [[name, str(found["n_problems"]), *(_percent(found[k]) for k in keys)] for name, found in groups.items()]
+    return _rows_table(["group", "problems", *map(_label, keys)], rows)
+
+
 def _section(title: str, body: str) -> str:
     return f"<section><h2>{title}</h2>{body}</section>"
 
@@ -333,10 +416,22 @@ def write_report(
     parts = [_HEAD, _introduction(metrics, len(trees))]
     if _columns(metrics):
         note = (
-            '<p class="soft">Accuracy in % ± one standard error. All selectors see the same first N candidates. The '
-            "highlighted aggregator was chosen on separate development problems.</p>"
+            '<p class="soft">Accuracy in % ± one standard error, over all sets of N of the candidates. The highlighted '
+            "aggregator was chosen on separate development problems.</p>"
         )
         parts.append(_section("Best of N", note + _table(metrics) + _plot_best_of_n(metrics)))
+    if versus := _versus_majority(metrics):
+        head = ("selector", "accuracy", "minus majority", "p")
+        note = (
+            '<p class="soft">95 % bootstrap intervals over problems; p: paired test (McNemar, or permutation where '
+            "ties make fractions), not corrected for the number of rows.</p>"
+        )
+        parts.append(_section(f"At N = {_columns(metrics)[-1]}", note + _rows_table(head, versus)))
+    for key, title in (("by_category", "By category"), ("by_length", "By length of the solutions")):
+        if groups := metrics.get(key):
+            parts.append(_section(title, _groups_table(groups, metrics.get("prm_selected"))))
+    if found := metrics.get("calibration"):
+        parts.append(_section("Calibration", _plot_calibration(found)))
     if findings := _findings(metrics):
         items = "".join(f"<li>{_escape(line)}</li>" for line in findings)
         parts.append(_section("Controls and differences", f"<ul>{items}</ul>"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class LocalSampler:
     """
 
     def __init__(self, engine: Engine, policy: Policy, seed: int, purpose: str, verify: Verify):
-        self.engine, self._policy, self._verify = engine, policy, verify
+        self.engine, self.policy, self._verify = engine, policy, verify
         self._seed, self._purpose = seed, purpose
         self._requests: dict[int, Request] = {}
         self._pixels: dict[str, np.ndarray | None] = {}
@@ -114,26 +115,33 @@ class LocalSampler:
 
         update: called with the number of requests that were answered since the last call.
         """
-        self.submit(requests)
         found: dict[Request, list[tuple[Rollout, float]]] = {}
+        for request, rollouts in self.answers(requests):
+            found[request] = rollouts
+            update(1)
+        return [found[request] for request in requests]
+
+    def answers(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[tuple[Rollout, float]]]]:
+        """As ``solve``: each request with its rollouts as soon as they are there, in any order."""
+        self.submit(requests)
+        left = Counter(request.problem.id for request in requests)
         while answers := self._collect():
             for request, rollouts in answers:
                 if isinstance(rollouts, Failure):
                     raise UserError(f"problem {request.problem.id}: {rollouts.reason}")
-                found[request] = rollouts
-            update(len(answers))
-        for request in requests:
-            self.release(request.problem.id)
-        return [found[request] for request in requests]
+                left[request.problem.id] -= 1
+                if not left[request.problem.id]:
+                    self.release(request.problem.id)
+                yield request, rollouts
 
     def _group(self, number: int, request: Request) -> Group:
         problem = request.problem
         if problem.id not in self._pixels:
-            self._pixels[problem.id] = self._policy.pixels(problem)
+            self._pixels[problem.id] = self.policy.pixels(problem)
         pixels = self._pixels[problem.id]
-        prefix = self._policy.prompt(problem, request.prefix, 0 if pixels is None else len(pixels))
+        prefix = self.policy.prompt(problem, request.prefix, 0 if pixels is None else len(pixels))
         key = request_key(self._seed, self._purpose, request)
-        return Group(number, problem.id, tuple(prefix), pixels, key, request.n, self._policy.sampling)
+        return Group(number, problem.id, tuple(prefix), pixels, key, request.n, self.policy.sampling)
 
     def _collect(self) -> list[tuple[Request, list[tuple[Rollout, float]] | Failure]]:
         """As ``collect``, with log-probabilities."""
@@ -148,7 +156,7 @@ class LocalSampler:
         self, finished: list[tuple[Request, list[Sample]]]
     ) -> list[tuple[Request, list[tuple[Rollout, float]]]]:
         texts = [
-            [split_segments(self._policy.tokenizer.decode(sample.tokens)) for sample in samples]
+            [split_segments(self.policy.tokenizer.decode(sample.tokens)) for sample in samples]
             for _, samples in finished
         ]
         pairs = [

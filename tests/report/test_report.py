@@ -53,11 +53,12 @@ def tree(name="t", text="<step>3+4</step>", image="a.png", values=((-1, 1), (0, 
 
 def metrics(sizes=(1, 2, 4, 8, 16)):
     def result(x):
-        return {"accuracy": x, "stderr": 0.0125}
+        return {"accuracy": x, "stderr": 0.0125, "ci95": [x - 0.025, x + 0.025]}
 
-    row = {key: result(0.5) for key in ("random", "unique", "majority", "policy_logprob", "oracle")}
+    row = {key: result(0.5) for key in ("random", "unique", "greedy", "majority", "policy_logprob", "oracle")}
     both = {"min": result(0.625), "mean": result(0.75)}
-    pair = {"difference": 0.25, "stderr": 0.03, "ci95": [0.1912, 0.3088]}
+    pair = {"difference": 0.25, "stderr": 0.03, "ci95": [0.1912, 0.3088], "p_value": 0.00004}
+    bins = [{"steps": 7, "score": 0.25, "value": 0.5, "ci95": [0.3, 0.7]}]
     control = result(0.3) | {"difference_to_random": -0.2, "difference_stderr": 0.05}
     return {
         "n_problems": 40,
@@ -65,6 +66,16 @@ def metrics(sizes=(1, 2, 4, 8, 16)):
         "prm_selected": "mean",
         "paired": {"majority": pair, "policy_logprob": pair, "random": pair},
         "controls": {"blank_image": control, "shuffled_image": control},
+        "against_majority": {"random": pair, "prm.min": pair, "prm.mean": pair},
+        "by_length": {"3-4 steps": {"n_problems": 17, "random": result(0.5), "prm.mean": result(0.8125)}},
+        "calibration": {
+            "steps": 7,
+            "ece": 0.25,
+            "ece_perfect": 0.125,
+            "brier": 0.2,
+            "brier_perfect": 0.1,
+            "diagram": bins,
+        },
         "step_auc": 0.875,
         "labels": {"histogram": list(range(10)), "steps": 45, "examples": 9, "problems": 3},
         "rollouts": {"annotate": 1234, "evaluate": 640},
@@ -87,7 +98,7 @@ def test_the_page_needs_nothing_but_itself(write):
     page = Page(write(metrics(), [tree(str(i)) for i in range(5)]))
     assert not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
     resources = [a[key] for _, a in page.tags for key in ("src", "srcset", "href", "poster") if key in a]
-    assert len(resources) == 9  # three plots for light and dark, three pictures
+    assert len(resources) == 11  # four plots for light and dark, three pictures
     assert all(r.startswith("data:image/") for r in resources)
     for data in (base64.b64decode(r.split(",")[1]).decode() for r in resources if "svg" in r):
         assert not re.search(r"(href|src)=.(?!#)", data)
@@ -95,7 +106,22 @@ def test_the_page_needs_nothing_but_itself(write):
 
 def test_the_numbers_and_the_trees_are_shown(write):
     page = Page(write(metrics(), [tree()]))
-    for piece in ("75.0", "± 1.2", "0.875", "1234 rollouts", "N = 16", "3+4", "0/2", "2/2", "30 seconds", "x = 1"):
+    for piece in (
+        "75.0",
+        "± 1.2",
+        "0.875",
+        "1234 rollouts",
+        "N = 16",
+        "+25.0 [+19.1, +30.9]",
+        "17",
+        "81.2",
+        "ECE 0.250",
+        "3+4",
+        "0/2",
+        "2/2",
+        "30 seconds",
+        "x = 1",
+    ):
         assert piece in page.text, piece
     hues = [a["style"] for _, a in page.tags if a.get("class") == "mc"]
     assert hues == ["--h:60", "--h:120", "--h:0", "--h:60"]  # parents before children, in their order
@@ -166,9 +192,16 @@ def test_table():
     lines = format_table(metrics()).splitlines()
     assert lines[0].split()[-5:] == ["N=1", "N=2", "N=4", "N=8", "N=16"]
     marked = [line for line in lines if line.startswith("> PRM")]
-    assert marked == ["> PRM mean                " + "    75.0 ± 1.2" * 5]
+    assert marked == ["> PRM mean" + 18 * " " + "    75.0 ± 1.2" * 5]
     assert len({len(line) for line in lines[:10]}) == 1  # the columns are aligned
     text = "\n".join(lines)
     assert "blank image: 30.0 ± 1.2 % (-20.0 ± 5.0 points against random choice)" in text
     assert "0.875" in text and "40 test problems" in text
-    assert "PRM minus majority vote, same problems: +25.0 ± 3.0 points (95% interval +19.1 to +30.9)" in text
+    assert (
+        "PRM minus majority vote, same problems: +25.0 ± 3.0 points (95% interval +19.1 to +30.9, p: <0.0001)" in text
+    )
+    versus = [line.split() for line in lines if "[" in line]
+    assert versus == [
+        [*name, str(x), f"[{x - 2.5},", f"{x + 2.5}]", "+25.0", "[+19.1,", "+30.9]", "<0.0001"]
+        for name, x in ((["random"], 50.0), (["PRM", "mean"], 75.0))  # not the aggregators that were not chosen
+    ]

@@ -1,0 +1,71 @@
+"""Files that are made piece by piece, and of which an interruption loses little."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from mmprm_jax import records
+from mmprm_jax.records import UserError
+from mmprm_jax.training.preemption import Preemption
+
+
+class Pieces:
+    """Context manager that keeps finished pieces of work beside ``path`` until ``finish`` writes the file itself.
+
+    ``path.parts/<i>.jsonl`` hold lines {"key", "value"}, each file written whole. They are saved every ``seconds``,
+    when the process is asked to end (it then does, with 143) and on the way out of the context, whatever the reason.
+    """
+
+    def __init__(self, path: epath.Path, preemption: Preemption, seconds: float = 30.0):
+        self.path, self._folder = path, path.parent / f"{path.name}.parts"
+        self._preemption, self._seconds = preemption, seconds
+        self._unsaved: dict[str, Any] = {}
+        self.done: dict[str, Any] = {}  # the value of each finished piece, as JSON has it
+        self._files = sorted(self._folder.glob("*.jsonl")) if self._folder.exists() else []
+        for file in self._files:
+            try:
+                rows = [json.loads(line) for line in file.read_text().split("\n") if line]
+                self.done |= {row["key"]: row["value"] for row in rows}
+            except (ValueError, TypeError, KeyError):
+                raise UserError(
+                    f"{file}: not what an interrupted run leaves; delete it, its work is done anew"
+                ) from None
+
+    def __enter__(self) -> Pieces:
+        self._saved = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._save()
+
+    def add(self, key: str, value: Any) -> None:
+        """Takes a finished piece; value: anything that JSON holds. Raises Preempted, with everything saved."""
+        self.done[key] = self._unsaved[key] = value
+        if self._preemption.reached(len(self.done)):
+            self._save()
+            self._preemption.stop(f"{self.path.name}: stopped as asked, {len(self.done)} pieces of it are saved")
+        if time.monotonic() - self._saved > self._seconds:
+            self._save()
+
+    def finish(self, rows: Iterable[Any]) -> None:
+        """Writes the records of the whole file; the pieces are no longer needed."""
+        records.write(self.path, rows)
+        self._unsaved.clear()
+        if self._folder.exists():
+            self._folder.rmtree()
+
+    def _save(self) -> None:
+        if self._unsaved:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = self._folder / f"{len(self._files):06d}.jsonl"
+            temporary = self._folder / f"{file.name}.tmp"
+            temporary.write_text("".join(json.dumps({"key": k, "value": v}) + "\n" for k, v in self._unsaved.items()))
+            temporary.replace(file)
+            self._files.append(file)
+            self._unsaved.clear()
+        self._saved = time.monotonic()

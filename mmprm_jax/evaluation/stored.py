@@ -1,0 +1,217 @@
+"""Candidates and their scores as files that others can make.
+
+Two layouts, told apart row by row; a file is JSONL or one JSON list:
+
+    ours          {"candidate": {"problem_id", "segments", "answer", "correct", "logprob", "n_tokens"}, "scores": […]}
+                  one row per candidate; ``problem_id``, ``correct`` and ``scores`` are enough
+    the original  {"id", "question", "image_path", "solutions_splits": [[step, …], …], "labels": [0, 1, …],
+                  "prm_scores": [[0.9, …], …], "answers": [text or null, …]}
+                  one row per problem; ``labels`` and ``prm_scores`` are enough
+
+A bad row (a candidate, or a problem of the original) is left out and named; the others are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from mmprm_jax import records
+from mmprm_jax.data.prompts import final_answer
+from mmprm_jax.records import Candidate, ScoredCandidate, UserError
+
+# what a file must tell for these selectors to mean anything
+NEEDS = {
+    "majority": "answer",
+    "prm_weighted_majority": "answer",
+    "policy_logprob": "logprob",
+    "unique": "segments",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a file holds. ``bad``: a line for each row that was left out."""
+
+    problems: dict[str, list[ScoredCandidate]]  # by problem id, in the order of the file
+    known: frozenset[str]  # of "answer", "logprob", "segments": those that some candidate has
+    rows: dict[str, dict[str, Any]]  # what else the original's rows say, by problem id
+    bad: list[str]
+
+    @property
+    def without(self) -> list[str]:
+        """The selectors that the file says too little for."""
+        return [name for name, need in NEEDS.items() if need not in self.known]
+
+
+def each_row(path: epath.PathLike) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a JSONL file or of a JSON list; a row that is no JSON is a ValueError in its place.
+
+    Raises UserError if there is no such file, or it is not UTF-8.
+    """
+    path = epath.Path(path)
+    if not path.exists() or path.is_dir():
+        raise UserError(f"{path}: no such file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON ({error})") from None
+        yield from ((f"row {i}", row) for i, row in enumerate(rows))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield f"line {number}", ValueError(f"not JSON ({error})")
+
+
+def read(path: epath.PathLike) -> Stored:
+    """Reads a file of either layout. Raises UserError if there is no file, or no good row in it."""
+    found = Stored({}, frozenset(), {}, [])
+    known: set[str] = set()
+    for where, row in each_row(path):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            if not isinstance(row, dict):
+                raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+            if "candidate" in row:
+                scored, says = _candidate(row)
+                found.problems.setdefault(scored.candidate.problem_id, []).append(scored)
+            elif "prm_scores" in row:
+                name = str(row["id"]) if row.get("id") is not None else where.split()[1]
+                if name in found.problems:
+                    raise ValueError(f"a second row of problem {name}")
+                found.problems[name], says = _problem(name, row)
+                found.rows[name] = {k: v for k, v in row.items() if k not in _WRITTEN}
+            else:
+                raise ValueError("neither candidate (one row per candidate) nor prm_scores (one per problem) is there")
+            known |= says
+        except (ValueError, TypeError) as error:
+            found.bad.append(f"{path}, {where}: {error}")
+    if not found.problems:
+        raise UserError("; ".join(found.bad[:3]) or f"{path}: is empty")
+    return dataclasses.replace(found, known=frozenset(known))
+
+
+_WRITTEN = ("solutions_splits", "labels", "prm_scores", "answers")
+
+
+def _candidate(row: dict[str, Any]) -> tuple[ScoredCandidate, set[str]]:
+    c = row["candidate"]
+    if not isinstance(c, dict):
+        raise ValueError("candidate must be an object")
+    unknown = sorted(set(c) - {f.name for f in dataclasses.fields(Candidate)}) + sorted(set(row) - _KEYS)
+    if unknown:
+        raise ValueError(f"unknown keys {unknown}")
+    if not isinstance(c.get("problem_id"), str):
+        raise ValueError("problem_id must be a string")
+    scores = parse_scores(row.get("scores"), "scores")
+    segments = _texts(c.get("segments"), "segments")
+    if segments is not None and len(segments) != len(scores):
+        raise ValueError(f"{len(segments)} segments, but {len(scores)} scores")
+    logprob = c.get("logprob")
+    if logprob is not None and not (_number(logprob) and math.isfinite(logprob)):
+        raise ValueError(f"logprob must be a finite number, found {_short(logprob)}")
+    answer, correct = _answer(c.get("answer")), _flag(c.get("correct"), "correct")
+    told = {"answer": answer, "logprob": logprob, "segments": segments}
+    candidate = Candidate(c["problem_id"], segments or (), answer, correct, logprob or 0.0, c.get("n_tokens") or 0)
+    return ScoredCandidate(candidate, scores), {name for name, value in told.items() if value is not None}
+
+
+_KEYS = {"candidate", "scores"}
+
+
+def _problem(name: str, row: dict[str, Any]) -> tuple[list[ScoredCandidate], set[str]]:
+    labels, scores, steps, answers = (row.get(k) for k in ("labels", "prm_scores", "solutions_splits", "answers"))
+    for key, value in (("labels", labels), ("prm_scores", scores)):
+        if not isinstance(value, list):
+            raise ValueError(f"{key} must be a list")
+    for key, value in (("labels", labels), ("solutions_splits", steps), ("answers", answers)):
+        if value is not None and (not isinstance(value, list) or len(value) != len(scores)):
+            raise ValueError(f"{key} must be a list as long as prm_scores, {len(scores)}")
+    found, says = [], set()
+    for i, values in enumerate(scores):
+        values = parse_scores(values, f"prm_scores[{i}]")
+        segments = _texts(steps[i], f"solutions_splits[{i}]") if steps else None
+        if segments is not None and len(segments) != len(values):
+            raise ValueError(f"solutions_splits[{i}] has {len(segments)} steps, but there are {len(values)} scores")
+        answer = _answer(answers[i]) if answers else final_answer(segments or ())
+        says |= {key for key, value in (("answer", answer), ("segments", segments)) if value is not None}
+        correct = _flag(labels[i], f"labels[{i}]")
+        found.append(ScoredCandidate(Candidate(name, segments or (), answer, correct, 0.0, 0), values))
+    return found, says
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def parse_scores(values: Any, key: str) -> tuple[float, ...]:
+    """Step scores from JSON. Raises ValueError naming what is no number from 0 to 1."""
+    if not isinstance(values, list):
+        raise ValueError(f"{key} must be a list of numbers")
+    for i, value in enumerate(values):
+        if not _number(value) or not 0 <= value <= 1:
+            raise ValueError(f"{key}[{i}] must be a number from 0 to 1, found {_short(value)}")
+    return tuple(map(float, values))
+
+
+def _texts(values: Any, key: str) -> tuple[str, ...] | None:
+    if values is None:
+        return None
+    if not isinstance(values, list) or not all(isinstance(x, str) for x in values):
+        raise ValueError(f"{key} must be a list of texts")
+    return tuple(values)
+
+
+def _answer(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"answer must be a text or null, found {_short(value)}")
+    return value
+
+
+def _flag(value: Any, key: str) -> bool:
+    if not (isinstance(value, int) and value in (0, 1)):
+        raise ValueError(f"{key} must be true or false (1 or 0), found {_short(value)}")
+    return bool(value)
+
+
+def write(path: epath.PathLike, stored: Stored) -> None:
+    """Writes our layout (``*.jsonl``) or the original's (``*.json``), atomically. Raises UserError for another name."""
+    path = epath.Path(path)
+    if path.suffix == ".jsonl":
+        records.write(path, (s for group in stored.problems.values() for s in group))
+        return
+    if path.suffix != ".json":
+        raise UserError(f"{path}: end the name in .jsonl (a candidate per row) or .json (as the original's files)")
+    rows = []
+    for name, group in stored.problems.items():
+        row = stored.rows.get(name, {"id": name}) | {
+            "labels": [int(s.candidate.correct) for s in group],
+            "prm_scores": [s.scores for s in group],
+        }
+        if "segments" in stored.known:
+            row["solutions_splits"] = [s.candidate.segments for s in group]
+        if "answer" in stored.known:
+            row["answers"] = [s.candidate.answer for s in group]
+        rows.append(row)
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(rows) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,220 @@
+"""What the evaluation has done survives whatever ends it: pieces, a stub policy, SIGTERM in a real run (slow)."""
+
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from mmprm_jax.evaluation import stage
+from mmprm_jax.evaluation.pieces import Pieces
+from mmprm_jax.records import Candidate, Problem, Rollout, UserError
+from mmprm_jax.training.preemption import Preempted, Preemption
+
+ROOT = Path(__file__).parents[2]
+PROBLEMS = [Problem(f"p{i}", "q", str(i)) for i in range(6)]
+
+
+class Policy:
+    """Answers one request after the other, in an order of its own; ends the process at the k-th one."""
+
+    def __init__(self, end=None, how=None):
+        self.asked, self._end, self._how = [], end, how
+
+    def answers(self, requests):
+        for request in sorted(requests, key=lambda r: (r.problem.id[::-1], len(r.prefix)), reverse=True):
+            if len(self.asked) == self._end:
+                self._how()
+            self.asked.append((request.problem.id, len(request.prefix)))
+            right = int(request.problem.answer) % 2 == 0
+            rollout = Rollout(("a", "b", f"<answer>{request.problem.answer}</answer>"), right, 3)
+            yield request, [(rollout, -float(i)) for i in range(request.n)]
+
+
+def fail():
+    raise UserError("a damaged image")
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def candidates(path, policy):
+    with Preemption() as preemption:
+        return stage.candidates_of(Pieces(path, preemption), PROBLEMS, 2, lambda: policy, "sample")
+
+
+def steps(path, policy):
+    groups = {p.id: [Candidate(p.id, ("a", "b", "c"), None, True, 0.0, 3)] for p in PROBLEMS}
+    groups["p5"] = [Candidate("p5", (), None, False, 0.0, 1)]
+    with Preemption() as preemption:
+        return stage.step_values(Pieces(path, preemption), PROBLEMS, groups, 4, lambda: policy)
+
+
+@pytest.mark.parametrize("make", [candidates, steps])
+@pytest.mark.parametrize(("how", "error", "code"), [(terminate, Preempted, 143), (fail, UserError, None)])
+@pytest.mark.parametrize("end", [0, 1, 4])
+def test_nothing_is_asked_twice(tmp_path, make, how, error, code, end, capsys):
+    whole = make(epath.Path(tmp_path / "whole.jsonl"), Policy())
+    path, first, second = epath.Path(tmp_path / "file.jsonl"), Policy(end, how), Policy()
+    with pytest.raises(error) as caught:
+        make(path, first)
+    assert not path.exists()
+    if code:
+        assert caught.value.code == code and "the same command goes on" in capsys.readouterr().err
+    assert make(path, second) == whole
+    assert not set(first.asked) & set(second.asked)
+    everything = Policy()
+    make(epath.Path(tmp_path / "third.jsonl"), everything)
+    assert sorted(first.asked + second.asked) == sorted(everything.asked)
+    assert [p.name for p in tmp_path.iterdir()] and not list(tmp_path.glob("*.parts"))
+    third = Policy()
+    assert make(path, third) == whole and third.asked == []
+
+
+def test_the_steps_of_an_empty_solution_and_the_last_segment_have_no_value(tmp_path):
+    found = steps(epath.Path(tmp_path / "s.jsonl"), Policy())
+    assert [x.n for x in found] == [(4, 4, 0)] * 5 + [()]
+    assert all(len(x.k) == len(x.segments) for x in found)
+
+
+def test_pieces_are_saved_in_time(tmp_path):
+    path = epath.Path(tmp_path / "f.jsonl")
+    with Pieces(path, Preemption(), seconds=0) as pieces:
+        pieces.add("a", [1])
+        pieces.add("b", [2])
+        assert Pieces(path, Preemption()).done == {"a": [1], "b": [2]}  # what a kill -9 would leave
+
+
+def test_damaged_pieces_are_named(tmp_path):
+    (tmp_path / "f.jsonl.parts").mkdir()
+    (tmp_path / "f.jsonl.parts" / "000000.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="000000.jsonl: not what an interrupted run leaves"):
+        Pieces(epath.Path(tmp_path / "f.jsonl"), Preemption())
+
+
+def test_a_candidate_of_an_unknown_problem(tmp_path):
+    path = epath.Path(tmp_path / "c.jsonl")
+    candidates(path, Policy())
+    path.write_text(path.read_text().replace('"p3"', '"other"'))
+    with pytest.raises(UserError, match="unknown problem 'other'"):
+        candidates(path, Policy())
+
+
+class Scorer:
+    def __init__(self, end=None):
+        self.seen, self._end = [], end
+
+    def score(self, chunk):
+        if len(self.seen) == self._end:
+            terminate()
+        self.seen.append(tuple(chunk))
+        return [[[i / 10, 0.5]] for i in chunk]
+
+
+def test_scores_are_kept_chunk_by_chunk(tmp_path):
+    """Chunks do not depend on what was interrupted, so neither does a score."""
+    groups = [[Candidate(p.id, ("a", "b"), None, True, 0.0, 2)] for p in PROBLEMS]
+    path, first, second = epath.Path(tmp_path / "s.jsonl"), Scorer(end=1), Scorer()
+    for scorer in (first, second):
+        with Preemption() as preemption:
+            try:
+                stage._score_file(Pieces(path, preemption), groups, lambda i: i, lambda s=scorer: s, 2)
+            except Preempted as ended:
+                assert ended.code == 143 and scorer is first
+    assert first.seen + second.seen == [(0, 1), (2, 3), (4, 5)]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["candidate"]["problem_id"], row["scores"][0]) for row in rows] == [(f"p{i}", i / 10) for i in range(6)]
+
+
+# ------------------------------------------------------------------------------------------------- a real run
+
+
+def start(workdir, command, *more):
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    config = f"--config={ROOT / 'configs' / 'digits.py'}:smoke"
+    return subprocess.Popen(
+        [sys.executable, "-m", "mmprm_jax.main", command, config, f"--workdir={workdir}", *more],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(workdir, command, *more):
+    process = start(workdir, command, *more)
+    out, err = process.communicate(timeout=1200)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A smoke run up to its PRM; what it compiled is there for all."""
+    workdir = tmp_path_factory.mktemp("runs") / "smoke"
+    for command in ("data", "sft", "annotate", "train_prm"):
+        finish(workdir, command)
+    return workdir
+
+
+@pytest.mark.slow
+def test_asked_to_end_at_any_time_the_figures_stay_the_same(trained, tmp_path):
+    """SIGTERM again and again, kill -9 now and then: nothing on disk is made twice, and the files are equal."""
+    whole = tmp_path / "whole"
+    shutil.copytree(trained, whole)
+    finish(whole, "evaluate")
+    workdir, rng, codes = tmp_path / "cut", random.Random(0), collections.Counter()
+    shutil.copytree(trained, workdir)
+    kept = {}
+    for i in range(12):
+        process = start(workdir, "evaluate")
+        time.sleep(6 + 6 * rng.random())
+        process.send_signal(signal.SIGKILL if i % 4 == 3 else signal.SIGTERM)
+        _, err = process.communicate(timeout=600)
+        codes[process.returncode] += 1
+        assert "Traceback" not in err, err
+        for path, seen in kept.items():
+            assert path.stat().st_mtime_ns == seen, path  # a finished file is not made again
+        kept = {p: p.stat().st_mtime_ns for p in (workdir / "evaluate").glob("*.jsonl")}
+    assert codes[143] >= 1 and set(codes) <= {0, 143, -signal.SIGTERM, -signal.SIGKILL}
+    finish(workdir, "evaluate")
+    for path in sorted((whole / "evaluate").glob("*.jsonl")):
+        assert (workdir / "evaluate" / path.name).read_bytes() == path.read_bytes(), path.name
+    figures = [json.loads((w / "evaluate" / "done.json").read_text()) for w in (whole, workdir)]
+    for f in figures:
+        f.pop("seconds")
+    assert figures[0] == figures[1]
+    assert figures[0]["calibration"]["steps"] > 10
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_where_it_was_killed(trained, tmp_path):
+    """Cells share the candidates; a finished cell is left alone; the table has every setting."""
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    grid = ["--grid=train_prm.label=soft,hard,beta_binomial", "--grid=seed=0,1"]
+    process = start(workdir, "sweep", *grid)
+    while not (workdir / "sweep" / "label=soft,seed=1" / "train_prm" / "done.json").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    files = [*workdir.glob("sweep/*/*/done.json"), *workdir.glob("evaluate/*.jsonl"), workdir / "sft" / "done.json"]
+    before = {p: p.stat().st_mtime_ns for p in files}
+    assert len(files) >= 6
+    out = finish(workdir, "sweep", *grid)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert "label hard, seed 1" in out and "**Soft or hard labels**" in out and "**Path diversity" in out
+    found = json.loads((workdir / "sweep" / "table.json").read_text())
+    assert len(found["cells"]) == 6 and [x["value"] for x in found["settings"]["N"]] == ["1", "2", "4", "8", "16"]
+    shown = (workdir / "sweep" / "label=soft,seed=0" / "evaluate" / "dev_candidates.jsonl").exists()
+    assert not shown and (workdir / "evaluate" / "dev_candidates.jsonl").exists()
+    again = start(workdir, "sweep", "--grid=train_prm.label=soft,sofd")
+    assert again.communicate()[1].strip().splitlines()[-1].startswith("mmprm: train_prm.label: 'sofd'")
+    assert again.returncode == 1

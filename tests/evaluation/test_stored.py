@@ -1,0 +1,186 @@
+"""Candidates from files that others make: both layouts, bad rows, `mmprm bon`."""
+
+import json
+
+import pytest
+
+from mmprm_jax import records
+from mmprm_jax.evaluation import cli, stored
+from mmprm_jax.records import Candidate, ScoredCandidate, UserError
+
+OURS = {
+    "candidate": {
+        "problem_id": "p", "segments": ["a", "<answer> 7 </answer>"], "answer": "7", "correct": True, "logprob": -1.5,
+        "n_tokens": 9,
+    },
+    "scores": [0.25, 1],
+}  # fmt: skip
+THEIRS = {
+    "id": 3, "question": "q", "image_path": "x.png", "solutions_splits": [["a", "b"], []], "labels": [1, 0],
+    "prm_scores": [[0.5, 0.75], []],
+}  # fmt: skip
+
+
+def write(path, rows, as_list=False):
+    texts = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("[" + ",".join(texts) + "]" if as_list else "".join(text + "\n" for text in texts))
+    return path
+
+
+def bon(*argv):
+    cli.main(["bon", *map(str, argv)], None)
+
+
+def test_our_rows(tmp_path):
+    found = stored.read(
+        write(tmp_path / "c.jsonl", [OURS, OURS, {**OURS, "candidate": OURS["candidate"] | {"problem_id": "o"}}])
+    )
+    assert {name: len(group) for name, group in found.problems.items()} == {"p": 2, "o": 1}
+    segments = ("a", "<answer> 7 </answer>")
+    assert found.problems["p"][0] == ScoredCandidate(Candidate("p", segments, "7", True, -1.5, 9), (0.25, 1.0))
+    assert found.without == [] and found.bad == []
+
+
+def test_what_the_pipeline_writes_comes_back(tmp_path):
+    scored = [ScoredCandidate(Candidate("p", ("ä\ud800",), None, False, -2.0, 1), (0.5,)) for _ in range(3)]
+    records.write(tmp_path / "c.jsonl", scored)
+    assert stored.read(tmp_path / "c.jsonl").problems == {"p": scored}
+
+
+def test_the_least_that_is_needed(tmp_path):
+    rows = [{"candidate": {"problem_id": "p", "correct": c}, "scores": s} for c, s in ((1, [0.9]), (0, [0.1, 0.2]))]
+    found = stored.read(write(tmp_path / "c.jsonl", rows))
+    assert set(found.without) == {"majority", "prm_weighted_majority", "policy_logprob", "unique"}
+    assert [len(s.scores) for s in found.problems["p"]] == [1, 2]
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_the_rows_of_the_original(tmp_path, as_list):
+    bare = {"labels": [1], "prm_scores": [[1.0]], "answers": ["x"]}
+    found = stored.read(write(tmp_path / "r.json", [THEIRS, bare], as_list))
+    first, second = found.problems.values()
+    assert list(found.problems)[0] == "3" and len(first) == 2
+    assert first[0] == ScoredCandidate(Candidate("3", ("a", "b"), None, True, 0.0, 0), (0.5, 0.75))
+    assert first[1].scores == () and second[0].candidate.answer == "x"
+    assert found.without == ["policy_logprob"]
+
+
+def test_there_and_back(golden, tmp_path):
+    original = json.loads((golden / "bon" / "results.json").read_text())
+    bon(golden / "bon" / "results.json", f"--output={tmp_path / 'back.json'}")
+    assert json.loads((tmp_path / "back.json").read_text()) == original
+    path = write(tmp_path / "full.json", [THEIRS | {"answers": ["7", None]}], as_list=True)
+    bon(path, f"--output={tmp_path / 'again.json'}")
+    assert json.loads((tmp_path / "again.json").read_text()) == json.loads(path.read_text())
+    bon(path, f"--output={tmp_path / 'ours.jsonl'}")
+    assert stored.read(tmp_path / "ours.jsonl").problems == stored.read(path).problems
+
+
+@pytest.mark.parametrize("name", ["c.txt", "c.jsonl", "c"])
+def test_an_output_that_cannot_be_meant(tmp_path, name):
+    path = write(tmp_path / "c.jsonl", [OURS])
+    with pytest.raises(UserError, match="replaced by the output|end the name in"):
+        bon(path, f"--output={tmp_path / name}")
+    assert json.loads(path.read_text()) == OURS
+
+
+def changed(row, **values):
+    return {**row, **values}
+
+
+BAD = [
+    ("{", "not JSON"),
+    ("[" * 100_000, "not JSON"),
+    ("null", "expected a JSON object, found NoneType"),
+    ({"scores": [1]}, "neither candidate"),
+    (changed(OURS, scores=[0.25, 1.5]), r"scores\[1\] must be a number from 0 to 1, found 1.5"),
+    (changed(OURS, scores=[0.25, True]), r"scores\[1\] must be"),
+    (changed(OURS, scores=[0.25]), "2 segments, but 1 scores"),
+    (changed(OURS, scores=None), "scores must be a list"),
+    (changed(OURS, more=1), r"unknown keys \['more'\]"),
+    (changed(OURS, candidate=OURS["candidate"] | {"corect": True}), r"unknown keys \['corect'\]"),
+    (changed(OURS, candidate=OURS["candidate"] | {"correct": "yes"}), "correct must be true or false"),
+    (changed(OURS, candidate=OURS["candidate"] | {"correct": None}), "correct must be"),
+    (changed(OURS, candidate=OURS["candidate"] | {"problem_id": 3}), "problem_id must be a string"),
+    (changed(OURS, candidate=OURS["candidate"] | {"answer": 7}), "answer must be a text or null"),
+    (json.dumps(OURS).replace("-1.5", "NaN"), "logprob must be a finite number"),
+    (changed(OURS, candidate=[1]), "candidate must be an object"),
+    (changed(THEIRS, labels=[1]), "labels must be a list as long as prm_scores, 2"),
+    (changed(THEIRS, labels=[1, 2]), r"labels\[1\] must be true or false"),
+    (changed(THEIRS, prm_scores=[[0.5], []]), r"solutions_splits\[0\] has 2 steps, but there are 1 scores"),
+    (changed(THEIRS, prm_scores=5), "prm_scores must be a list"),
+    (changed(THEIRS, solutions_splits=[["a", 1], []]), "must be a list of texts"),
+    (changed(THEIRS, id="p"), "a second row of problem p"),
+]
+
+
+@pytest.mark.parametrize(("row", "words"), BAD)
+def test_a_bad_row_is_named_and_the_others_are_read(tmp_path, row, words, capsys):
+    path = write(tmp_path / "c.jsonl", [OURS, row, OURS])
+    found = stored.read(path)
+    assert [len(group) for group in found.problems.values()] == [2] and len(found.bad) == 1
+    assert f"{path}, line 2: " in found.bad[0]
+    with pytest.raises(ValueError, match=words):
+        raise ValueError(found.bad[0])
+    with pytest.raises(UserError, match="1 bad rows were left out"):
+        bon(path)
+    said = capsys.readouterr()
+    assert "line 2" in said.err and "1 test problems" in said.out
+
+
+def test_files_without_a_good_row(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        stored.read(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="is empty"):
+        stored.read(write(tmp_path / "empty.jsonl", []))
+    with pytest.raises(UserError, match="line 1: neither"):
+        stored.read(write(tmp_path / "bad.jsonl", [{}]))
+    (tmp_path / "latin.jsonl").write_bytes(b"\xe9\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        stored.read(tmp_path / "latin.jsonl")
+    with pytest.raises(UserError, match="not JSON"):
+        stored.read(write(tmp_path / "cut.json", ["[1, "]))
+
+
+def problem(name, right, scores, answers=None):
+    answers = answers or ["yes" if r else "no" for r in right]
+    return [
+        {"candidate": {"problem_id": name, "correct": r, "answer": a, "logprob": -float(i)}, "scores": [0.5, s]}
+        for i, (r, s, a) in enumerate(zip(right, scores, answers, strict=True))
+    ]
+
+
+def test_the_command(tmp_path, capsys):
+    """Two problems: majority 0 of 2, log-probability 1 of 2, the last score 2 of 2; dev chooses the last score."""
+    rows = problem("a", [1, 0, 0], [0.9, 0.2, 0.3]) + problem("b", [0, 0, 1], [0.1, 0.2, 0.8])
+    dev = problem("d", [0, 1], [0.4, 0.6])
+    path, held_out = write(tmp_path / "c.jsonl", rows), write(tmp_path / "d.jsonl", dev)
+    categories = write(tmp_path / "p.jsonl", [{"id": "a", "topic": "sum"}, {"id": "b", "topic": "area"}])
+    bon(path, f"--dev={held_out}", f"--problems={categories}", "--category=topic", f"--json={tmp_path / 'f.json'}")
+    found, out = json.loads((tmp_path / "f.json").read_text()), capsys.readouterr().out
+    best = found["best_of_n"]["3"]
+    assert set(found["best_of_n"]) == {"1", "2", "3"}
+    assert (best["majority"]["accuracy"], best["policy_logprob"]["accuracy"]) == (0, 0.5)
+    assert (best["prm"]["last"]["accuracy"], best["oracle"]["accuracy"]) == (1, 1)
+    assert found["prm_selected"] == "min" or best["prm"][found["prm_selected"]]["accuracy"] == 1
+    assert found["against_majority"]["prm.last"]["difference"] == 1
+    assert found["by_category"]["sum"]["policy_logprob"]["accuracy"] == 1
+    assert found["by_category"]["area"]["policy_logprob"]["accuracy"] == 0
+    assert "majority vote" in out and "left out: unique (no candidate has segments)" in out
+
+
+def test_options_that_do_not_fit(tmp_path):
+    path = write(tmp_path / "c.jsonl", problem("a", [1, 0], [0.9, 0.2]))
+    with pytest.raises(UserError, match="1 problems are in .* too, e.g. a"):
+        bon(path, f"--dev={path}")
+    with pytest.raises(UserError, match="1 problems of .* are missing, e.g. a"):
+        bon(path, f"--problems={write(tmp_path / 'p.jsonl', [{'id': 'b', 'source': 's'}])}")
+    with pytest.raises(UserError, match="line 1: expected an object with id and topic"):
+        bon(path, f"--problems={tmp_path / 'p.jsonl'}", "--category=topic")
+
+
+def test_mode_paper(golden, tmp_path, capsys):
+    bon(golden / "bon" / "results.json", "--mode=paper", f"--json={tmp_path / 'f.json'}")
+    assert "prm accuracy sum_logit 49 / 60, rate: 81.67%" in capsys.readouterr().out
+    expected = json.loads((golden / "bon" / "expected.json").read_text())
+    assert json.loads((tmp_path / "f.json").read_text())["chosen"] == expected["chosen_index"]
