@@ -11,6 +11,7 @@ of time for chips that are not there: memory, FLOPs, traffic, the least time; ex
 Orbax, or back. ``mmprm score PROBLEMS.jsonl --model=MODEL`` scores solutions with a released PRM.
 ``mmprm bon CANDIDATES`` compares selectors on stored candidates, ``mmprm detect SCORES.jsonl`` finds wrong steps,
 ``mmprm sweep --config=… --workdir=… --grid=KEY=V1,V2`` trains and compares PRMs on one annotated set.
+``mmprm guide --config=… --workdir=…`` searches with the PRM, step by step, and compares it with Best-of-N.
 ``mmprm launch {tpu,gke,slurm,local} [options] -- STAGE …`` runs a stage on many machines or devices.
 """
 
@@ -53,7 +54,7 @@ _USAGE = (
     " [--config.key=value …] or: mmprm summary WORKDIR [WORKDIR …] or: mmprm convert SOURCE TARGET [--prm] [--verify]"
     " [--dtype=bfloat16] or: mmprm score PROBLEMS.jsonl --model=MODEL [--output=FILE] [--template=NAME]"
     " or: mmprm bench {rollout [CASE …],annotate,train} [--json=FILE] or: mmprm launch {tpu,gke,slurm,local} --help"
-    " or: mmprm {bon,detect,sweep} --help"
+    " or: mmprm {bon,detect,sweep,guide} --help"
     " or: mmprm fit --model=NAME --job={sft,train_prm,decode,score} --topology=NAME [key=value …] [--json=FILE]"
 )
 
@@ -181,7 +182,7 @@ def run() -> None:
             from mmprm_jax.launch import cli
 
             return cli.main(sys.argv[2:])
-        if sys.argv[1:2] in (["bon"], ["detect"], ["sweep"]):
+        if sys.argv[1:2] in (["bon"], ["detect"], ["sweep"], ["guide"]):
             from mmprm_jax.evaluation import cli
 
             return cli.main(sys.argv[1:], _cache_compilations)
