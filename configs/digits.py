@@ -127,6 +127,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluate.calibration_problems = 100  # test problems; of each one solution, estimated behind every step
     config.evaluate.calibration_rollouts = 16  # per step
 
+    config.guided = ConfigDict()  # mmprm guide; the sampling is evaluate's
+    config.guided.beams = 16  # continuations of a problem that are scored in a round
+    config.guided.width = 4  # continuations of each solution that goes on
+    config.guided.ahead = 1  # steps of the look ahead
+    config.guided.depth = 16  # steps of a solution, at most
+
     if arg == "smoke":
         config.data.update(train=64, dev=16, test=32, demonstrations=256, transcriptions=256, text_only=256)
         config.model.decoder.num_layers = 2

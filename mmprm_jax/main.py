@@ -12,6 +12,7 @@ Orbax, or back. ``mmprm score PROBLEMS.jsonl --model=MODEL`` scores solutions wi
 ``mmprm prepare SOURCE PATH_OR_HUB_ID --output=FOLDER`` turns a named data set into the files that the stages read.
 ``mmprm bon CANDIDATES`` compares selectors on stored candidates, ``mmprm detect SCORES.jsonl`` finds wrong steps,
 ``mmprm sweep --config=… --workdir=… --grid=KEY=V1,V2`` trains and compares PRMs on one annotated set.
+``mmprm guide --config=… --workdir=…`` searches with the PRM, step by step, and compares it with Best-of-N.
 ``mmprm launch {tpu,gke,slurm,local} [options] -- STAGE …`` runs a stage on many machines or devices.
 """
 
@@ -55,7 +56,7 @@ _USAGE = (
     " [--dtype=bfloat16] or: mmprm score PROBLEMS.jsonl --model=MODEL [--output=FILE] [--template=NAME]"
     " or: mmprm bench {rollout [CASE …],annotate,train} [--json=FILE] or: mmprm launch {tpu,gke,slurm,local} --help"
     " or: mmprm prepare SOURCE PATH_OR_HUB_ID --output=FOLDER [--split=NAME]"
-    " or: mmprm {bon,detect,sweep} --help"
+    " or: mmprm {bon,detect,sweep,guide} --help"
     " or: mmprm fit --model=NAME --job={sft,train_prm,decode,score} --topology=NAME [key=value …] [--json=FILE]"
 )
 
@@ -187,7 +188,7 @@ def run() -> None:
             from mmprm_jax.data import prepare
 
             return prepare.main(sys.argv[2:])
-        if sys.argv[1:2] in (["bon"], ["detect"], ["sweep"]):
+        if sys.argv[1:2] in (["bon"], ["detect"], ["sweep"], ["guide"]):
             from mmprm_jax.evaluation import cli
 
             return cli.main(sys.argv[1:], _cache_compilations)

@@ -1,4 +1,4 @@
-"""``mmprm bon``, ``mmprm detect`` and ``mmprm sweep``: their command lines."""
+"""``mmprm bon``, ``mmprm detect``, ``mmprm sweep`` and ``mmprm guide``: their command lines."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from mmprm_jax.records import UserError
 
 
 def main(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> None:
-    """Runs ``bon``, ``detect`` or ``sweep`` with its options. Raises UserError, also (at the end) if rows were bad.
+    """Runs one of these commands. Raises UserError, also (at the end) if rows were bad.
 
     cache_compilations: keeps compiled programs in a folder.
     """
     logging.set_verbosity(logging.WARNING)
     command, rest = argv[0], argv[1:]
     try:
-        if command == "sweep":
-            _sweep(rest, cache_compilations)
+        if command in ("sweep", "guide"):
+            {"sweep": _sweep, "guide": _guide}[command](rest, cache_compilations)
         else:
             {"bon": _bon, "detect": _detect}[command](rest)
     except OSError as error:
@@ -221,3 +221,26 @@ def _sweep(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> No
     workdir = configs.guard_workdir(args.workdir, config)
     cache_compilations(os.fspath(workdir / "compilation_cache"))
     print(sweep.run(stages.Run(config, workdir, configs.to_text(config)), settings, grid))
+
+
+# ------------------------------------------------------------------------------------------------- guide
+
+
+def _guide(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> None:
+    rest, overrides = configs.split_args(argv)
+    parser = _parser("guide", "Searches guided by the PRM on the test problems, against Best-of-N at equal tokens.")
+    parser.add_argument("--config", required=True, help="the configuration of the run, FILE or FILE:ARG")
+    parser.add_argument("--workdir", required=True, help="the run: its evaluation must have finished")
+    parser.add_argument("--search", default="beam,dvts,lookahead", metavar="NAME,…", help="default: all")
+    _json_option(parser)
+    args = parser.parse_args(rest)
+
+    config = configs.load(args.config, overrides)
+    workdir = configs.guard_workdir(args.workdir, config)
+    cache_compilations(os.fspath(workdir / "compilation_cache"))
+
+    from mmprm_jax import stages
+    from mmprm_jax.evaluation import guided
+
+    figures = guided.run(stages.Run(config, workdir, configs.to_text(config)), args.search.split(","))
+    _finish(figures, guided.format_table(figures), args.json, ())

@@ -19,7 +19,7 @@ from mmprm_jax import records
 from mmprm_jax.answers.verify import is_correct
 from mmprm_jax.data import digits, encode
 from mmprm_jax.data.prompts import final_answer
-from mmprm_jax.evaluation import best_of_n, calibration, statistics
+from mmprm_jax.evaluation import aggregate, best_of_n, calibration, statistics
 from mmprm_jax.evaluation.pieces import Pieces
 from mmprm_jax.evaluation.score import Scorer, Solutions
 from mmprm_jax.metrics import progress
@@ -64,11 +64,21 @@ class Policy:
     def _see(self, problem: Problem) -> np.ndarray | None:
         return self._pixels[problem.id] if problem.image else None
 
-    def sampler(self, purpose: str, greedy: bool = False, image_of: Mapping[str, str] | None = None) -> LocalSampler:
-        """purpose: names the random numbers. image_of: whose image a problem is shown with; None: its own."""
+    def sampler(
+        self, purpose: str, greedy: bool = False, image_of: Mapping[str, str] | None = None, by_step: bool = False
+    ) -> LocalSampler:
+        """purpose: names the random numbers. image_of: whose image a problem is shown with; None: its own.
+
+        by_step: a sample ends with its first step, or its answer.
+        """
         engine, policy = self._sampler.engine, self._sampler.policy
+        sampling = policy.sampling
         if greedy:
-            policy = dataclasses.replace(policy, sampling=dataclasses.replace(policy.sampling, temperature=0.0))
+            sampling = dataclasses.replace(sampling, temperature=0.0)
+        if by_step:
+            ends = (policy.tokenizer.id(tok.STEP_END), policy.tokenizer.id(tok.ANSWER_END))
+            sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *ends))
+        policy = dataclasses.replace(policy, sampling=sampling)
         if image_of:
             policy = dataclasses.replace(policy, pixels=lambda p: self._pixels[image_of[p.id]] if p.image else None)
         return LocalSampler(engine, policy, self._run.config.seed, purpose, is_correct_all)
@@ -197,24 +207,37 @@ SETS: dict[str, tuple[str, Callable[[Sequence[np.ndarray], int], np.ndarray]]] =
 }
 
 
+class TrainedPRM:
+    """The run's PRM; its weights are loaded when the first solution is scored."""
+
+    def __init__(self, run: Run):
+        self._run, self._tokenizer = run, Tokenizer.load(run.folder("train_prm") / "tokenizer.json")
+        self.cfg = run.prm(self._tokenizer)
+
+    @functools.cached_property
+    def scorer(self) -> Scorer:
+        run, tokenizer = self._run, self._tokenizer
+        graphdef, params = run.load("train_prm", tokenizer, self.cfg)
+        classes = (tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))
+        rows = run.config.evaluate.score_rows
+        return Scorer(graphdef, params, run.mesh, classes, problems=rows // 4, solutions=4)
+
+    def solutions(self, problem: Problem, found: Sequence[tuple[str, ...]], pixels: np.ndarray) -> Solutions:
+        """pixels: what the PRM sees, uint8 [tiles, H, W, 3]."""
+        prompt = encode.prompt_ids(self._tokenizer, self.cfg, problem.question, int(problem.image is not None))
+        return Solutions([encode.prm_ids(self._tokenizer, prompt, x) for x in found], pixels)
+
+
 def score(run: Run, sampled: Sampled, preemption: Preemption) -> dict[str, Scored]:
     """The scored candidates of each set, by problem. Raises Preempted, UserError."""
-    c, tokenizer = run.config.evaluate, Tokenizer.load(run.folder("train_prm") / "tokenizer.json")
-    cfg, splits = run.prm(tokenizer), {"dev": sampled.dev, "test": sampled.test}
-
-    @functools.cache
-    def scorer() -> Scorer:
-        graphdef, params = run.load("train_prm", tokenizer, cfg)
-        classes = (tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))
-        return Scorer(graphdef, params, run.mesh, classes, problems=c.score_rows // 4, solutions=4)
+    c, prm, splits = run.config.evaluate, TrainedPRM(run), {"dev": sampled.dev, "test": sampled.test}
 
     def solutions(split: str, seen: Callable[[Sequence[np.ndarray], int], np.ndarray]) -> Callable[[int], Solutions]:
         problems, groups = run.problems(split), list(splits[split].values())
-        stack = list(run.pixels(problems, cfg).values())
+        stack = list(run.pixels(problems, prm.cfg).values())
 
         def of(i: int) -> Solutions:
-            prompt = encode.prompt_ids(tokenizer, cfg, problems[i].question, int(problems[i].image is not None))
-            return Solutions([encode.prm_ids(tokenizer, prompt, x.segments) for x in groups[i]], seen(stack, i))
+            return prm.solutions(problems[i], [x.segments for x in groups[i]], seen(stack, i))
 
         return of
 
@@ -225,7 +248,8 @@ def score(run: Run, sampled: Sampled, preemption: Preemption) -> dict[str, Score
             split, seen = SETS[name]
             pieces = Pieces(run.folder("evaluate") / f"{name}_scored.jsonl", preemption)
             if not pieces.path.exists():
-                _score_file(pieces, list(splits[split].values()), solutions(split, seen), scorer, 4 * c.score_rows)
+                groups = list(splits[split].values())
+                _score_file(pieces, groups, solutions(split, seen), lambda: prm.scorer, 4 * c.score_rows)
             results[name] = _by_problem(records.read_all(pieces.path, ScoredCandidate), splits[split])
             bar.update()
     return results
@@ -255,6 +279,24 @@ def _by_problem(scored: Sequence[ScoredCandidate], groups: Grouped) -> Scored:
     for x in scored:
         found[x.candidate.problem_id].append(x)
     return list(found.values())
+
+
+def stored(run: Run, split: str) -> Scored:
+    """The scored candidates of a finished evaluation, by problem."""
+    rows = records.read_all(run.folder("evaluate") / f"{split}_scored.jsonl", ScoredCandidate)
+    return _by_problem(rows, {p.id: [] for p in run.problems(split)})
+
+
+def values(run: Run, split: str, aggregator: str) -> Callable[[Any], list[list[float]]]:
+    """A ``guided.Value`` of problems of ``split``: the run's PRM by one aggregator."""
+    prm, combine = TrainedPRM(run), aggregate.AGGREGATORS[aggregator]
+    pixels = run.pixels(run.problems(split), prm.cfg)
+
+    def value(found: Sequence[tuple[Problem, Sequence[tuple[str, ...]]]]) -> list[list[float]]:
+        scores = prm.scorer.score([prm.solutions(p, solutions, pixels[p.id]) for p, solutions in found])
+        return [[combine(np.array(s)) for s in group] for group in scores]
+
+    return value
 
 
 # ------------------------------------------------------------------------------------------------- figures
