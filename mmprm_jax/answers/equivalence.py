@@ -17,7 +17,17 @@ from mmprm_jax.answers.arithmetic import OPEN, every
 from mmprm_jax.answers.normalise import MAX_LENGTH, normalise, trim
 from mmprm_jax.answers.parse import read
 from mmprm_jax.answers.values import (
-    Equation, Formula, Items, Nothing, Quantity, Ratio, Region, Relation, Text, Time, Value,
+    Equation,
+    Formula,
+    Items,
+    Nothing,
+    Quantity,
+    Ratio,
+    Region,
+    Relation,
+    Text,
+    Time,
+    Value,
 )  # fmt: skip
 from mmprm_jax.answers.verdict import VERSION, Verdict, equal, unequal, unknown
 
@@ -49,7 +59,7 @@ def settings_of(options: Options | None = None, unit: str | None = None, precisi
 
 
 def compare(gold: str, prediction: str | None, settings: Settings = Settings()) -> Verdict:
-    """Whether ``prediction``, an answer or a whole response, equals ``gold``. Never raises; bounded in time and memory."""
+    """Whether ``prediction``, an answer or a whole response, equals ``gold``. Bounded in time and memory."""
     if prediction is None:
         return unequal("there is no prediction")
     if len(gold) > MAX_LENGTH:
@@ -78,6 +88,8 @@ def _cached(gold: str, prediction: str, settings: Settings, version: int) -> Ver
 
 def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
     """The prediction as a whole answer, then the answer it commits to."""
+    if normalise(gold) == normalise(prediction):
+        return equal("the same text")
     golds = _alternatives(gold)
     found = extract.committed(prediction)
     if found is None:
@@ -123,6 +135,8 @@ def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
     """Two normalised answers."""
     if gold == prediction and gold:
         return equal("the same text")
+    if gold.casefold() == prediction.casefold() and gold.replace(" ", "").isalpha():
+        return equal("the same words")
     plain = dataclasses.replace(settings, options=())
     chosen = choice.compare(gold, prediction, dict(settings.options), lambda a, b: _texts(a, b, plain))
     if chosen is not None:

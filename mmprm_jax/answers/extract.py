@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 
@@ -17,7 +18,8 @@ _PHRASE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _THEREFORE = re.compile(
-    r"(?:\b(?:therefore|hence|thus|so)\b,?|∴|因此|所以|故)[^\n.。]{0,120}?(?:\b(?:is|are|equals|fill in)\b|[为是=])\s*[:：]?",
+    r"(?:\b(?:therefore|hence|thus|so)\b,?|∴|因此|所以|故)[^\n.。]{0,120}?"
+    r"(?:\b(?:is|are|equals|fill in)\b|[为是=])\s*[:：]?",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.。](?=\s|$)|\n\s*\n")
@@ -25,7 +27,7 @@ _SENTENCE_END = re.compile(r"[.。](?=\s|$)|\n\s*\n")
 
 @dataclasses.dataclass(frozen=True)
 class Extracted:
-    """``text``: the last committed answer. ``earlier``: other, different answers that were committed in the same way."""
+    """``text``: the last committed answer. ``earlier``: different ones that were committed in the same way before."""
 
     text: str
     how: str  # tag, box, phrase, line
@@ -45,9 +47,7 @@ def committed(response: str) -> Extracted | None:
     if boxes:
         last = boxes[-1]
         return Extracted(last, "box", tuple(dict.fromkeys(box for box in boxes[:-1] if box != last)))
-    found = None
-    for found in _PHRASE.finditer(response):
-        pass
+    found = _last(_PHRASE, response)
     if found and (text := _rest(response[found.end() :])):
         return Extracted(text, "phrase")
     return None
@@ -65,13 +65,15 @@ def final(response: str) -> Extracted | None:
 
 def concluded(text: str) -> str | None:
     """What the last "therefore … is" of a line leads to, if that ends the line; None otherwise."""
-    found = None
-    for found in _THEREFORE.finditer(text[-2000:]):
-        pass
+    found = _last(_THEREFORE, text[-2000:])
     if not found:
         return None
     rest = text[-2000:][found.end() :].strip()
     return rest if rest and len(rest) < 60 and not _SENTENCE_END.search(rest.rstrip(".。")) else None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(collections.deque(pattern.finditer(text), maxlen=1)), None)
 
 
 def _rest(text: str) -> str:

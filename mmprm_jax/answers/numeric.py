@@ -1,4 +1,4 @@
-"""Numeric probes: two formulas at fixed points, to many digits. They tell formulas apart; agreement is near certainty."""
+"""Numeric probes: two formulas at fixed points, to many digits. A difference is proof, agreement all but certain."""
 
 from __future__ import annotations
 

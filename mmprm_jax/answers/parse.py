@@ -19,23 +19,27 @@ MAX_ITEMS = 50
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)")
 _UNCOMPUTED = re.compile(r"[-+]?\d+(?:\s*[-+*]\s*\d+)+")
 _NOTHING = frozenset(
-    ["∅", "⦃⦄", "⦃ ⦄", "{}", "no solution", "no solutions", "no real solution", "no real solutions", "none", "empty set",
-     "no answer", "there is no solution", "there are no solutions", "no such number exists", "does not exist", "dne",
-     "the empty set", "no real roots", "no real root", "无解", "无实数解", "无实数根", "空集", "不存在", "无实根", "没有实数根"]
+    ["∅", "⦃⦄", "⦃ ⦄", "{}", "no solution", "no solutions", "no real solution", "no real solutions", "none",
+     "empty set", "no answer", "there is no solution", "there are no solutions", "no such number exists",
+     "does not exist", "dne", "the empty set", "no real roots", "no real root", "无解", "无实数解", "无实数根", "空集",
+     "不存在", "无实根", "没有实数根"]
 )  # fmt: skip
 _ALL = frozenset(
-    ["all real numbers", "all reals", "any real number", "all real number", "全体实数", "一切实数", "任意实数", "x∈R", "x ∈ R",
-     "the set of all real numbers", "every real number", "(-∞,∞)"]
+    ["all real numbers", "all reals", "any real number", "all real number", "全体实数", "一切实数", "任意实数", "x∈R",
+     "x ∈ R", "the set of all real numbers", "every real number", "(-∞,∞)"]
 )  # fmt: skip
 _WORDS = {
     word: str(i)
-    for words in ("zero one two three four five six seven eight nine ten eleven twelve", "零 一 二 三 四 五 六 七 八 九 十")
+    for words in (
+        "zero one two three four five six seven eight nine ten eleven twelve",
+        "零 一 二 三 四 五 六 七 八 九",
+    )
     for i, word in enumerate(words.split())
-} | {"两": "2"}  # fmt: skip
+} | {"两": "2", "九": "9", "十": "10"}
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?(?:answers?|result|value)(?: is| are| =|:)+:?\s*"
-    r"|answer\s*[:.]\s*|答案\s*[是为:]*\s*|答\s*:\s*|(?:it|this) (?:is|equals) |≈|approximately |approx\.? |about |约为?|大约|"
-    r"解得\s*|即\s*|共|there (?:is|are) |a total of ",
+    r"|answer\s*[:.]\s*|答案\s*[是为:]*\s*|答\s*:\s*|(?:it|this) (?:is|equals) |≈|approximately |approx\.? |about "
+    r"|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
     re.IGNORECASE,
 )
 _CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(a\.?m\.?|p\.?m\.?|o'clock)?", re.IGNORECASE)
@@ -87,7 +91,8 @@ def _several(text: str) -> tuple[list[str], Literal["parts", "maybe", "list", "o
     if numbered:
         return numbered, "parts"
     rules: tuple[tuple[str, Literal["parts", "maybe", "list", "or", "and"]], ...] = (
-        ("\n", "parts"), (";", "maybe"), ("→", "parts"), (" or |或", "or"), (",? and |和|且|与", "and"), (",", "list"))  # fmt: skip
+        ("\n", "parts"), (";", "maybe"), ("→", "parts"), (" or |或", "or"), (",? and |和|且|与", "and"), (",", "list"),
+    )  # fmt: skip
     for sign, kind in rules:
         if sign == "→" and not re.search(r"\)\s*→", text):
             continue
@@ -280,9 +285,14 @@ def _formula(text: str) -> Value | None:
     return Formula(tree, percent=text.endswith("%"), uncomputed=bool(_UNCOMPUTED.fullmatch(text)))
 
 
+_FUNCTIONS = syntax.FUNCTIONS | {"pi"}
+
+
 def _formula_or_quantity(text: str) -> Value | None:
-    if re.fullmatch(r"[A-Za-z]{2,}", text) and text not in ("pi",):
-        return None  # a word
+    words = text.split()
+    if all(word.isascii() and word.isalpha() for word in words) and _FUNCTIONS.isdisjoint(words):
+        if any(len(word) > 1 for word in words):
+            return None
     formula, quantity = _formula(text), _quantity(text)
     if quantity is None or formula is None:
         return quantity or formula
@@ -322,7 +332,7 @@ def _quantity(text: str) -> Quantity | None:
         rest = text[match.start() :].strip()
         unit = units.parse_unit(rest)
         if unit is None and not syntax.variables(number.tree):
-            unit = units.parse_noun(rest) if len(rest) > 1 or rest > "z" else None
+            unit = units.parse_noun(rest)
         if unit:
             return Quantity(number, unit)
     return _compound(text)

@@ -14,7 +14,7 @@ def _scanner(sign: str) -> re.Pattern[str]:
 
 
 def split(text: str, sign: str, keep: bool = False) -> list[str] | tuple[list[str], list[str]]:
-    """The stripped pieces between the matches of the pattern ``sign`` that are in no brackets; keep: and the matches."""
+    """The stripped pieces between matches of the pattern ``sign`` that are in no brackets; keep: the matches, too."""
     pieces, signs, start, depth = [], [], 0, 0
     for match in _scanner(sign).finditer(text):
         if match["bracket"]:

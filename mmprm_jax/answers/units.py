@@ -37,7 +37,8 @@ _TABLE: list[tuple[str, str | Fraction, _Dimensions]] = [
     ("μm um micrometer 微米", Fraction(1, 10**6), _LENGTH), ("里", "500", _LENGTH),
     ("inch in inche", "0.0254", _LENGTH), ("ft foot feet", "0.3048", _LENGTH), ("yard yd", "0.9144", _LENGTH),
     ("mile mi", "1609.344", _LENGTH), ("尺", Fraction(1, 3), _LENGTH),
-    ("kg kilogram 千克 公斤", "1", _MASS), ("g gram 克", "0.001", _MASS), ("mg milligram 毫克", Fraction(1, 10**6), _MASS),
+    ("kg kilogram 千克 公斤", "1", _MASS), ("g gram 克", "0.001", _MASS),
+    ("mg milligram 毫克", Fraction(1, 10**6), _MASS),
     ("t ton tonne 吨", "1000", _MASS), ("斤", "0.5", _MASS), ("lb pound", "0.45359237", _MASS),
     ("oz ounce", "0.028349523125", _MASS),
     ("s sec second 秒 秒钟", "1", _TIME), ("min minute 分钟", "60", _TIME), ("h hr hour 小时", "3600", _TIME),
@@ -70,9 +71,7 @@ for _name in ("°", "degree", "deg", "度"):
 _UNITS["'"] = dataclasses.replace(DEGREE, name="'", factor=Fraction(1, 180 * 60))
 MULTIPLES = {"百": 10**2, "千": 10**3, "万": 10**4, "百万": 10**6, "亿": 10**8, "million": 10**6, "billion": 10**9,
              "thousand": 10**3, "hundred": 10**2}  # fmt: skip
-COUNTERS = frozenset(
-    "个 只 本 人 名 位 条 张 件 次 种 辆 台 支 块 棵 根 颗 页 道 题 户 组 份 岁 层 步 倍 对 间 头 双 把".split()
-)
+COUNTERS = frozenset("个只本人名位条张件次种辆台支块棵根颗页道题户组份岁层步倍对间头双把")
 _WORDS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "平方": 2, "立方": 3}
 # One letter directly behind a number is a variable unless the other side has a unit: 2m.
 LETTERS = frozenset(name for name in _UNITS if len(name) == 1 and name.isascii() and name.isalpha())
@@ -113,7 +112,7 @@ def parse_unit(text: str) -> Unit | None:
     return Unit(" ".join(names), factor, tuple(sorted((n, e) for n, e in dimensions.items() if e)), half_turns)
 
 
-_NOUN = re.compile(r"[A-Za-z][A-Za-z-]*(?: [A-Za-z][A-Za-z-]*){0,3}|[\u4e00-\u9fff]{1,6}")
+_NOUN = re.compile(r"(?:[A-Za-z][a-z-]{2,}|[A-Z]{3,})(?: [A-Za-z][A-Za-z-]*){0,3}|[\u4e00-\u9fff]{1,6}")
 _NO_NOUNS = frozenset("or and to if when for is are not no between from than where with".split())
 
 
