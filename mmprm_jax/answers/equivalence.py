@@ -12,7 +12,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 
-from mmprm_jax.answers import arithmetic, choice, extract, relations, units
+from mmprm_jax.answers import arithmetic, choice, extract, numeric, relations, units
 from mmprm_jax.answers.arithmetic import OPEN, every
 from mmprm_jax.answers.normalise import MAX_LENGTH, normalise, trim
 from mmprm_jax.answers.parse import read
@@ -50,6 +50,9 @@ class Settings:
     precision: int | None = None  # decimals to which both sides are rounded
 
 
+NO_SETTINGS = Settings()
+
+
 def settings_of(options: Options | None = None, unit: str | None = None, precision: float | None = None) -> Settings:
     """Raises ValueError for a precision that is no number of decimals."""
     if precision is not None and not (float(precision).is_integer() and 0 <= precision <= 40):
@@ -58,7 +61,7 @@ def settings_of(options: Options | None = None, unit: str | None = None, precisi
     return Settings(tuple(found.items()), normalise(unit or ""), None if precision is None else int(precision))
 
 
-def compare(gold: str, prediction: str | None, settings: Settings = Settings()) -> Verdict:
+def compare(gold: str, prediction: str | None, settings: Settings = NO_SETTINGS) -> Verdict:
     """Whether ``prediction``, an answer or a whole response, equals ``gold``. Bounded in time and memory."""
     if prediction is None:
         return unequal("there is no prediction")
@@ -277,6 +280,10 @@ def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict
     if kinds == {"tuple"} and gold.region is None and prediction.region is None:
         return every(values(x, y, precision) for x, y in zip(a, b, strict=True))
     ordered = every([values(x, y, precision) for x, y in zip(a, b, strict=True)])
+    if ordered and gold.region and prediction.region and not _ranges(gold.region, prediction.region):
+        low, high = (numeric.real(v.tree) for v in a if isinstance(v, Formula))
+        if low is not None and high is not None and low < high:  # (1, 2) is no [1, 2]; a point is no interval
+            return unequal("one is open where the other is closed")
     if ordered or "tuple" in kinds or gold.kind == "parts":
         return ordered
     found = _matched(a, b, precision)

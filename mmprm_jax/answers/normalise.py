@@ -62,6 +62,16 @@ _BOLD = re.compile(r"(?<![\w*])(\*\*|__)(?=\S)([^*_\n]+)(?<=\S)\1(?![\w*])")
 _MARK = "\uf8ff"  # a private character: the dollar of a price
 
 
+_REPEATING = re.compile(r"(?<![\d.])(\d{1,9})\.(\d{0,9})(?:\\overline|\\dot)\s*\{?(\d{1,9})\}?(?![\d\\])")
+
+
+def _fraction(repeating: re.Match[str]) -> str:
+    """0.1\\overline{6} is (15/90)."""
+    whole, fixed, period = repeating.groups()
+    top = int(whole + fixed + period) - int(whole + fixed)
+    return f"({top}/{'9' * len(period)}{'0' * len(fixed)})"
+
+
 def normalise(text: str) -> str:
     """The text in the alphabet above, without what surrounds an answer. Text over MAX_LENGTH is cut off."""
     if text.isascii() and text.isalnum():
@@ -81,7 +91,7 @@ def normalise(text: str) -> str:
         text = text.replace(old, new)
     text = _thousands(text)
     text = re.sub(r"\\[,;:! ]|~(?=\d)", lambda m: " " if m[0] != "\\!" else "", text)
-    text = _environments(text)
+    text = _REPEATING.sub(_fraction, _environments(text))
     text = _commands(text)
     text = _DEGREE.sub("°", text)
     text = text.replace("≤=", "≤").replace("<=", "≤").replace(">=", "≥").replace("!=", "≠").replace("+-", "±")
@@ -141,14 +151,16 @@ def _thousands(text: str) -> str:
 
 
 def _environments(text: str) -> str:
-    """A column vector becomes a tuple, cases and aligned lines become parts."""
+    """A vector becomes a tuple, a matrix a tuple of its rows, cases and aligned lines become parts."""
     if "\\begin" not in text:
         return text
     text = re.sub(r"\\(begin|end)\s*\{(cases|array|aligned|align\*?|gathered|split)\}(?:\{[clr|]*\})?", " ", text)
 
     def vector(match: re.Match[str]) -> str:
-        body = match[2]
-        return match[0] if "&" in body and "\n" in body else "(" + re.sub(r"[\n&]", ",", body.strip()) + ")"
+        rows = [row.replace("&", ",") for row in match[2].strip().split("\n") if row.strip()]
+        if len(rows) > 1 and any("," in row for row in rows):
+            rows = [f"({row})" for row in rows]
+        return f"({','.join(rows)})"
 
     return re.sub(r"\\begin\{([pb]matrix)\}([^\\]*(?:\\(?!end)[^\\]*)*)\\end\{\1\}", vector, text)
 

@@ -230,6 +230,7 @@ def _equation(parts: list[str]) -> Value | None:
     left, right = parts[0], item(parts[-1])
     if not left or not parts[-1]:
         return None
+    right = right.formula if isinstance(right, Text) and right.formula else right
     formula, called = _formula(left), _FUNCTION_OF.fullmatch(left)
     if called:
         return Equation(f"{called[1]}({called[2]})", ("v", called[0]), right)
@@ -246,7 +247,7 @@ def _brackets(text: str) -> Value | None:
         regions = [p.region if isinstance(p, Items) else p for p in parts]
         return relations.union(regions) if all(isinstance(r, Region) for r in regions) else None
     if not surrounded(text):
-        return None
+        return _point(text)
     inner = text[1:-1].strip()
     if text[0] in "⦃{":
         if "|" in inner or ":" in inner and text[0] == "⦃":
@@ -264,6 +265,15 @@ def _brackets(text: str) -> Value | None:
     region = relations.interval(values, text[0], text[-1]) if len(values) == 2 else None
     mixed = (text[0], text[-1]) not in (("(", ")"), ("[", "]"))
     return region if mixed or region and relations.unbounded(region) else Items("tuple", values, region)
+
+
+def _point(text: str) -> Value | None:
+    """P(2, 3): a tuple with a name."""
+    if not re.match(r"[A-Z]'?\s*\(", text) or not text.endswith(")") or "," not in text:
+        return None
+    name, _, rest = text.partition("(")
+    value = _brackets("(" + rest)
+    return Equation(name.strip(), ("v", name.strip()), value) if isinstance(value, Items) else None
 
 
 def _nested(text: str, inner: str) -> Value | None:
