@@ -10,7 +10,7 @@ from mmprm_jax.answers.normalise import normalise, trim
 from mmprm_jax.answers.parse import lead
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 
-_LETTERS = re.compile(r"\(?[A-K]\)?(?:\s*(?:,|;|and|&|和)?\s*\(?[A-K]\)?)*\.?")
+_LETTERS = re.compile(r"\(?[A-K]\)?(?:\s*(?:(?:,|;|and|&|和)\s*)?\(?[A-K]\)?)*\.?")
 _HEDGED = re.compile(r"\b[A-K]\b\)?\s*(?:or|/|或)\s*\(?\b[A-K]\b")
 _LEADING = re.compile(
     r"\(\s*([A-Ka-k])\s*\)\s*[.:,]?\s*(?=\S)|([A-K])\s*[.):](?!\d*$)\s*(?=\S)|([A-K])\s*,?\s*(?=[\d\\(-])|([A-K])(?=[\u4e00-\u9fff])"

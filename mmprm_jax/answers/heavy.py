@@ -52,13 +52,10 @@ def decide(gold: str, prediction: str | None, settings: Settings = NO_SETTINGS) 
 
 def _trusted(text: str) -> bool:
     """Whether a text is a single expression in LaTeX of which Math-Verify has been seen to be right."""
-    rest = re.sub(r"\\(?:begin|end)\{[pbv]matrix\}", " ", text)
-    rest = rest.replace("\n", " ") if rest != text else rest
-    rest = re.sub(r"(?<=[\s)}\w])d[a-z]\b", " ", rest) if "\\int" in rest else rest
-    bounds = re.sub(r"_\s*\{[^{}=]*=[^{}]*\}", " ", re.sub(r"_\s*\{[^{}]*→[^{}]*\}", " ", rest))  # of a sum, of a limit
-    return not _NOT_TRUSTED.search(_COMMANDS.sub(" ", bounds).replace("&", " ")) and "\\" not in _COMMANDS.sub(
-        " ", bounds
-    )
+    rest = re.sub(r"(?<=[\s)}\w])d[a-z]\b", " ", text) if "\\int" in text else text
+    rest = re.sub(r"_\s*\{[^{}=→]*[=→][^{}]*\}", " ", rest)  # the bounds of a sum or a limit
+    rest = _COMMANDS.sub(" ", rest)
+    return "\\" not in rest and not _NOT_TRUSTED.search(rest)
 
 
 def _simplified(a: Tree, b: Tree) -> bool:

@@ -59,6 +59,7 @@ _COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
 _DOLLARS = re.compile(r"\$+")
 _DEGREE = re.compile(r"(?:\{\s*\})?\^\s*(?:\{\s*°\s*\}|°)|\\?textdegree")
 _BOLD = re.compile(r"(?<![\w*])(\*\*|__)(?=\S)([^*_\n]+)(?<=\S)\1(?![\w*])")
+_MAX_NESTED = 9  # \text in \text
 _MARK = "\uf8ff"  # a private character: the dollar of a price
 
 
@@ -165,7 +166,9 @@ def _environments(text: str) -> str:
     return re.sub(r"\\begin\{([pb]matrix)\}([^\\]*(?:\\(?!end)[^\\]*)*)\\end\{\1\}", vector, text)
 
 
-def _commands(text: str) -> str:
+def _commands(text: str, depth: int = 0) -> str:
+    if depth > _MAX_NESTED:
+        return text
     found, i = [], 0
     while match := _COMMAND.search(text, i):
         found.append(text[i : match.start()])
@@ -183,17 +186,17 @@ def _commands(text: str) -> str:
         elif name in _TWO:
             i, content = _braced(text, i)
             i, more = _braced(text, i)
-            found += [content, " ", _commands(more)]
+            found += [content, " ", _commands(more, depth + 1)]
         elif name in _WORDS:
             i, content = _braced(text, i)
-            content = _commands(content)
+            content = _commands(content, depth + 1)
             found.append(content if content.isdigit() else f" {content} ")
         elif name in _CONTENT:
             i, content = _braced(text, i)
-            found.append(_commands(content))
+            found.append(_commands(content, depth + 1))
         elif name in ("overrightarrow", "overline", "overset"):
             i, content = _braced(text, i)
-            content = _commands(content).strip()
+            content = _commands(content, depth + 1).strip()
             found.append(f"{'→' if name == 'overrightarrow' else ''}{content} " if len(content) > 1 else content)
         else:
             found.append(match[0])

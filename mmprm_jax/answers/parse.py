@@ -85,7 +85,7 @@ def _several(text: str) -> tuple[list[str], Literal["parts", "maybe", "list", "o
     """The parts of an answer and what joins them."""
     if re.fullmatch(r"\d(?:\.\d){2,}", text):
         return text.split("."), "list"  # 1.3.4: the numbers of statements
-    if re.fullmatch(r"(?:\(\d{1,2}\)(?:\s*(?:,|and|和)?\s*)){2,}", text):
+    if re.fullmatch(r"(?:\(\d{1,2}\)\s*(?:(?:,|and|和)\s*)?){2,}", text):
         return re.findall(r"\d+", text), "list"  # (1)(3)
     numbered = _numbered(text)
     if numbered:
