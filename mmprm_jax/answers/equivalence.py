@@ -69,12 +69,14 @@ def compare(gold: str, prediction: str | None, settings: Settings = NO_SETTINGS)
         return unknown(f"the gold answer has over {MAX_LENGTH} characters")
     if len(prediction) > MAX_LENGTH:
         found = extract.committed(prediction)
-        if not found or len(found.text) > MAX_LENGTH:
+        answers = (*found.earlier, found.text) if found else ()
+        prediction = answers[0] if len(answers) == 1 else "\n".join(f"\\boxed{{{answer}}}" for answer in answers)
+        if not answers or len(prediction) > MAX_LENGTH:
             return unknown(f"the prediction has over {MAX_LENGTH} characters")
-    return _cached(gold, prediction[-extract.MAX_RESPONSE :], settings, VERSION)
+    return _cached(gold, prediction, settings, VERSION)
 
 
-@functools.lru_cache(maxsize=16384)
+@functools.lru_cache(maxsize=4096)
 def _cached(gold: str, prediction: str, settings: Settings, version: int) -> Verdict:
     if not gold.strip():
         return unknown("the gold answer is empty")
@@ -98,7 +100,7 @@ def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
     if found is None:
         return _any(golds, prediction, settings)
     verdict = _any(golds, found.text, settings)
-    if found.earlier and len(prediction) <= MAX_LENGTH:
+    if found.earlier:
         together = _any(golds, "\n".join((*reversed(found.earlier), found.text)), settings)
         listed = _any(golds, ", ".join((*found.earlier, found.text)), settings)
         if together or listed:
@@ -347,6 +349,8 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     a, b = _plain(gold.text), _plain(prediction.text)
     if a == b:
         return equal("the same words")
+    if re.sub("[ -]", "", a) == re.sub("[ -]", "", b):
+        return equal("the same words but for spaces and hyphens")
     if gold.formula and prediction.formula and arithmetic.formulas(gold.formula, prediction.formula):
         return equal("the same product")
     if "\\" in gold.text + prediction.text:
@@ -363,6 +367,7 @@ _SYNONYMS = {"是": "yes", "否": "no", "对": "true", "错": "false", "正确":
 def _plain(text: str) -> str:
     """Without case, articles, hyphens and punctuation between words."""
     text = re.sub(r"^(?:a|an|the)\s+", "", re.sub(r"[\s\"]+|(?<=[a-z])-(?=[a-z])", " ", text.casefold()).strip())
+    text = re.sub(r"\s*([^\w\s])\s*", r"\1", text)
     if re.fullmatch(r"[a-z ,]+", text):
         text = " ".join(text.replace(",", " ").split())
     return _SYNONYMS.get(text, text)
@@ -403,8 +408,11 @@ def _ratios(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if isinstance(gold, Time) or isinstance(prediction, Time):
         if None in times:
             return unequal("one is a time of the day")
-        if times[0] != times[1] and abs(times[0] - times[1]) == 12 * 3600:
-            return unknown("the same time but for a.m. or p.m.")
+        if abs(times[0] - times[1]) == 12 * 3600:
+            halves = [isinstance(side, Time) and side.half for side in (gold, prediction)]
+            if halves[0] != halves[1]:
+                return equal("the same time, a.m. or p.m. left out")
+            return unequal("twelve hours apart")
         return equal("the same time") if times[0] == times[1] else unequal("different times")
     ratio, other = (gold, prediction) if isinstance(gold, Ratio) else (prediction, gold)
     assert isinstance(ratio, Ratio)

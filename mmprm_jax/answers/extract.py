@@ -12,8 +12,10 @@ _MAX_BOXES = 64
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?=\{)|\\boxed\s{1,9}(?=[^\s{])")
 _PHRASE = re.compile(
     r"(?:final answers?(?:\s{1,9}(?:is|are))?\s{0,9}[:：]|final answers? (?:is|are)\b"
-    r"|(?:the|correct) (?:correct )?(?:answers?|option|choice) (?:is|are)\b|^[^\w\n]{0,9}(?:final )?answer\s{0,9}(?:\*\*)?\s{0,9}[:：]"
-    r"|(?:最终|正确)?(?:答案|结果)(?:应该)?[为是]|(?:最终|正确)?答案\s{0,9}[:：]|故选|因此选|所以选|应选|故答案[为是]|^[^\w\n]{0,9}答\s{0,9}[:：])"
+    r"|(?:the|correct) (?:correct )?(?:answers?|option|choice) (?:is|are)\b"
+    r"|^[^\w\n]{0,9}(?:final )?answer\s{0,9}(?:\*\*)?\s{0,9}[:：]|^#{1,6} ?(?:final )?answers?\s{0,9}$"
+    r"|(?:最终|正确)?(?:答案|结果)(?:应该)?[为是]|(?:最终|正确)?答案\s{0,9}[:：]"
+    r"|故选|因此选|所以选|应选|故答案[为是]|^[^\w\n]{0,9}答\s{0,9}[:：])"
     r"\s{0,9}(?:\*\*)?\s{0,9}[:：]?",
     re.IGNORECASE | re.MULTILINE,
 )

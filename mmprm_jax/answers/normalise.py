@@ -7,6 +7,7 @@ of LaTeX, a line feed ends a part of an answer that has several. Every pass is l
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 
@@ -73,6 +74,7 @@ def _fraction(repeating: re.Match[str]) -> str:
     return f"({top}/{'9' * len(period)}{'0' * len(fixed)})"
 
 
+@functools.lru_cache(maxsize=2048)
 def normalise(text: str) -> str:
     """The text in the alphabet above, without what surrounds an answer. Text over MAX_LENGTH is cut off."""
     if text.isascii() and text.isalnum():
@@ -155,6 +157,7 @@ def _environments(text: str) -> str:
     """A vector becomes a tuple, a matrix a tuple of its rows, cases and aligned lines become parts."""
     if "\\begin" not in text:
         return text
+    text = re.sub(r"(?:\\left\s*)?⦃\s*(?=\\begin)", " ", text)
     text = re.sub(r"\\(begin|end)\s*\{(cases|array|aligned|align\*?|gathered|split)\}(?:\{[clr|]*\})?", " ", text)
 
     def vector(match: re.Match[str]) -> str:

@@ -24,6 +24,11 @@ _NOTHING = frozenset(
      "does not exist", "dne", "the empty set", "no real roots", "no real root", "无解", "无实数解", "无实数根", "空集",
      "不存在", "无实根", "没有实数根"]
 )  # fmt: skip
+_HAS_NONE = re.compile(
+    r"(?:the )?(?:equation|system|inequality)s? (?:has|have) no (?:real )?(?:solutions?|roots?)"
+    r"|(?:原|该|此)?(?:方程|不等式)组?无(?:实数)?[解根]"
+)
+_WHERE = re.compile(r"\s*[,;(]?\s*(?:where\s+)?\(?([a-z])\s*∈\s*[ZN](?:_?\{?[+*]\}?|\^\{?[+*]\}?)?\)?$")
 _ALL = frozenset(
     ["all real numbers", "all reals", "any real number", "all real number", "全体实数", "一切实数", "任意实数", "x∈R",
      "x ∈ R", "the set of all real numbers", "every real number", "(-∞,∞)"]
@@ -52,6 +57,9 @@ def read(text: str) -> Value:
     text = lead(text)
     if _NUMBER.fullmatch(text):
         return _number(text)
+    where = _WHERE.search(text)
+    if where and where[1] in text[: where.start()]:
+        text = text[: where.start()]  # kπ, k ∈ Z
     whole = _phrase(text)
     if whole is not None:
         return whole
@@ -131,7 +139,7 @@ def _joined(values: list[Value], word: str) -> Value:
 
 def _phrase(text: str) -> Value | None:
     folded = text.casefold()
-    if folded in _NOTHING:
+    if folded in _NOTHING or _HAS_NONE.fullmatch(folded):
         return Nothing()
     if text in _ALL or folded in _ALL:
         return Region((relations.EVERYTHING,), None)
@@ -191,7 +199,7 @@ def _time(text: str) -> Value | None:
     if match.re is _CLOCK and not half and minute:
         trees = tuple(("n", Fraction(part)) for part in text.split(":"))
         return Ratio(trees, clock=seconds)
-    return Time(seconds)
+    return Time(seconds, bool(half[:1] in ("a", "p")))
 
 
 def _ratio(text: str) -> Value | None:

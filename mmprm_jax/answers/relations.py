@@ -19,6 +19,8 @@ def read(sides: Sequence[Formula | None], ops: Sequence[str]) -> Region | Relati
         sides, ops = sides[::-1], ["<" if op == ">" else "≤" for op in reversed(ops)]
     if not (set(ops) <= {"<", "≤"} or list(ops) == ["≠"]):
         return None
+    if len(sides) == 2 and all(sides) and (found := _absolute(sides[0], sides[1], ops[0])):
+        return found
     variables = [i for i, side in enumerate(sides) if side is None or side.tree[0] == "v"]
     constant = all(side is None or side.tree[0] == "v" or not syntax.variables(side.tree) for side in sides)
     if len(variables) != 1 or not constant or len(sides) > 3:
@@ -33,6 +35,20 @@ def read(sides: Sequence[Formula | None], ops: Sequence[str]) -> Region | Relati
     low, high = (sides[at - 1] if at else None), (sides[at + 1] if at + 1 < len(sides) else None)
     found = _interval(low, high, bool(at) and ops[at - 1] == "≤", at < len(ops) and ops[at] == "≤")
     return Region((found,), name)
+
+
+def _absolute(left: Formula, right: Formula, op: str) -> Region | None:
+    """|x| < a and a < |x|; None: anything else."""
+    within = left.tree[:2] == ("f", "abs")
+    size, bound = (left, right) if within else (right, left)
+    if size.tree[:2] != ("f", "abs") or size.tree[2][0] != "v" or syntax.variables(bound.tree) or op == "≠":
+        return None
+    if not (numeric.real(bound.tree) or 0) > 0:
+        return None
+    minus, name = Formula(("-", bound.tree)), size.tree[2][1]
+    if within:
+        return Region((Interval(minus, bound, op == "≤", op == "≤"),), name)
+    return Region((Interval(None, minus, False, op == "≤"), Interval(bound, None, op == "≤", False)), name)
 
 
 def interval(values: Sequence[Value], opened: str, closed: str) -> Region | None:
@@ -66,19 +82,33 @@ def union(regions: Sequence[Region]) -> Region | None:
 
 
 def intersection(regions: Sequence[Region]) -> Region | None:
-    """What two rays, x > 1 and x < 3, have in common. None: anything else."""
-    if (
-        len(regions) != 2
-        or any(len(region.parts) != 1 for region in regions)
-        or regions[0].variable != regions[1].variable
-    ):
+    """What all of them have in common. None: in different variables, nothing, or not known."""
+    found = regions[0]
+    for region in regions[1:]:
+        parts = [_common(a, b) for a in found.parts for b in region.parts]
+        if region.variable != found.variable or None in parts:
+            return None
+        found = Region(tuple(part for part in parts if isinstance(part, Interval)), found.variable)
+    return found if found.parts else None
+
+
+def _common(a: Interval, b: Interval) -> Interval | bool | None:
+    """What two intervals have in common; False: nothing. None: an end is no number."""
+    lows = [(part.low, part.low_closed) for part in (a, b) if part.low is not None]
+    highs = [(part.high, part.high_closed) for part in (a, b) if part.high is not None]
+    values = {id(end): numeric.real(end.tree) for end, _ in (*lows, *highs)}
+    if None in values.values():
         return None
-    a, b = (region.parts[0] for region in regions)
-    if a.low is None:
-        a, b = b, a
-    if a.low is None or a.high is not None or b.low is not None or b.high is None:
-        return None
-    return Region((Interval(a.low, b.high, a.low_closed, b.high_closed),), regions[0].variable)
+    low, low_closed = max(lows, key=lambda end: (values[id(end[0])], not end[1]), default=(None, False))
+    high, high_closed = min(highs, key=lambda end: (values[id(end[0])], end[1]), default=(None, False))
+    if low and high:
+        if (
+            values[id(low)] > values[id(high)]
+            or values[id(low)] == values[id(high)]
+            and not (low_closed and high_closed)
+        ):
+            return False
+    return Interval(low, high, low_closed, high_closed)
 
 
 def as_relation(region: Region) -> Relation | None:

@@ -41,7 +41,7 @@ _TABLE: list[tuple[str, str | Fraction, _Dimensions]] = [
     ("mg milligram 毫克", Fraction(1, 10**6), _MASS),
     ("t ton tonne 吨", "1000", _MASS), ("斤", "0.5", _MASS), ("lb pound", "0.45359237", _MASS),
     ("oz ounce", "0.028349523125", _MASS),
-    ("s sec second 秒 秒钟", "1", _TIME), ("min minute 分钟", "60", _TIME), ("h hr hour 小时", "3600", _TIME),
+    ("s sec second 秒 秒钟", "1", _TIME), ("min minute 分钟", "60", _TIME), ("h hr hour 小时 时", "3600", _TIME),
     ("ms millisecond 毫秒", "0.001", _TIME), ("day 天 日", "86400", _TIME), ("week 周 星期", "604800", _TIME),
     ("month 个月", "1", (("month", 1),)), ("year yr 年", "12", (("month", 1),)),
     ("L l liter litre 升", "0.001", _VOLUME), ("mL ml milliliter millilitre 毫升 cc", Fraction(1, 10**6), _VOLUME),

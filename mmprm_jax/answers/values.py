@@ -86,6 +86,7 @@ class Time:
     """A time of the day that cannot be a ratio."""
 
     seconds: int
+    half: bool  # a.m. or p.m. is said
 
 
 @dataclasses.dataclass(frozen=True)
