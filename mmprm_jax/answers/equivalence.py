@@ -34,6 +34,7 @@ from mmprm_jax.answers.verdict import VERSION, Verdict, equal, unequal, unknown
 Options = Sequence[str] | Mapping[str, str]
 
 _STRANGE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+_BESIDE = re.compile(r" ?([^\w\s.]) ?")
 _MAX_MATCHED = 30  # items of a list without order
 _NOTE = re.compile(
     r"\s*\(\s*(?:the answer is |answers? (?:are|is) )?(?:not unique|答案不唯一|不唯一)[^()]*\)\s*$", re.I
@@ -93,10 +94,12 @@ def _cached(gold: str, prediction: str, settings: Settings, version: int) -> Ver
 
 def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
     """The prediction as a whole answer, then the answer it commits to."""
-    if normalise(gold) == normalise(prediction):
+    found = extract.committed(prediction)
+    source = extract.committed(gold)
+    gold = source.text if source and not source.earlier else gold
+    if not (found and found.earlier) and _compact(gold) == _compact(found.text if found else prediction):
         return equal("the same text")
     golds = _alternatives(gold)
-    found = extract.committed(prediction)
     if found is None:
         return _any(golds, prediction, settings)
     verdict = _any(golds, found.text, settings)
@@ -110,11 +113,15 @@ def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
     return verdict
 
 
+def _compact(text: str) -> str:
+    """Normalised, without the spaces beside a sign and with parts side by side: shows that a text is the same."""
+    return _BESIDE.sub(r"\1", normalise(text).replace("\n", " "))
+
+
 @functools.lru_cache(maxsize=4096)
 def _alternatives(gold: str) -> tuple[tuple[str, bool], ...]:
     """The normalised gold answers any of which is right, and whether others may be right as well."""
-    extracted = extract.committed(gold)
-    text = normalise(extracted.text if extracted else gold)
+    text = normalise(gold)
     open_ended = bool(_NOTE.search(text))
     text = trim(_NOTE.sub("", text))
     match = _OR.search(text)

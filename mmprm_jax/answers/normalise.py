@@ -77,7 +77,7 @@ def _fraction(repeating: re.Match[str]) -> str:
 @functools.lru_cache(maxsize=2048)
 def normalise(text: str) -> str:
     """The text in the alphabet above, without what surrounds an answer. Text over MAX_LENGTH is cut off."""
-    if text.isascii() and text.isalnum():
+    if text.isascii() and (text.isdigit() or text.isalpha()):
         return text
     text = _unicode(text[:MAX_LENGTH])[:MAX_LENGTH]
     text = _BOLD.sub(r"\2", text.replace("`", "")).replace("****", "")

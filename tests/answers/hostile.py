@@ -1,5 +1,7 @@
 """Texts that nobody means as answers: made from a seed, for the tests of what must not happen."""
 
+# ruff: noqa: E501 (lists of texts)
+
 import json
 import random
 from pathlib import Path
@@ -49,7 +51,9 @@ def texts(count: int, seed: int = 0) -> list[str]:
                 at = rnd.randint(0, len(text))
                 text = text[:at] + rnd.choice(PIECES) + text[at + rnd.randint(0, 2) :]
         elif kind < 0.9:
-            text = rnd.choice(["{}", "({})", "\\frac{{1}}{{{}}}", "x={}", "\\sqrt{{{}}}", "{}+1", "({},2)"]).format(rnd.choice(MONSTERS))
+            text = rnd.choice(["{}", "({})", "\\frac{{1}}{{{}}}", "x={}", "\\sqrt{{{}}}", "{}+1", "({},2)"]).format(
+                rnd.choice(MONSTERS)
+            )
         else:
             text = rnd.choice(PIECES) * rnd.choice([10, 300, 3000])
         found.append(text)
