@@ -23,7 +23,7 @@ from mmprm_jax.answers.verdict import Verdict, equal
 _MAX_LENGTH = 300
 # Numbers of over 15 digits, exponents of over 2, towers, factorials: what makes sympy compute for ever.
 _COSTLY = re.compile(
-    r"\d{16}|\^\s*\{?\s*-?\d{3}|\^[^+\-*/=]{0,20}\^|!|\\binom[^\d]{0,9}\d{4}|(?:[({\[][^(){}\[\]]*){12}"
+    r"\d{16}|\^\s*\{?\s*-?\d{3}|\^\s*\{[^{}]*\^|\^\s*\w+\s*\^|!|\\binom[^\d]{0,9}\d{4}|(?:[({\[][^(){}\[\]]*){12}"
 )
 # Equations, lists, units, percentages, choices and words.
 _NOT_TRUSTED = re.compile(

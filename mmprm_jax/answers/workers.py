@@ -85,7 +85,7 @@ class Verifier:
     """
 
     def __init__(self, workers: int = 1, seconds: float = 10.0, check: Any = _check):
-        """workers: 0 verifies in this process, without a time limit. check: list of pairs -> list of verdicts."""
+        """workers: 0 verifies in this process, without a time limit. check: list of pairs -> list of Verdicts or bools."""
         self._pool, self._lock = Pool(workers, seconds, check), threading.Lock()
         self.verified = self.unknown = 0
 
@@ -97,8 +97,8 @@ class Verifier:
                 logging.warning("no verdict on the answer %.80r to %.80r: counted as wrong", *pair)
         with self._lock:
             self.verified += len(pairs)
-            self.unknown += sum(verdict is None or getattr(verdict, "kind", "") == "unknown" for verdict in found)
-        return [bool(verdict) for verdict in found]
+            self.unknown += sum(v is None or isinstance(v, Verdict) and v.kind == "unknown" for v in found)
+        return [bool(verdict) if isinstance(verdict, Verdict | None) else verdict for verdict in found]
 
     def close(self) -> None:
         self._pool.close()
