@@ -15,7 +15,11 @@ _HEDGED = re.compile(r"\b[A-K]\b\)?\s*(?:or|/|或)\s*\(?\b[A-K]\b")
 _LEADING = re.compile(
     r"\(\s*([A-Ka-k])\s*\)\s*[.:,]?\s*(?=\S)|([A-K])\s*[.):](?!\d*$)\s*(?=\S)|([A-K])\s*,?\s*(?=[\d\\(-])|([A-K])(?=[\u4e00-\u9fff])"
 )
-_NAMED = re.compile(r"(?:option|choice|选项?|故选|answer)\s*:?\s*\(?([A-K])\)?", re.IGNORECASE)
+_NAMED = re.compile(
+    r"(?:i choose |choose |option|choice|答案|故)?(?:option|choice|选[项择]?|answer)?\s*:?\s*\(?([A-K])\)?"
+    r"(?:\.|\s+is (?:the )?(?:correct|right|answer)(?: answer| option| choice)?)?",
+    re.IGNORECASE,
+)
 
 Same = Callable[[str, str], Verdict]
 
@@ -32,7 +36,7 @@ def chosen(text: str) -> Chosen | None:
     """What a normalised text chooses; None: it names no letter."""
     text = lead(text)
     named = _NAMED.fullmatch(text)
-    if named:
+    if named and len(text) > 1 and named[1].isupper():
         return Chosen(frozenset(named[1].upper()))
     if re.fullmatch(r"\(?[a-e]\)", text):
         return Chosen(frozenset(text.strip("()").upper()))

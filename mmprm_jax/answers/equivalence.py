@@ -243,21 +243,23 @@ def _equations(gold: Value, prediction: Value, precision: int | None) -> Verdict
         return _items(gold, prediction, precision)
     if isinstance(other, Text) and not other.formula:
         return _words(gold, prediction, precision)
-    if not equation.name and equation.left is not None and _value_of(equation) is None:
-        return unequal("one is an equation")
     pair = (equation.right, other) if equation is gold else (other, equation.right)
-    return values(*pair, precision)
+    found = values(*pair, precision)
+    if found and not equation.name and equation.left is not None and not _says_a_value(equation):
+        return unknown("the value that an equation's right side has")
+    return found
 
 
 def _formulas(equation: Equation) -> bool:
     return equation.left is not None and isinstance(equation.right, Formula)
 
 
-def _value_of(equation: Equation) -> Value | None:
-    """What 2 + 3 = 5 says that something is; None for an equation that says no such thing."""
-    named = equation.left is not None and equation.left[0] == "v"
-    holds = _formulas(equation) and arithmetic.formulas(Formula(equation.left), equation.right)
-    return equation.right if named or holds else None
+def _says_a_value(equation: Equation) -> bool:
+    """Whether an equation says what something is: |AB| = 5, tan A = 2, 2 + 3 = 5; not 2x = 5."""
+    assert equation.left is not None
+    if equation.left[0] in ("v", "f"):
+        return True
+    return bool(_formulas(equation) and arithmetic.formulas(Formula(equation.left), equation.right))
 
 
 def _items(gold: Value, prediction: Value, precision: int | None) -> Verdict:

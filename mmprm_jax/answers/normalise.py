@@ -21,6 +21,7 @@ _CIRCLED = {chr(0x2460 + i): f"({i + 1})" for i in range(20)}  # ①
 _BEFORE_NFKC = str.maketrans(
     {k: f" {v}" for k, v in _FRACTIONS.items()}
     | _CIRCLED
+    | {"㎡": "m^2", "㎠": "cm^2", "㎟": "mm^2", "㎢": "km^2", "㎥": "m^3", "㎤": "cm^3", "㎣": "mm^3"}
     | {"，": ", ", "º": "°", "˚": "°", "℃": "°C", "℉": "°F", "′": "'", "″": "''", "…": "..."}
 )
 _AFTER_NFKC = str.maketrans(
@@ -99,8 +100,23 @@ def normalise(text: str) -> str:
     text = _DEGREE.sub("°", text)
     text = text.replace("≤=", "≤").replace("<=", "≤").replace(">=", "≥").replace("!=", "≠").replace("+-", "±")
     text = re.sub(r"百分之\s*(\d+(?:\.\d+)?)", r"\1%", text)
+    text = re.sub(r"\s?\bper ?cent\b", "%", text)
+    text = re.sub(r"(?<=\d)\s*又\s*(?=[\d\\])", " ", text)  # 2又1/2
+    text = re.sub(r"\b(?:positive )?infinity\b", "∞", text) if "infinity" in text else text
+    text = _CHOOSE.sub(_count, text) if "_" in text and "^" in text else text
     text = re.sub(r"[^\S\n]+", " ", text)
     return trim(re.sub(r" ?\n\s*", "\n", text))
+
+
+_CHOOSE = re.compile(r"(?<![A-Za-z\\])([CA])\s*_\s*\{?\s*(\d{1,3})\s*\}?\s*\^\s*\{?\s*(\d{1,3})\s*\}?")
+
+
+def _count(match: re.Match[str]) -> str:
+    """C_5^2 and A_5^2: how many combinations and permutations."""
+    n, k = int(match[2]), int(match[3])
+    if n < k:
+        return match[0]
+    return f"\\binom{{{n}}}{{{k}}}" if match[1] == "C" else f"({n}!/{n - k}!)"
 
 
 def trim(text: str) -> str:

@@ -25,7 +25,9 @@ _NOTHING = frozenset(
      "不存在", "无实根", "没有实数根"]
 )  # fmt: skip
 _HAS_NONE = re.compile(
-    r"(?:the )?(?:equation|system|inequality)s? (?:has|have) no (?:real )?(?:solutions?|roots?)"
+    r"null set|(?:there (?:is|are) )?no (?:real |such |integer |positive ){0,3}(?:solutions?|roots?|numbers?|values?)"
+    r"(?: exists?)?"
+    r"|(?:the )?(?:equation|system|inequality)s? (?:has|have) no (?:real )?(?:solutions?|roots?)"
     r"|(?:原|该|此)?(?:方程|不等式)组?无(?:实数)?[解根]"
 )
 _WHERE = re.compile(r"\s*[,;(]?\s*(?:where\s+)?\(?([a-z])\s*∈\s*[ZN](?:_?\{?[+*]\}?|\^\{?[+*]\}?)?\)?$")
@@ -203,6 +205,7 @@ def _time(text: str) -> Value | None:
 
 
 def _ratio(text: str) -> Value | None:
+    text = re.sub(r"^(\d+) to (\d+)$", r"\1:\2", text)
     if ":" not in text:
         return None
     parts = [_formula(part) for part in split(text, ":")]
@@ -212,6 +215,7 @@ def _ratio(text: str) -> Value | None:
 
 
 def _relation(text: str) -> Value | None:
+    text = text.replace("≈", "=")
     if not re.search("[=<>≤≥≠∈]", text):
         return None
     if "∈" in text:
@@ -230,7 +234,7 @@ def _relation(text: str) -> Value | None:
     return relations.read([tree if isinstance(tree, Formula) else None for tree in trees], ops) or Text(text)
 
 
-_FUNCTION_OF = re.compile(r"([A-Za-z])\s*\(\s*([a-z])\s*\)")
+_FUNCTION_OF = re.compile(r"([fghFGPEDVS]'*)\s*\(\s*([^()=+*/^-]{1,6})\s*\)")
 
 
 def _equation(parts: list[str]) -> Value | None:
@@ -250,6 +254,9 @@ def _equation(parts: list[str]) -> Value | None:
 
 def _brackets(text: str) -> Value | None:
     """Sets, intervals, tuples, and unions of intervals."""
+    without = re.fullmatch(r"(?:R|\(-∞, ?\+?∞\))\s*\\(?:setminus|backslash)\s*[⦃{](.*)[⦄}]", text)
+    if without:
+        return read(" and ".join(f"x≠{part}" for part in split(without[1], ",")))
     if "∪" in text:
         parts = [_brackets(part.strip()) for part in split(text, "∪")]
         regions = [p.region if isinstance(p, Items) else p for p in parts]

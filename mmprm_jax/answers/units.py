@@ -57,7 +57,7 @@ _TABLE: list[tuple[str, str | Fraction, _Dimensions]] = [
     ("°F", "1", (("°F", 1),)),
     ("元 yuan rmb", "1", _MONEY), ("角", "0.1", _MONEY), ("$ dollar usd", "1", (("$", 1),)),
     ("cent ¢", "0.01", (("$", 1),)), ("€ euro", "1", (("€", 1),)), ("£", "1", (("£", 1),)),
-    ("rad radian 弧度", "1", (("angle", 1),)),
+    ("rad radian 弧度", "1", (("angle", 1),)), ("unit", "1", (("unit", 1),)),
 ]  # fmt: skip
 
 _UNITS: dict[str, Unit] = {}

@@ -85,7 +85,7 @@ class Verifier:
     """
 
     def __init__(self, workers: int = 1, seconds: float = 10.0, check: Any = _check):
-        """workers: 0 verifies in this process, without a time limit. check: list of pairs -> list of Verdicts or bools."""
+        """workers: 0 verifies in this process, without a time limit. check: pairs -> Verdicts or bools."""
         self._pool, self._lock = Pool(workers, seconds, check), threading.Lock()
         self.verified = self.unknown = 0
 
