@@ -17,7 +17,7 @@ from mmprm_jax.answers.values import Equation, Formula, Items, Nothing, Quantity
 MAX_ITEMS = 50
 
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)")
-_UNCOMPUTED = re.compile(r"[-+]?\d+(?:\s*[-+*]\s*\d+)+")
+_UNCOMPUTED = re.compile(r"(?!\(*[-+]? ?\d+\)*$)[-+*()\d ]+")
 _NOTHING = frozenset(
     ["∅", "⦃⦄", "⦃ ⦄", "{}", "no solution", "no solutions", "no real solution", "no real solutions", "none",
      "empty set", "no answer", "there is no solution", "there are no solutions", "no such number exists",
