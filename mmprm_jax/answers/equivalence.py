@@ -297,6 +297,8 @@ def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict
             return unequal("one is open where the other is closed")
     if ordered or "tuple" in kinds or gold.kind == "parts":
         return ordered
+    if _unlike(gold.values) != _unlike(prediction.values):  # x = 2, y = 1 is no 1, 2
+        return every([values(x, y, precision) for x, y in zip(_by_name(a), _by_name(b), strict=True)])
     found = _matched(a, b, precision)
     if found and (gold.kind == "maybe" or prediction.kind == "maybe"):
         return unknown("equal but for the order")
@@ -309,6 +311,12 @@ def _by_name(items: tuple[Value, ...]) -> tuple[Value, ...]:
     if None in names or len(set(names)) != len(names):
         return items
     return tuple(item for _, item in sorted(zip(names, items, strict=True), key=lambda pair: str(pair[0])))
+
+
+def _unlike(items: tuple[Value, ...]) -> bool:
+    """Whether the items are values of different things, x and y; x_1 and x_2 are two of one."""
+    names = [item.name.split("_")[0] if isinstance(item, Equation) and item.name else None for item in items]
+    return None not in names and len(set(names)) == len(names)
 
 
 def _distinct(items: tuple[Value, ...]) -> tuple[Value, ...]:
