@@ -13,7 +13,7 @@ from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 _LETTERS = re.compile(r"\(?[A-K]\)?(?:\s*(?:(?:,|;|and|&|和)\s*)?\(?[A-K]\)?)*\.?")
 _HEDGED = re.compile(r"\b[A-K]\b\)?\s*(?:or|/|或)\s*\(?\b[A-K]\b")
 _LEADING = re.compile(
-    r"\(\s*([A-Ka-k])\s*\)\s*[.:,]?\s*(?=\S)|([A-K])\s*[.):](?!\d*$)\s*(?=\S)|([A-K])\s*,?\s*(?=[\d\\(-])|([A-K])(?=[\u4e00-\u9fff])"
+    r"\(\s*([A-Ka-k])\s*\)\s*[.:,]?\s*(?=\S)|([A-K])\s*[.):](?!\d*$)\s*(?=\S)|([A-K])\s*,?\s*(?=[\d\\(-])|([A-K])\s*(?=[\u4e00-\u9fff])"
 )
 _NAMED = re.compile(
     r"(?:i choose |choose |option|choice|答案|故)?(?:option|choice|选[项择]?|answer)?\s*:?\s*\(?([A-K])\)?"

@@ -225,7 +225,7 @@ def _measures(gold: Value, prediction: Value, precision: int | None) -> Verdict:
 
 def _equations(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if isinstance(gold, Equation) and isinstance(prediction, Equation):
-        if gold.name and gold.name == prediction.name:
+        if gold.name and prediction.name and _same_name(gold.name, prediction.name):
             return values(gold.right, prediction.right, precision)
         if _formulas(gold) and _formulas(prediction):
             called = [bool(e.name and "(" in e.name) for e in (gold, prediction)]
@@ -248,6 +248,11 @@ def _equations(gold: Value, prediction: Value, precision: int | None) -> Verdict
     if found and not equation.name and equation.left is not None and not _says_a_value(equation):
         return unknown("the value that an equation's right side has")
     return found
+
+
+def _same_name(a: str, b: str) -> bool:
+    """x is x, and one of x_1 and x_2."""
+    return a == b or ("_" in a) != ("_" in b) and a.split("_")[0] == b.split("_")[0]
 
 
 def _formulas(equation: Equation) -> bool:

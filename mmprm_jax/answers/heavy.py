@@ -112,4 +112,4 @@ def _math_verify(gold: str, prediction: str) -> bool:
     a, b = parse(gold), parse(prediction)
     if a is None or b is None or a.free_symbols != b.free_symbols:
         return False
-    return bool(math_verify.verify(a, b, float_rounding=12, strict=True, timeout_seconds=None))
+    return bool(math_verify.verify(a, b, float_rounding=25, numeric_precision=50, strict=True, timeout_seconds=None))

@@ -215,7 +215,12 @@ def _ratio(text: str) -> Value | None:
 
 
 def _relation(text: str) -> Value | None:
-    text = text.replace("≈", "=")
+    if "≈" in text:  # 9π ≈ 28.27 is 9π, x ≈ 28.27 is what x is
+        exact, *rest = split(text, "≈")
+        value = item(exact) if exact and rest else None
+        if isinstance(value, Equation) or isinstance(value, Formula) and not syntax.variables(value.tree):
+            return value
+        text = text.replace("≈", "=")
     if not re.search("[=<>≤≥≠∈]", text):
         return None
     if "∈" in text:
