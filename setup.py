@@ -22,9 +22,10 @@ setup(
         "huggingface_hub>=0.34",
         "importlib_resources>=6.0",  # tensorflow-datasets needs it and does not say so
         "jax>=0.10",
+        "math-verify[antlr4_13_2]>=0.9",  # sums and limits in answers; the antlr that fits sympy's parser
         "matplotlib>=3.9",
         "ml-collections>=1.0",
-        "mpmath>=1.3",  # arithmetic with a stated precision, for official scorings; sympy brings it anyway
+        "mpmath>=1.3",  # numeric probes of answers; sympy's own arithmetic
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",

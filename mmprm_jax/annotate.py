@@ -143,10 +143,19 @@ def finish(folder: epath.Path, problems: Sequence[Problem], failed: dict[int, st
 
 
 @contextlib.contextmanager
+def verifier(config: ConfigDict) -> Iterator[Verifier]:
+    """Verifies in worker processes; tells at the end how many answers nothing is known of: they counted as wrong."""
+    with Verifier(config.verify_workers) as verify:
+        yield verify
+    if verify.unknown:
+        logging.warning("%d of %d answers could not be decided: counted as wrong", verify.unknown, verify.verified)
+
+
+@contextlib.contextmanager
 def remote(config: ConfigDict, folder: epath.Path, seed: int, sampling: Any) -> Iterator[RemoteSampler]:
     """A sampler of the servers that ``config`` names."""
     with (
-        Verifier(config.verify_workers) as verify,
+        verifier(config) as verify,
         RemoteSampler(
             config.servers, config.policy, folder, seed, "annotate", verify, sampling, config.template or "continue",
             concurrency=config.concurrency,
@@ -158,5 +167,5 @@ def remote(config: ConfigDict, folder: epath.Path, seed: int, sampling: Any) -> 
 @contextlib.contextmanager
 def local(make: Any, config: ConfigDict) -> Iterator[LocalSampler]:
     """A sampler of our own engine; ``make(verify)`` builds it."""
-    with Verifier(config.verify_workers) as verify:
+    with verifier(config) as verify:
         yield make(told_by_the_first(verify) if config.lockstep else verify)

@@ -13,11 +13,14 @@ Orbax, or back. ``mmprm score PROBLEMS.jsonl --model=MODEL`` scores solutions wi
 ``mmprm bon CANDIDATES`` compares selectors on stored candidates, ``mmprm detect SCORES.jsonl`` finds wrong steps,
 ``mmprm sweep --config=… --workdir=… --grid=KEY=V1,V2`` trains and compares PRMs on one annotated set.
 ``mmprm guide --config=… --workdir=…`` searches with the PRM, step by step, and compares it with Best-of-N.
+``mmprm verify PAIRS.jsonl [--mode=M] [--jobs=N] [--output=FILE] [--judge=URL --judge_model=NAME]`` says of each
+{gold, prediction} whether they are equal, and why.
 ``mmprm launch {tpu,gke,slurm,local} [options] -- STAGE …`` runs a stage on many machines or devices.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -36,7 +39,13 @@ _MODEL = flags.DEFINE_string(
 )
 _JOB = flags.DEFINE_string("job", "train_prm", "fit: sft, train_prm, decode or score")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "fit: chips by their name on Google Cloud, e.g. v5e-32; or h100-8")
-_OUTPUT = flags.DEFINE_string("output", None, "score: the file to write; default: PROBLEMS.scores.jsonl")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "score, verify: the file to write; default: PROBLEMS.scores.jsonl, stdout"
+)
+_MODE = flags.DEFINE_string("mode", "default", "verify: default: our own rules, else a benchmark's official ones")
+_JOBS = flags.DEFINE_integer("jobs", 0, "verify: processes; 0: one for each CPU, at most 8")
+_JUDGE = flags.DEFINE_string("judge", None, "verify: an OpenAI-compatible server to ask about the unknown pairs")
+_JUDGE_MODEL = flags.DEFINE_string("judge_model", None, "verify: the name of the judge's model")
 _TEMPLATE = flags.DEFINE_string("template", None, "score: the prompt; default: by the model's kind")
 _MAX_TILES = flags.DEFINE_integer("max_tiles", 0, "score: tiles of one image; 0: as in the model's config.json")
 
@@ -57,6 +66,7 @@ _USAGE = (
     " or: mmprm bench {rollout [CASE …],annotate,train} [--json=FILE] or: mmprm launch {tpu,gke,slurm,local} --help"
     " or: mmprm prepare SOURCE PATH_OR_HUB_ID --output=FOLDER [--split=NAME]"
     " or: mmprm {bon,detect,sweep,guide} --help"
+    " or: mmprm verify PAIRS.jsonl [--mode=M] [--jobs=N] [--output=FILE] [--judge=URL --judge_model=NAME]"
     " or: mmprm fit --model=NAME --job={sft,train_prm,decode,score} --topology=NAME [key=value …] [--json=FILE]"
 )
 
@@ -91,6 +101,9 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         )
         output = _OUTPUT.value or f"{argv[2].removesuffix('.jsonl')}.scores.jsonl"
         print(score_file(prm, _MODEL.value, argv[2], output))
+        return
+    if argv[1:2] == ["verify"] and len(argv) == 3:
+        _verify(argv[2])
         return
     if argv[1:2] == ["bench"] and argv[2:3] in (["rollout"], ["annotate"], ["train"]):
         from mmprm_jax.bench import annotate, common, rollout, train
@@ -148,6 +161,21 @@ def _fit(items: Sequence[str]) -> None:
         verdict = {"fits": report.fits(found), "seconds": report.roofline(found)}
         common.write_json(_JSON.value, {**found, **verdict, "advice": [] if verdict["fits"] else report.advice(found)})
     if not report.fits(found):
+        sys.exit(1)
+
+
+def _verify(path: str) -> None:
+    """``mmprm verify``. Exits with 1 when a row was bad."""
+    from mmprm_jax.answers import audit
+    from mmprm_jax.records import UserError
+
+    if bool(_JUDGE.value) != bool(_JUDGE_MODEL.value):
+        raise UserError("a judge needs both --judge=http://host:8000/v1 and --judge_model=NAME")
+    with contextlib.ExitStack() as stack:
+        judge = stack.enter_context(audit.Judge(_JUDGE.value, _JUDGE_MODEL.value)) if _JUDGE.value else None
+        summary, good = audit.verify_file(path, _OUTPUT.value, _MODE.value, _JOBS.value, judge)
+    print(summary, file=sys.stderr)
+    if not good:
         sys.exit(1)
 
 

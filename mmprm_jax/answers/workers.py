@@ -1,56 +1,65 @@
-"""Verifying answers in worker processes: a hanging or dying one costs its answers a verdict, nothing else."""
+"""Verifying answers in worker processes: a hanging or dying one costs its answers a verdict, nothing else.
+
+``Verifier`` may be called from any thread, from asyncio through ``asyncio.to_thread``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import logging
 from pebble import ProcessPool
 
-from mmprm_jax.answers.verify import is_correct
+from mmprm_jax.answers.heavy import decide
+from mmprm_jax.answers.verdict import Verdict
 
 _CHUNK = 256  # pairs sent to a worker at a time
+_MEMORY = 2 * 2**30  # bytes of address space for a worker's answers
 
 
-def _check(pairs: list[tuple[str | None, str]]) -> list[bool]:
-    return [is_correct(answer, gold) for answer, gold in pairs]
+def limit_memory() -> None:
+    """A worker that wants more than _MEMORY beyond what it has gets a MemoryError; where /proc tells what it has."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = used + _MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
 
 
-class Verifier:
-    """(answer, gold) pairs -> whether each answer is right; close it after use, or use it in a ``with``.
+class Pool:
+    """Worker processes that check items in chunks, each chunk with a deadline; close it, or use it in a ``with``."""
 
-    A pair that takes longer than ``seconds``, or ends its worker, counts as wrong and is told in the log.
-    """
-
-    def __init__(self, workers: int = 1, seconds: float = 10.0, check: Any = _check):
-        """workers: 0 verifies in this process, without a time limit. check: list of pairs -> list of verdicts."""
+    def __init__(self, workers: int, seconds: float, check: Callable[[list[Any]], Sequence[Any]]):
+        """workers: 0 checks in this process, without a time limit. check: a list -> as many results; it is pickled."""
         self._check, self._seconds = check, seconds
         spawn = multiprocessing.get_context("spawn")  # a forked child of a process with XLA's threads may hang
-        self._pool = ProcessPool(max_workers=workers, context=spawn) if workers else None
+        self._pool = ProcessPool(max_workers=workers, context=spawn, initializer=limit_memory) if workers else None
 
-    def __call__(self, pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
-        pairs = list(pairs)
+    def run(self, items: Sequence[Any]) -> list[Any | None]:
+        """The result of each item, in order; None where an item took too long, ended its worker or raised."""
+        items = list(items)
         if self._pool is None:
-            return self._check(pairs)
-        chunks = [pairs[i : i + _CHUNK] for i in range(0, len(pairs), _CHUNK)]
-        return [verdict for chunk, found in zip(chunks, self._run(chunks), strict=True)
-                for verdict in (found if found is not None else self._one_by_one(chunk))]  # fmt: skip
+            return list(self._check(items))
+        chunks = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
+        return [result for chunk, found in zip(chunks, self._chunks(chunks), strict=True)
+                for result in (found if found is not None else self._one_by_one(chunk))]  # fmt: skip
 
-    def _one_by_one(self, pairs: list[tuple[str | None, str]]) -> list[bool]:
-        """Finds the pairs that a chunk failed for."""
-        verdicts = []
-        for pair, found in zip(pairs, self._run([[pair] for pair in pairs]), strict=True):
-            if found is None:
-                logging.warning("no verdict on the answer %.80r to %.80r: counted as wrong", *pair)
-            verdicts.append(bool(found and found[0]))
-        return verdicts
+    def _one_by_one(self, items: list[Any]) -> list[Any | None]:
+        """Finds the items that a chunk failed for."""
+        return [found and found[0] for found in self._chunks([[item] for item in items])]
 
-    def _run(self, chunks: list[list[tuple[str | None, str]]]) -> list[list[bool] | None]:
-        """The verdicts of each chunk; None where its worker failed."""
+    def _chunks(self, chunks: list[list[Any]]) -> list[Sequence[Any] | None]:
+        """The results of each chunk; None where its worker failed."""
+        assert self._pool is not None
         futures = [self._pool.schedule(self._check, args=[chunk], timeout=self._seconds) for chunk in chunks]
-        found: list[list[bool] | None] = []
+        found: list[Sequence[Any] | None] = []
         for future in futures:
             try:
                 found.append(future.result())
@@ -62,6 +71,37 @@ class Verifier:
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
+
+
+def _check(pairs: list[tuple[str | None, str]]) -> list[Verdict]:
+    return [decide(gold, answer) for answer, gold in pairs]
+
+
+class Verifier:
+    """(answer, gold) pairs -> whether each answer is right; close it after use, or use it in a ``with``.
+
+    Equal answers are right; unequal ones are wrong, and so are those of which nothing is known: ``unknown`` counts
+    these. A pair that takes longer than ``seconds``, or ends its worker, is one of them and is told in the log.
+    """
+
+    def __init__(self, workers: int = 1, seconds: float = 10.0, check: Any = _check):
+        """workers: 0 verifies in this process, without a time limit. check: pairs -> Verdicts or bools."""
+        self._pool, self._lock = Pool(workers, seconds, check), threading.Lock()
+        self.verified = self.unknown = 0
+
+    def __call__(self, pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
+        pairs = list(pairs)
+        found = self._pool.run(pairs)
+        for pair, verdict in zip(pairs, found, strict=True):
+            if verdict is None:
+                logging.warning("no verdict on the answer %.80r to %.80r: counted as wrong", *pair)
+        with self._lock:
+            self.verified += len(pairs)
+            self.unknown += sum(v is None or isinstance(v, Verdict) and v.kind == "unknown" for v in found)
+        return [bool(verdict) if isinstance(verdict, Verdict | None) else verdict for verdict in found]
+
+    def close(self) -> None:
+        self._pool.close()
 
     def __enter__(self) -> Verifier:
         return self

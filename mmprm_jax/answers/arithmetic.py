@@ -1,0 +1,150 @@
+"""Equality of formulas and quantities: exact first, then numeric probes; tolerance only where the data ask for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+
+from mmprm_jax.answers import exact, numeric, relations, syntax
+from mmprm_jax.answers.syntax import Tree
+from mmprm_jax.answers.units import Unit
+from mmprm_jax.answers.values import Equation, Formula, Quantity, Relation
+from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
+
+OPEN = "no rule decides this: "  # such unknowns go on to Math-Verify and sympy
+_FLOAT_DIGITS = 17  # a decimal of more is meant as it is
+
+
+def formulas(gold: Formula, prediction: Formula, precision: int | None = None) -> Verdict:
+    """gold = prediction? A gold decimal, or ``precision`` (decimals), says to which place the prediction is rounded."""
+    if gold.percent != prediction.percent and not syntax.variables(gold.tree):
+        return _percent(gold, prediction)
+    decimals = gold.decimals if precision is None else precision
+    exactly = _same(gold.tree, prediction.tree)
+    if exactly:
+        if prediction.uncomputed and gold.tree[0] in ("n", "-"):
+            return unknown("the prediction is a sum or product that was left uncomputed")
+        return exactly
+    if decimals is not None and not (precision is None and prediction.digits > _FLOAT_DIGITS):
+        close = numeric.within(gold.tree, prediction.tree, decimals)
+        if close is not None:
+            places = f"{decimals} decimal{'s' * (decimals != 1)}"
+            return equal(f"equal when rounded to {places}") if close else unequal(f"different at {places}")
+    return exactly
+
+
+def _percent(gold: Formula, prediction: Formula) -> Verdict:
+    plain = [dataclasses.replace(f, percent=False) for f in (gold, prediction)]
+    found = formulas(plain[0], plain[1])
+    if found or found.kind == "unknown":
+        return found
+    bare = [f if not f.percent else Formula(("*", f.tree, ("n", Fraction(100)))) for f in (gold, prediction)]
+    if _same(bare[0].tree, bare[1].tree):
+        return unknown("equal but for a per cent sign that only one of them has")
+    return found
+
+
+def _same(a: Tree, b: Tree) -> Verdict:
+    if a[0] == "n" == b[0]:
+        return equal("the same number") if a[1] == b[1] else unequal("different numbers")
+    if a == b:
+        return equal("the same formula")
+    if ("c", "∞") in (a, b) or ("-", ("c", "∞")) in (a, b):
+        return unequal("one is infinite")
+    try:
+        left, right = exact.value(a), exact.value(b)
+        if exact.same(left, right):
+            return equal("equal by exact arithmetic")
+        return unequal("different by exact arithmetic")
+    except exact.Undefined as problem:
+        return unknown(f"{problem} has no value")
+    except exact.Open:
+        pass
+    found = numeric.compare(a, b)
+    if found == "equal":
+        return equal("equal to 60 digits at every probe")
+    if found == "unequal":
+        return unequal("different at a probe")
+    return unknown(
+        OPEN + ("equal for whole numbers, not in between" if found == "integers" else "no probe has a value")
+    )
+
+
+def quantities(gold: Quantity, prediction: Quantity, precision: int | None = None) -> Verdict:
+    """Two numbers with units, compared in the gold answer's unit."""
+    a, b = gold.unit, prediction.unit
+    if a.counts and b.counts:
+        found = formulas(gold.number, prediction.number, precision)
+        if not found or not a.name or not b.name or a.name in b.name or b.name in a.name:
+            return found
+        return unknown(f"equal numbers, but of {a.name} and of {b.name}")
+    if a.counts or b.counts:
+        found = formulas(gold.number, prediction.number, precision)
+        return unknown(f"equal numbers, but of {a.name} and of {b.name}") if found else found
+    if a.dimensions != b.dimensions:
+        return unequal(f"{a.name} and {b.name} measure different things")
+    if a.factor == b.factor and a.half_turns == b.half_turns:
+        return formulas(gold.number, prediction.number, precision)
+    found = formulas(gold.number, _scaled(prediction.number, b, a), precision)
+    return dataclasses.replace(found, reason=f"{found.reason}, in {a.name}")
+
+
+def _scaled(number: Formula, unit: Unit, into: Unit) -> Formula:
+    tree: Tree = ("*", number.tree, ("n", unit.factor / into.factor))
+    if unit.half_turns != into.half_turns:
+        tree = ("*" if unit.half_turns else "/", tree, ("c", "π"))
+    return Formula(tree)
+
+
+def radians(quantity: Quantity) -> Formula | None:
+    """An angle as the number of radians; None: no angle."""
+    if quantity.unit.dimensions != (("angle", 1),):
+        return None
+    tree: Tree = ("*", quantity.number.tree, ("n", quantity.unit.factor))
+    return Formula(("*", tree, ("c", "π")) if quantity.unit.half_turns else tree)
+
+
+def equations(gold: Equation, prediction: Equation) -> Verdict:
+    """Two equations between formulas, by their normal form: one is a constant multiple of the other."""
+    a, b = (("+", e.left, ("-", e.right.tree)) for e in (gold, prediction))
+    return _multiple(a, b, positive=False)
+
+
+def chains(gold: Relation, prediction: Relation) -> Verdict:
+    """Two chains of inequalities, neighbour by neighbour."""
+    if gold.ops != prediction.ops:
+        return unequal("different relations")
+    return every(
+        _multiple(a, b, positive=op != "≠")
+        for (op, a), (_, b) in zip(relations.links(gold), relations.links(prediction), strict=True)
+    )
+
+
+def every(verdicts: object) -> Verdict:
+    """Equal when all are; unequal as soon as one is."""
+    found = list(verdicts)  # type: ignore[call-overload]
+    for kind in ("unequal", "unknown"):
+        for i, verdict in enumerate(found, 1):
+            if verdict.kind == kind:
+                return Verdict(kind, f"part {i}: {verdict.reason}" if len(found) > 1 else verdict.reason)
+    return found[0] if len(found) == 1 else equal("equal part by part")
+
+
+def _multiple(a: Tree, b: Tree, positive: bool) -> Verdict:
+    if not positive:
+        try:
+            left, right = exact.value(a)[0], exact.value(b)[0]
+            left, right = exact.without_common_variables(left), exact.without_common_variables(right)
+            if exact.proportional(left, right):
+                return equal("the same equation up to a factor")
+            if not left or not right:
+                return unknown("an equation that is always true or never")
+            return unequal("different equations")
+        except exact.Open:
+            pass
+    ratio = numeric.ratio(a, b)
+    if ratio is None:
+        return unknown(OPEN + "no probe has a value")
+    return equal("the same up to a factor") if ratio == "positive" or ratio == "negative" and not positive else unequal(
+        "different relations"
+    )  # fmt: skip

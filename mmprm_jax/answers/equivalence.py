@@ -1,0 +1,457 @@
+"""Does a prediction equal the gold answer? equal, unequal, or unknown with a reason.
+
+The rules here are exact and quick, and need no other process: types must agree or have a stated conversion. The two
+sides are not alike: a gold decimal sets the place to which the prediction is rounded, and of a response the last
+committed answer counts. What no rule decides goes to Math-Verify and sympy in ``heavy``, in a worker process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+
+from mmprm_jax.answers import arithmetic, choice, extract, numeric, relations, units
+from mmprm_jax.answers.arithmetic import OPEN, every
+from mmprm_jax.answers.normalise import MAX_LENGTH, normalise, trim
+from mmprm_jax.answers.parse import read
+from mmprm_jax.answers.values import (
+    Equation,
+    Formula,
+    Items,
+    Nothing,
+    Quantity,
+    Ratio,
+    Region,
+    Relation,
+    Text,
+    Time,
+    Value,
+)  # fmt: skip
+from mmprm_jax.answers.verdict import VERSION, Verdict, equal, unequal, unknown
+
+Options = Sequence[str] | Mapping[str, str]
+
+_STRANGE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+_BESIDE = re.compile(r" ?([^\w\s.]) ?")
+_MAX_MATCHED = 30  # items of a list without order
+_NOTE = re.compile(
+    r"\s*\(\s*(?:the answer is |answers? (?:are|is) )?(?:not unique|答案不唯一|不唯一)[^()]*\)\s*$", re.I
+)
+_OR = re.compile(r"\s*\(\s*(?:or|或)\s*(?:fill in\s*)?(.*)\)\s*$", re.I | re.S)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a data set says about one gold answer."""
+
+    options: tuple[tuple[str, str], ...] = ()  # letter, text
+    unit: str = ""  # of a gold answer that is a bare number
+    precision: int | None = None  # decimals to which both sides are rounded
+
+
+NO_SETTINGS = Settings()
+
+
+def settings_of(options: Options | None = None, unit: str | None = None, precision: float | None = None) -> Settings:
+    """Raises ValueError for a precision that is no number of decimals."""
+    if precision is not None and not (float(precision).is_integer() and 0 <= precision <= 40):
+        raise ValueError(f"precision {precision!r} is no number of decimals")
+    found = choice.options_of(options) if options else {}
+    return Settings(tuple(found.items()), normalise(unit or ""), None if precision is None else int(precision))
+
+
+def compare(gold: str, prediction: str | None, settings: Settings = NO_SETTINGS) -> Verdict:
+    """Whether ``prediction``, an answer or a whole response, equals ``gold``. Bounded in time and memory."""
+    if prediction is None:
+        return unequal("there is no prediction")
+    if len(gold) > MAX_LENGTH:
+        return unknown(f"the gold answer has over {MAX_LENGTH} characters")
+    if len(prediction) > MAX_LENGTH:
+        found = extract.committed(prediction)
+        answers = (*found.earlier, found.text) if found else ()
+        prediction = answers[0] if len(answers) == 1 else "\n".join(f"\\boxed{{{answer}}}" for answer in answers)
+        if not answers or len(prediction) > MAX_LENGTH:
+            return unknown(f"the prediction has over {MAX_LENGTH} characters")
+    return _cached(gold, prediction, settings, VERSION)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached(gold: str, prediction: str, settings: Settings, version: int) -> Verdict:
+    if not gold.strip():
+        return unknown("the gold answer is empty")
+    if not prediction.strip():
+        return unequal("the prediction is empty")
+    for name, text in (("gold answer", gold), ("prediction", prediction)):
+        if strange := _STRANGE.search(text):
+            return unknown(f"the {name} holds the character {strange[0]!a}")
+    try:
+        return _compare(gold, prediction, settings)
+    except RecursionError:
+        return unknown("brackets within brackets, too deep")
+
+
+def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
+    """The prediction as a whole answer, then the answer it commits to."""
+    found = extract.committed(prediction)
+    source = extract.committed(gold)
+    gold = source.text if source and not source.earlier else gold
+    if not (found and found.earlier) and _compact(gold) == _compact(found.text if found else prediction):
+        return equal("the same text")
+    golds = _alternatives(gold)
+    if found is None:
+        return _any(golds, prediction, settings)
+    verdict = _any(golds, found.text, settings)
+    if found.earlier:
+        together = _any(golds, "\n".join((*reversed(found.earlier), found.text)), settings)
+        listed = _any(golds, ", ".join((*found.earlier, found.text)), settings)
+        if together or listed:
+            return together or listed
+        if verdict:
+            return unknown("several different boxed answers, of which the last one is right")
+    return verdict
+
+
+def _compact(text: str) -> str:
+    """Normalised, without the spaces beside a sign and with parts side by side: shows that a text is the same."""
+    return _BESIDE.sub(r"\1", normalise(text).replace("\n", " "))
+
+
+@functools.lru_cache(maxsize=4096)
+def _alternatives(gold: str) -> tuple[tuple[str, bool], ...]:
+    """The normalised gold answers any of which is right, and whether others may be right as well."""
+    text = normalise(gold)
+    open_ended = bool(_NOTE.search(text))
+    text = trim(_NOTE.sub("", text))
+    match = _OR.search(text)
+    if match and match.start():
+        return ((text[: match.start()].strip(), open_ended), (trim(match[1]), open_ended))
+    return ((text, open_ended),)
+
+
+def _any(golds: Sequence[tuple[str, bool]], prediction: str, settings: Settings) -> Verdict:
+    prediction = trim(_NOTE.sub("", normalise(prediction)))
+    match = _OR.search(prediction)
+    verdicts = [_texts(gold, prediction, settings) for gold, _ in golds]
+    if match and match.start() and not any(verdicts):
+        both = (prediction[: match.start()].strip(), trim(match[1]))
+        verdicts += [every([_texts(gold, text, settings) for text in both]) for gold, _ in golds]
+    best = next((v for kind in ("equal", "unknown", "unequal") for v in verdicts if v.kind == kind), verdicts[0])
+    if best.kind == "unequal" and golds[0][1]:
+        return unknown("the gold answer says that others are right as well")
+    return best
+
+
+def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
+    """Two normalised answers."""
+    if gold == prediction and gold:
+        return equal("the same text")
+    if gold.casefold() == prediction.casefold() and gold.replace(" ", "").isalpha():
+        return equal("the same words")
+    plain = dataclasses.replace(settings, options=())
+    chosen = choice.compare(gold, prediction, dict(settings.options), lambda a, b: _texts(a, b, plain))
+    if chosen is not None:
+        return chosen
+    given = choice.chosen(prediction) if settings.options else None
+    if given and len(given.letters) == 1 and (text := dict(settings.options).get(min(given.letters))):
+        return _texts(gold, text, plain)
+    a, b = read(gold), read(prediction)
+    if settings.unit and isinstance(a, Formula):
+        unit = units.parse_unit(settings.unit) or units.parse_noun(settings.unit)
+        a = Quantity(a, unit) if unit else a
+    verdict = values(a, b, settings.precision)
+    if verdict or not isinstance(a, Text) and not isinstance(b, Text):
+        return verdict
+    return _concluded(gold, prediction, settings) or verdict
+
+
+def _concluded(gold: str, prediction: str, settings: Settings) -> Verdict | None:
+    """A gold answer that is a whole explanation: what its last sentence leads to."""
+    end = extract.concluded(gold.rsplit("\n", 1)[-1]) if len(gold) > 40 else None
+    if not end:
+        return None
+    verdict = values(read(normalise(end)), read(prediction), settings.precision)
+    return dataclasses.replace(verdict, reason=f"{verdict.reason}; the gold answer concludes {end!r}")
+
+
+def values(gold: Value, prediction: Value, precision: int | None = None) -> Verdict:
+    """Two typed values; kinds that differ are converted where that is meant."""
+    if isinstance(gold, Equation) or isinstance(prediction, Equation):
+        return _equations(gold, prediction, precision)
+    if isinstance(gold, Items) or isinstance(prediction, Items):
+        return _items(gold, prediction, precision)
+    if isinstance(gold, Text) or isinstance(prediction, Text):
+        return _words(gold, prediction, precision)
+    if isinstance(gold, Region | Relation) or isinstance(prediction, Region | Relation):
+        return _ranges(gold, prediction)
+    if isinstance(gold, Ratio | Time) or isinstance(prediction, Ratio | Time):
+        return _ratios(gold, prediction, precision)
+    if isinstance(gold, Nothing) or isinstance(prediction, Nothing):
+        same = isinstance(gold, Nothing) and isinstance(prediction, Nothing)
+        return equal("both say that there is none") if same else unequal("one says that there is none")
+    return _measures(gold, prediction, precision)
+
+
+def _measures(gold: Value, prediction: Value, precision: int | None) -> Verdict:
+    """Formulas and quantities; a unit may be left out."""
+    if isinstance(gold, Quantity) and isinstance(prediction, Quantity):
+        return arithmetic.quantities(gold, prediction, precision)
+    if isinstance(gold, Formula) and isinstance(prediction, Formula):
+        return arithmetic.formulas(gold, prediction, precision)
+    quantity, bare = (gold, prediction) if isinstance(gold, Quantity) else (prediction, gold)
+    assert isinstance(quantity, Quantity) and isinstance(bare, Formula)
+    pairs = [(quantity.number, bare, "the unit left out")]
+    if bare.quantity:  # 2m against 2 metres
+        found = (bare.quantity, quantity) if quantity is prediction else (quantity, bare.quantity)
+        if verdict := arithmetic.quantities(*found, precision):
+            return verdict
+        pairs = []
+    if quantity.formula:
+        pairs.append((quantity.formula, bare, "a formula"))
+    if angle := arithmetic.radians(quantity):
+        pairs.append((angle, bare, "in radians"))
+    verdict = unequal("different quantities")
+    for first, second, how in pairs:
+        if bare.quantity is None and how == "the unit left out" and quantity.unit.name.isdigit():
+            continue
+        sides = (first, second) if quantity is gold else (second, first)
+        found = arithmetic.formulas(*sides, precision)
+        if found:
+            return dataclasses.replace(found, reason=f"{found.reason}, {how}")
+        verdict = found if verdict.kind == "unequal" else verdict
+    return verdict
+
+
+def _equations(gold: Value, prediction: Value, precision: int | None) -> Verdict:
+    if isinstance(gold, Equation) and isinstance(prediction, Equation):
+        if gold.name and prediction.name and _same_name(gold.name, prediction.name):
+            return values(gold.right, prediction.right, precision)
+        if _formulas(gold) and _formulas(prediction):
+            called = [bool(e.name and "(" in e.name) for e in (gold, prediction)]
+            if called[0] != called[1]:  # f(x) = 2x and y = 2x
+                other = prediction if called[0] else gold
+                return values(gold.right, prediction.right) if other.name == "y" else unequal("different names")
+            return arithmetic.equations(gold, prediction)
+        if gold.left is None or prediction.left is None:
+            found = values(gold.right, prediction.right, precision)
+            return unknown("equal values under different names") if found else found
+        return unequal("different names")
+    equation, other = (gold, prediction) if isinstance(gold, Equation) else (prediction, gold)
+    assert isinstance(equation, Equation)
+    if isinstance(other, Items) and other.kind != "tuple" and len(other.values) != 1:
+        return _items(gold, prediction, precision)
+    if isinstance(other, Text) and not other.formula:
+        return _words(gold, prediction, precision)
+    pair = (equation.right, other) if equation is gold else (other, equation.right)
+    found = values(*pair, precision)
+    if found and not equation.name and equation.left is not None and not _says_a_value(equation):
+        return unknown("the value that an equation's right side has")
+    return found
+
+
+def _same_name(a: str, b: str) -> bool:
+    """x is x, and one of x_1 and x_2."""
+    return a == b or ("_" in a) != ("_" in b) and a.split("_")[0] == b.split("_")[0]
+
+
+def _formulas(equation: Equation) -> bool:
+    return equation.left is not None and isinstance(equation.right, Formula)
+
+
+def _says_a_value(equation: Equation) -> bool:
+    """Whether an equation says what something is: |AB| = 5, tan A = 2, 2 + 3 = 5; not 2x = 5."""
+    assert equation.left is not None
+    if equation.left[0] in ("v", "f"):
+        return True
+    return bool(_formulas(equation) and arithmetic.formulas(Formula(equation.left), equation.right))
+
+
+def _items(gold: Value, prediction: Value, precision: int | None) -> Verdict:
+    if isinstance(gold, Items) and isinstance(prediction, Items):
+        return _two_items(gold, prediction, precision)
+    items, other = (gold, prediction) if isinstance(gold, Items) else (prediction, gold)
+    assert isinstance(items, Items)
+    if isinstance(other, Region) and items.region:
+        return _ranges(*((items.region, other) if items is gold else (other, items.region)))
+    if len(items.values) == 1 and items.kind == "set":
+        return values(*((items.values[0], other) if items is gold else (other, items.values[0])), precision)
+    if isinstance(other, Text):
+        return unknown(OPEN + "the prediction is text" if items is gold else OPEN + "the gold answer is text")
+    if items is gold and items.kind == "list" and any(values(v, other, precision) for v in items.values):
+        return unequal("only a part of the gold answer")
+    return unequal(f"one answer, and {len(items.values)}")
+
+
+def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict:
+    a, b = gold.values, prediction.values
+    kinds = {gold.kind, prediction.kind}
+    if gold.kind == "set" or prediction.kind == "set":
+        a, b = _distinct(a), _distinct(b)
+    if len(a) != len(b):
+        return unequal(f"{len(a)} things, and {len(b)}")
+    a, b = (_by_name(a), b) if prediction.kind == "tuple" else (a, _by_name(b) if gold.kind == "tuple" else b)
+    if kinds == {"set", "tuple"}:
+        return unequal("a set, and an ordered tuple")
+    if kinds == {"tuple"} and gold.region is None and prediction.region is None:
+        return every(values(x, y, precision) for x, y in zip(a, b, strict=True))
+    ordered = every([values(x, y, precision) for x, y in zip(a, b, strict=True)])
+    if ordered and gold.region and prediction.region and not _ranges(gold.region, prediction.region):
+        low, high = (numeric.real(v.tree) for v in a if isinstance(v, Formula))
+        if low is not None and high is not None and low < high:  # (1, 2) is no [1, 2]; a point is no interval
+            return unequal("one is open where the other is closed")
+    if ordered or "tuple" in kinds or gold.kind == "parts":
+        return ordered
+    if _unlike(gold.values) != _unlike(prediction.values):  # x = 2, y = 1 is no 1, 2
+        return every([values(x, y, precision) for x, y in zip(_by_name(a), _by_name(b), strict=True)])
+    found = _matched(a, b, precision)
+    if found and (gold.kind == "maybe" or prediction.kind == "maybe"):
+        return unknown("equal but for the order")
+    return found
+
+
+def _by_name(items: tuple[Value, ...]) -> tuple[Value, ...]:
+    """y = 3, x = 2 in the order of their names, for a pair (2, 3)."""
+    names = [item.name if isinstance(item, Equation) else None for item in items]
+    if None in names or len(set(names)) != len(names):
+        return items
+    return tuple(item for _, item in sorted(zip(names, items, strict=True), key=lambda pair: str(pair[0])))
+
+
+def _unlike(items: tuple[Value, ...]) -> bool:
+    """Whether the items are values of different things, x and y; x_1 and x_2 are two of one."""
+    names = [item.name.split("_")[0] if isinstance(item, Equation) and item.name else None for item in items]
+    return None not in names and len(set(names)) == len(names)
+
+
+def _distinct(items: tuple[Value, ...]) -> tuple[Value, ...]:
+    found: list[Value] = []
+    for item in items[:_MAX_MATCHED]:
+        if not any(values(item, other) for other in found):
+            found.append(item)
+    return tuple(found)
+
+
+def _matched(a: Sequence[Value], b: Sequence[Value], precision: int | None) -> Verdict:
+    """Whether the items can be paired off; augmenting paths, because rounding makes equality no equivalence."""
+    if len(a) > _MAX_MATCHED:
+        return unknown(f"over {_MAX_MATCHED} things in any order")
+    table = [[values(x, y, precision) for y in b] for x in a]
+    partner: dict[int, int] = {}
+
+    def place(i: int, tried: set[int]) -> bool:
+        for j, verdict in enumerate(table[i]):
+            if verdict and j not in tried:
+                tried.add(j)
+                if j not in partner or place(partner[j], tried):
+                    partner[j] = i
+                    return True
+        return False
+
+    for i in range(len(a)):
+        if not place(i, set()):
+            open_ = next((v for v in table[i] if v.kind == "unknown"), None)
+            return open_ or unequal(f"thing {i + 1} of the gold answer is missing")
+    return equal("the same things in some order")
+
+
+def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
+    if not (isinstance(gold, Text) and isinstance(prediction, Text)):
+        text, other = (gold, prediction) if isinstance(gold, Text) else (prediction, gold)
+        assert isinstance(text, Text)
+        if text.formula and not isinstance(other, Text):
+            pair = (text.formula, other) if text is gold else (other, text.formula)
+            return values(*pair, precision)
+        if isinstance(other, Region) and text.text in ("R", "ℝ"):
+            pair = (Region((relations.EVERYTHING,)), other)
+            return _ranges(*pair)
+        if re.search(r"[\d\\^=]", text.text) or len(text.text.split()) > 3:
+            return unknown(OPEN + f"{text.text[:60]!r} is not understood ({text.why or 'text'})")
+        return unequal("one is a word")
+    a, b = _plain(gold.text), _plain(prediction.text)
+    if a == b:
+        return equal("the same words")
+    if re.sub("[ -]", "", a) == re.sub("[ -]", "", b):
+        return equal("the same words but for spaces and hyphens")
+    if gold.formula and prediction.formula and arithmetic.formulas(gold.formula, prediction.formula):
+        return equal("the same product")
+    if "\\" in gold.text + prediction.text:
+        return unknown(OPEN + (gold.why or prediction.why or "text"))
+    if max(len(a.split()), len(b.split())) > 3 or re.search(r"[\u4e00-\u9fff]{4}", a + b):
+        return unknown("different words, which may still mean the same")
+    return unequal("different words")
+
+
+_SYNONYMS = {"是": "yes", "否": "no", "对": "true", "错": "false", "正确": "true", "错误": "false", "correct": "true",
+             "incorrect": "false", "wrong": "false", "right": "true", "√": "true", "不是": "no"}  # fmt: skip
+
+
+def _plain(text: str) -> str:
+    """Without case, articles, hyphens and punctuation between words."""
+    text = re.sub(r"^(?:a|an|the)\s+", "", re.sub(r"[\s\"]+|(?<=[a-z])-(?=[a-z])", " ", text.casefold()).strip())
+    text = re.sub(r"\s*([^\w\s])\s*", r"\1", text)
+    if re.fullmatch(r"[a-z ,]+", text):
+        text = " ".join(text.replace(",", " ").split())
+    return _SYNONYMS.get(text, text)
+
+
+def _ranges(gold: Value, prediction: Value) -> Verdict:
+    if isinstance(gold, Region) and isinstance(prediction, Region):
+        if gold.variable and prediction.variable and gold.variable != prediction.variable:
+            return unequal("of different variables")
+        if len(gold.parts) != len(prediction.parts):
+            return unequal("different intervals")
+        return every([_intervals(a, b) for a, b in zip(gold.parts, prediction.parts, strict=True)])
+    sides = [relations.as_relation(s) if isinstance(s, Region) else s for s in (gold, prediction)]
+    if isinstance(sides[0], Relation) and isinstance(sides[1], Relation):
+        return arithmetic.chains(sides[0], sides[1])
+    return unequal("one is an interval or inequality")
+
+
+def _intervals(a: relations.Interval, b: relations.Interval) -> Verdict:
+    if (a.low_closed, a.high_closed) != (b.low_closed, b.high_closed):
+        return unequal("one is open where the other is closed")
+    ends = [(a.low, b.low), (a.high, b.high)]
+    if any((x is None) != (y is None) for x, y in ends):
+        return unequal("one is bounded where the other is not")
+    return every([arithmetic.formulas(x, y) for x, y in ends if x and y] or [equal("the whole line")])
+
+
+def _ratios(gold: Value, prediction: Value, precision: int | None) -> Verdict:
+    if isinstance(gold, Ratio) and isinstance(prediction, Ratio):
+        if gold.clock is not None and prediction.clock is not None:
+            if gold.clock == prediction.clock:
+                return equal("the same time or ratio")
+            same = _proportional(gold, prediction)
+            return unknown("different times, but equal as ratios") if same else unequal("different times or ratios")
+        return _proportional(gold, prediction)
+    times = [side.clock if isinstance(side, Ratio) else side.seconds if isinstance(side, Time) else None
+             for side in (gold, prediction)]  # fmt: skip
+    if isinstance(gold, Time) or isinstance(prediction, Time):
+        if None in times:
+            return unequal("one is a time of the day")
+        if abs(times[0] - times[1]) == 12 * 3600:
+            halves = [isinstance(side, Time) and side.half for side in (gold, prediction)]
+            if halves[0] != halves[1]:
+                return equal("the same time, a.m. or p.m. left out")
+            return unequal("twelve hours apart")
+        return equal("the same time") if times[0] == times[1] else unequal("different times")
+    ratio, other = (gold, prediction) if isinstance(gold, Ratio) else (prediction, gold)
+    assert isinstance(ratio, Ratio)
+    if len(ratio.trees) != 2 or not isinstance(other, Formula):
+        return unequal("one is a ratio")
+    quotient = Formula(("/", *ratio.trees))
+    return arithmetic.formulas(*((quotient, other) if ratio is gold else (other, quotient)), precision)
+
+
+def _proportional(gold: Ratio, prediction: Ratio) -> Verdict:
+    """a : b : c = d : e : f, by the cross products with the first terms."""
+    if len(gold.trees) != len(prediction.trees):
+        return unequal("ratios of different length")
+    a, b = gold.trees[0], prediction.trees[0]
+    return every(
+        [
+            arithmetic.formulas(Formula(("*", a, y)), Formula(("*", b, x)))
+            for x, y in zip(gold.trees[1:], prediction.trees[1:], strict=True)
+        ]
+    )

@@ -1,0 +1,110 @@
+"""The final answer that a free-form response commits to. Every pass is linear in the length of the response."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+
+MAX_RESPONSE = 2**20  # characters; of a longer one only the end is read
+_MAX_BOXES = 64
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?=\{)|\\boxed\s{1,9}(?=[^\s{])")
+_PHRASE = re.compile(
+    r"(?:final answers?(?:\s{1,9}(?:is|are))?\s{0,9}[:：]|final answers? (?:is|are)\b"
+    r"|(?:the|correct) (?:correct )?(?:answers?|option|choice) (?:is|are)\b"
+    r"|^[^\w\n]{0,9}(?:final )?answer\s{0,9}(?:\*\*)?\s{0,9}[:：]|^#{1,6} ?(?:final )?answers?\s{0,9}$"
+    r"|(?:最终|正确)?(?:答案|结果)(?:应该)?[为是]|(?:最终|正确)?答案\s{0,9}[:：]"
+    r"|故选|因此选|所以选|应选|故答案[为是]|^[^\w\n]{0,9}答\s{0,9}[:：])"
+    r"\s{0,9}(?:\*\*)?\s{0,9}[:：]?",
+    re.IGNORECASE | re.MULTILINE,
+)
+_THEREFORE = re.compile(
+    r"(?:\b(?:therefore|hence|thus|so)\b,?|∴|因此|所以|故)[^\n.。]{0,120}?"
+    r"(?:\b(?:is|are|equals|fill in)\b|[为是=])\s*[:：]?",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.。](?=\s|$)|\n\s*\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Extracted:
+    """``text``: the last committed answer. ``earlier``: different ones that were committed in the same way before."""
+
+    text: str
+    how: str  # tag, box, phrase, line
+    earlier: tuple[str, ...] = ()
+
+
+def committed(response: str) -> Extracted | None:
+    """The last answer that is marked as one: in <answer>, in \\boxed, or behind a phrase. None: nothing is marked."""
+    response = response[-MAX_RESPONSE:]
+    lowered = response.casefold() if "<" in response else ""
+    if "<answer>" in lowered and "</answer>" in lowered:
+        start = lowered.rfind("<answer>", 0, lowered.rfind("</answer>"))
+        if start >= 0 and len(lowered) == len(response):
+            inside = response[start + len("<answer>") : lowered.find("</answer>", start)].strip()
+            return committed(inside) or Extracted(inside, "tag")
+    boxes = _boxes(response)
+    if boxes:
+        last = boxes[-1]
+        return Extracted(last, "box", tuple(dict.fromkeys(box for box in boxes[:-1] if box != last)))
+    found = _last(_PHRASE, response)
+    if found and (text := _rest(response[found.end() :])):
+        return Extracted(text, "phrase")
+    return None
+
+
+def final(response: str) -> Extracted | None:
+    """As ``committed``; without a marked answer what follows the last "therefore", else the last line."""
+    found = committed(response)
+    if found or not response.strip():
+        return found
+    response = response[-MAX_RESPONSE:]
+    line = response.rstrip().rsplit("\n", 1)[-1].strip()
+    return Extracted(concluded(line) or line, "line")
+
+
+def concluded(text: str) -> str | None:
+    """What the last "therefore … is" of a line leads to, if that ends the line; None otherwise."""
+    found = _last(_THEREFORE, text[-2000:])
+    if not found:
+        return None
+    rest = text[-2000:][found.end() :].strip()
+    return rest if rest and len(rest) < 60 and not _SENTENCE_END.search(rest.rstrip(".。")) else None
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(collections.deque(pattern.finditer(text), maxlen=1)), None)
+
+
+def _rest(text: str) -> str:
+    """What follows a phrase, to the end of its sentence; on the next line if the phrase ends its own."""
+    text = text.lstrip(" \t*:：\n")[:2000]
+    end = _SENTENCE_END.search(text)
+    text = text[: end.start()] if end else text
+    lines = text.strip().split("\n")
+    return (
+        text.strip().strip("*").strip() if len(lines) < 12 and "\\" in text[:2] else lines[0].strip().strip("*").strip()
+    )
+
+
+def _boxes(text: str) -> list[str]:
+    """What is in each \\boxed{…}, braces balanced; the last _MAX_BOXES. A box that is never closed does not count."""
+    opened = [match for match in _BOX.finditer(text)][-_MAX_BOXES:]
+    if not opened:
+        return []
+    found, depth, starts, waiting = [], 0, {m.end(): m for m in opened}, []
+    for match in re.finditer(r"\\.|[{}]", text[(first := opened[0].start()) :], re.DOTALL):
+        at = first + match.start()
+        if match[0] == "{":
+            if at in starts:
+                waiting.append((depth, at + 1))
+            depth += 1
+        elif match[0] == "}":
+            depth -= 1
+            if waiting and waiting[-1][0] == depth:
+                _, start = waiting.pop()
+                found.append((start, text[start:at].strip()))
+    found += [(m.end(), re.split(r"[\s$.,]", text[m.end() : m.end() + 40])[0]) for m in opened if text[m.end()] != "{"]
+    return [content for _, content in sorted(found) if content]

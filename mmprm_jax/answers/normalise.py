@@ -1,0 +1,237 @@
+"""One spelling for what people write in many: Unicode, Chinese punctuation, Markdown and LaTeX's typography.
+
+What is left is plain text in a small alphabet: ``+ - * / ^ _ ! = < > ≤ ≥ ≠ ± ∪ ∩ ∈ ∞ ° % : , ; ( ) [ ] { } ⦃ ⦄ | √ ∠ △
+∅ →``, Greek letters, words, digits and the LaTeX commands that carry meaning. ``⦃ ⦄`` are a set's braces, ``{ }`` those
+of LaTeX, a line feed ends a part of an answer that has several. Every pass is linear or works on at most MAX_LENGTH.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+
+MAX_LENGTH = 10_000  # characters of an answer; nobody reads a longer one
+
+_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))  # NFKC would make 22 of 2²
+_SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n", strict=True))
+_FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5",
+              "⅘": "4/5", "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8"}  # fmt: skip
+_CIRCLED = {chr(0x2460 + i): f"({i + 1})" for i in range(20)}  # ①
+_BEFORE_NFKC = str.maketrans(
+    {k: f" {v}" for k, v in _FRACTIONS.items()}
+    | _CIRCLED
+    | {"㎡": "m^2", "㎠": "cm^2", "㎟": "mm^2", "㎢": "km^2", "㎥": "m^3", "㎤": "cm^3", "㎣": "mm^3"}
+    | {"，": ", ", "º": "°", "˚": "°", "℃": "°C", "℉": "°F", "′": "'", "″": "''", "…": "..."}
+)
+_AFTER_NFKC = str.maketrans(
+    {"−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": "*", "✕": "*", "·": "*", "⋅": "*", "∙": "*", "•": "*",
+     "÷": "/", "⁄": "/", "∕": "/", "。": ".", "、": ",", "≦": "≤", "⩽": "≤", "≧": "≥", "⩾": "≥", "∶": ":",
+     "“": '"', "”": '"', "‘": "'", "’": "'", "∆": "△", "⌀": "∅", "Ø": "∅", "ϕ": "φ", "ɑ": "α", "\u200b": "",
+     "\ufeff": "", "【": "[", "】": "]", "《": "", "》": "", "∨": " or ", "∧": " and ", "〉": ")", "〈": "("}
+)  # fmt: skip
+
+GREEK = {"alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "varepsilon": "ε", "zeta": "ζ",
+         "eta": "η", "theta": "θ", "vartheta": "θ", "iota": "ι", "kappa": "κ", "lambda": "λ", "mu": "μ", "nu": "ν",
+         "xi": "ξ", "pi": "π", "rho": "ρ", "sigma": "σ", "tau": "τ", "phi": "φ", "varphi": "φ", "chi": "χ",
+         "psi": "ψ", "omega": "ω", "Delta": "Δ", "Gamma": "Γ", "Omega": "Ω", "Sigma": "Σ", "Phi": "Φ",
+         "Theta": "Θ", "Lambda": "Λ"}  # fmt: skip
+_SYMBOLS = GREEK | {
+    "cdot": "*", "times": "*", "ast": "*", "div": "/", "le": "≤", "leq": "≤", "leqslant": "≤", "leqq": "≤",
+    "ge": "≥", "geq": "≥", "geqslant": "≥", "geqq": "≥", "lt": "<", "gt": ">", "ne": "≠", "neq": "≠", "pm": "±",
+    "mp": "∓", "cup": "∪", "cap": "∩", "in": "∈", "infty": "∞", "infin": "∞", "angle": "∠", "triangle": "△",
+    "vartriangle": "△", "varnothing": "∅", "emptyset": "∅", "to": "→", "rightarrow": "→", "Rightarrow": "→",
+    "circ": "°", "degree": "°", "textdegree": "°", "colon": ":", "mid": "|", "vert": "|", "lvert": "|", "rvert": "|",
+    "or": " or ", "lor": " or ", "and": " and ", "land": " and ", "approx": "≈", "perp": "⊥", "parallel": "∥",
+    "because": " ", "therefore": " ", "prime": "'", "lbrace": "⦃", "rbrace": "⦄", "lbrack": "[", "rbrack": "]",
+    "langle": "(", "rangle": ")", "cong": "≅", "sim": "~", "backsim": "~", "dots": "...", "ldots": "...",
+    "cdots": "...", "celsius": "°C", "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac",
+    "arcsin": "\\asin", "arccos": "\\acos", "arctan": "\\atan", "tg": "\\tan",
+}  # fmt: skip
+_NOTHING = frozenset(
+    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits rm bf it mathop".split()
+)
+_SPACE = frozenset("quad qquad space thinspace enspace hfill".split())
+_CONTENT = frozenset(  # of these only what is in the braces counts
+    "mathbf mathit mathsf mathbb mathcal boldsymbol bm hat widehat bar vec emph underline tilde pmb".split()
+)
+_WORDS = frozenset("text mathrm textbf textit textrm textsf mbox hbox operatorname unit si textup".split())
+_TWO = {"quantity", "qty", "SI"}  # {18}{cm}
+_COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
+_DOLLARS = re.compile(r"\$+")
+_DEGREE = re.compile(r"(?:\{\s*\})?\^\s*(?:\{\s*°\s*\}|°)|\\?textdegree")
+_BOLD = re.compile(r"(?<![\w*])(\*\*|__)(?=\S)([^*_\n]+)(?<=\S)\1(?![\w*])")
+_MAX_NESTED = 9  # \text in \text
+_MARK = "\uf8ff"  # a private character: the dollar of a price
+
+
+_REPEATING = re.compile(r"(?<![\d.])(\d{1,9})\.(\d{0,9})(?:\\overline|\\dot)\s*\{?(\d{1,9})\}?(?![\d\\])")
+
+
+def _fraction(repeating: re.Match[str]) -> str:
+    """0.1\\overline{6} is (15/90)."""
+    whole, fixed, period = repeating.groups()
+    top = int(whole + fixed + period) - int(whole + fixed)
+    return f"({top}/{'9' * len(period)}{'0' * len(fixed)})"
+
+
+@functools.lru_cache(maxsize=2048)
+def normalise(text: str) -> str:
+    """The text in the alphabet above, without what surrounds an answer. Text over MAX_LENGTH is cut off."""
+    if text.isascii() and (text.isdigit() or text.isalpha()):
+        return text
+    text = _unicode(text[:MAX_LENGTH])[:MAX_LENGTH]
+    text = _BOLD.sub(r"\2", text.replace("`", "")).replace("****", "")
+    text = _mathematics(text.replace("\\$", _MARK)).replace(_MARK, "$")
+    for old, new in (
+        ("\\\\", "\n"),
+        ("\\{", "⦃"),
+        ("\\}", "⦄"),
+        ("\\%", "%"),
+        ("\\|", "|"),
+        ("\\#", "#"),
+        ("\\&", "&"),
+    ):
+        text = text.replace(old, new)
+    text = _thousands(text)
+    text = re.sub(r"\\[,;:! ]|~(?=\d)", lambda m: " " if m[0] != "\\!" else "", text)
+    text = _REPEATING.sub(_fraction, _environments(text))
+    text = _commands(text)
+    text = _DEGREE.sub("°", text)
+    text = text.replace("≤=", "≤").replace("<=", "≤").replace(">=", "≥").replace("!=", "≠").replace("+-", "±")
+    text = re.sub(r"百分之\s*(\d+(?:\.\d+)?)", r"\1%", text)
+    text = re.sub(r"\s?\bper ?cent\b", "%", text)
+    text = re.sub(r"(?<=\d)\s*又\s*(?=[\d\\])", " ", text)  # 2又1/2
+    text = re.sub(r"\b(?:positive )?infinity\b", "∞", text) if "infinity" in text else text
+    text = _CHOOSE.sub(_count, text) if "_" in text and "^" in text else text
+    text = re.sub(r"[^\S\n]+", " ", text)
+    return trim(re.sub(r" ?\n\s*", "\n", text))
+
+
+_CHOOSE = re.compile(r"(?<![A-Za-z\\])([CA])\s*_\s*\{?\s*(\d{1,3})\s*\}?\s*\^\s*\{?\s*(\d{1,3})\s*\}?")
+
+
+def _count(match: re.Match[str]) -> str:
+    """C_5^2 and A_5^2: how many combinations and permutations."""
+    n, k = int(match[2]), int(match[3])
+    if n < k:
+        return match[0]
+    return f"\\binom{{{n}}}{{{k}}}" if match[1] == "C" else f"({n}!/{n - k}!)"
+
+
+def trim(text: str) -> str:
+    """Without space and the full stops, commas and quotation marks that end or surround an answer."""
+    text = text.strip()
+    while text and (text[-1] in ".,;:\"' " or text[0] in '" '):
+        if text[-1] in "'" and text[0] not in "\"'":
+            break  # A' is a point
+        text = text.strip('" ').rstrip(".,;: ")
+        if text[:1] == "'" and text[-1:] == "'":
+            text = text[1:-1]
+    return text
+
+
+def _unicode(text: str) -> str:
+    text = re.sub("(?<=[0-9])([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", r" \1", text)
+    for table, sign in ((_SUPERSCRIPTS, "^"), (_SUBSCRIPTS, "_")):
+        text = re.sub(f"[{''.join(table)}]+", lambda m, t=table, s=sign: f"{s}{{{''.join(t[c] for c in m[0])}}}", text)
+    return unicodedata.normalize("NFKC", text.translate(_BEFORE_NFKC)).translate(_AFTER_NFKC)
+
+
+def _mathematics(text: str) -> str:
+    """Without ``$``, ``\\(``, ``\\[``. A formula that directly follows another one, or a gap, is a part of its own."""
+    text = text.replace("\\(", "$").replace("\\)", "$")
+    text = re.sub(r"(?<!\\)\\[\[\]]", "$", text)
+    if "$" not in text:
+        return text
+    pieces = _DOLLARS.split(text)
+    found = pieces[0]
+    for i, piece in enumerate(pieces[1:], 1):
+        between = i % 2 == 0 and i < len(pieces) - 1 and not piece.strip()
+        found += "\n" if between and piece else f" {piece}" if i % 2 and found[-1:].isalpha() else piece
+    return found
+
+
+def _thousands(text: str) -> str:
+    """1,234 -> 1234 outside brackets; 1{,}234, 1,\\!234 and 1\\,234 anywhere."""
+    text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\[,; ])(?=\d{3}(?!\d))", "", text)
+    if "," not in text:
+        return text
+    depth, found, end = 0, [], 0
+    for match in re.finditer(r"[(\[{⦃]|[)\]}⦄]|(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,]|\.\d+,)", text):
+        if match[0] in "([{⦃":
+            depth += 1
+        elif match[0] in ")]}⦄":
+            depth = max(0, depth - 1)
+        elif depth == 0:
+            found += [text[end : match.start()], match[0].replace(",", "")]
+            end = match.end()
+    return "".join(found) + text[end:]
+
+
+def _environments(text: str) -> str:
+    """A vector becomes a tuple, a matrix a tuple of its rows, cases and aligned lines become parts."""
+    if "\\begin" not in text:
+        return text
+    text = re.sub(r"(?:\\left\s*)?⦃\s*(?=\\begin)", " ", text)
+    text = re.sub(r"\\(begin|end)\s*\{(cases|array|aligned|align\*?|gathered|split)\}(?:\{[clr|]*\})?", " ", text)
+
+    def vector(match: re.Match[str]) -> str:
+        rows = [row.replace("&", ",") for row in match[2].strip().split("\n") if row.strip()]
+        if len(rows) > 1 and any("," in row for row in rows):
+            rows = [f"({row})" for row in rows]
+        return f"({','.join(rows)})"
+
+    return re.sub(r"\\begin\{([pb]matrix)\}([^\\]*(?:\\(?!end)[^\\]*)*)\\end\{\1\}", vector, text)
+
+
+def _commands(text: str, depth: int = 0) -> str:
+    if depth > _MAX_NESTED:
+        return text
+    found, i = [], 0
+    while match := _COMMAND.search(text, i):
+        found.append(text[i : match.start()])
+        name, i = match[1], match.end()
+        if name in _SYMBOLS:
+            found.append(_SYMBOLS[name])
+        elif name in _NOTHING:
+            if text[i : i + 1] == "." and name in ("left", "right"):
+                i += 1  # \right. closes nothing
+        elif name in _SPACE:
+            found.append(" ")
+        elif name in ("number", "num"):
+            i, content = _braced(text, i)
+            found.append(content)
+        elif name in _TWO:
+            i, content = _braced(text, i)
+            i, more = _braced(text, i)
+            found += [content, " ", _commands(more, depth + 1)]
+        elif name in _WORDS:
+            i, content = _braced(text, i)
+            content = _commands(content, depth + 1)
+            found.append(content if content.isdigit() else f" {content} ")
+        elif name in _CONTENT:
+            i, content = _braced(text, i)
+            found.append(_commands(content, depth + 1))
+        elif name in ("overrightarrow", "overline", "overset"):
+            i, content = _braced(text, i)
+            content = _commands(content, depth + 1).strip()
+            found.append(f"{'→' if name == 'overrightarrow' else ''}{content} " if len(content) > 1 else content)
+        else:
+            found.append(match[0])
+    return "".join(found) + text[i:]
+
+
+def _braced(text: str, i: int) -> tuple[int, str]:
+    """The group that opens at or behind ``i``: (where it ends, what is in it). Without one: what one token is."""
+    while text[i : i + 1] == " ":
+        i += 1
+    if text[i : i + 1] != "{":
+        match = _COMMAND.match(text, i)
+        return (match.end(), match[0]) if match else (i + 1, text[i : i + 1])
+    depth = 0
+    for j in range(i, len(text)):
+        depth += (text[j] == "{") - (text[j] == "}")
+        if depth == 0:
+            return j + 1, text[i + 1 : j]
+    return len(text), text[i + 1 :]

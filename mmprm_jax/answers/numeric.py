@@ -1,0 +1,188 @@
+"""Numeric probes: two formulas at fixed points, to many digits. A difference is proof, agreement all but certain."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import mpmath
+
+from mmprm_jax.answers.syntax import Tree, nodes, variables
+
+DIGITS = 90  # of the computation
+_AGREE = 60  # digits
+_ZERO = 75  # a value under 10^-75 may be a zero
+POINTS = 6  # three positive, two negative, one of integers
+_NEEDED = 3  # points at which both formulas have a value
+MAX_NODES = 500
+_MAX_EXPONENT = 10**15  # a power above it is Huge
+_MAX_ARGUMENT = 10**9  # of a function
+
+_local = threading.local()
+
+
+class Undecided(Exception):
+    """A formula has no value here."""
+
+
+class Huge(Undecided):
+    """A number with more digits than can be counted: larger than every other one that is computed."""
+
+
+def _context() -> Any:
+    """mpmath's precision is a setting of its context: one for each thread."""
+    if not hasattr(_local, "mp"):
+        _local.mp = mpmath.MPContext()
+        _local.mp.dps = DIGITS
+    return _local.mp
+
+
+def point(name: str, number: int) -> Any:
+    """The value of a variable at a probe. A function of the two alone."""
+    mp = _context()
+    if number == POINTS - 1:
+        return mp.mpf(2 + hashlib.blake2b(name.encode(), digest_size=1).digest()[0] % 7)
+    digest = hashlib.blake2b(f"{name}/{number}".encode(errors="replace"), digest_size=8).digest()
+    size = mp.mpf(3) / 10 + 2 * mp.mpf(int.from_bytes(digest, "little")) / 2**64
+    return -size if number in (3, 4) else size
+
+
+def evaluate(tree: Tree, at: Mapping[str, Any]) -> Any:
+    """The value of a tree as a number of mpmath. Raises Undecided."""
+    mp, kind = _context(), tree[0]
+    if kind == "n":
+        return mp.mpf(tree[1].numerator) / tree[1].denominator
+    if kind == "v":
+        return at[tree[1]]
+    if kind == "c":
+        if tree[1] == "∞":
+            raise Undecided("infinity is no number")
+        return {"π": mp.pi, "e": mp.e, "i": mp.j}[tree[1]] * 1
+    values = [evaluate(t, at) for t in tree[1:] if isinstance(t, tuple)]
+    try:
+        return _apply(mp, kind, tree[1], values)
+    except (ZeroDivisionError, ValueError, OverflowError, TypeError, mpmath.libmp.NoConvergence) as error:
+        raise Undecided(f"no value ({type(error).__name__})") from None
+
+
+def _apply(mp: Any, kind: str, name: Any, values: list[Any]) -> Any:
+    first, second = values[0], values[1] if len(values) > 1 else None
+    if kind == "+":
+        return first + second
+    if kind == "*":
+        return first * second
+    if kind == "/":
+        return first / second
+    if kind == "-":
+        return -first
+    if kind == "^":
+        return _power(mp, first, second)
+    if kind == "!":
+        _bounded(mp, first, 10_000)
+        return mp.factorial(first)
+    if name == "root":
+        if not mp.im(first) and first < 0 and second == mp.floor(second) and second % 2 == 1:
+            return -((-first) ** (1 / second))
+        return _power(mp, first, 1 / second)
+    if name == "binom":
+        _bounded(mp, first, 10_000)
+        return mp.binomial(first, second)
+    if name == "log":
+        return mp.log(first, 10 if second is None else second)
+    _bounded(mp, first, _MAX_ARGUMENT)
+    return abs(first) if name == "abs" else getattr(mp, name)(first)
+
+
+def _bounded(mp: Any, value: Any, limit: int) -> None:
+    if abs(value) > limit:
+        raise Undecided("an argument too large to compute")
+
+
+def _power(mp: Any, base: Any, exponent: Any) -> Any:
+    if abs(exponent) > 2 and base and abs(mp.log(abs(base)) * exponent) > _MAX_EXPONENT:
+        grows = (abs(base) > 1) == (mp.re(exponent) > 0)
+        raise Huge("a power too large to compute") if grows else Undecided("a power too small to compute")
+    return base**exponent
+
+
+def _value(tree: Tree, at: Mapping[str, Any]) -> Any:
+    """As ``evaluate``; "huge" for a power, or a product with one, that is too large."""
+    try:
+        return evaluate(tree, at)
+    except Huge:
+        if tree[0] == "^":
+            return "huge"
+        raise
+
+
+def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers"]:
+    """What the probes say of a = b. "integers": they agree there and only there."""
+    if nodes(a) > MAX_NODES or nodes(b) > MAX_NODES:
+        return "open"
+    mp, names = _context(), variables(a) | variables(b)
+    agreed = integers = differ = 0
+    for number in range(POINTS if names else 1):
+        at = {name: point(name, number) for name in names}
+        try:
+            left, right = _value(a, at), _value(b, at)
+        except Undecided:
+            continue
+        if "huge" in (left, right):
+            if left != right and not names:
+                return "unequal"
+            continue
+        if max(abs(left), abs(right)) < mp.mpf(10) ** -_ZERO:
+            continue  # zeros, or numbers too small to tell from them
+        if abs(left - right) > mp.mpf(10) ** -_AGREE * max(abs(left), abs(right)):
+            differ += 1
+        else:
+            agreed += 1
+            integers += number == POINTS - 1
+    if differ:
+        return "integers" if integers and names and all(n[0] in "nkm" for n in names) else "unequal"
+    return "equal" if agreed >= (_NEEDED if names else 1) else "open"
+
+
+def real(tree: Tree) -> Any:
+    """The value of a formula without variables as a real number of mpmath, or None."""
+    if variables(tree):
+        return None
+    try:
+        found = evaluate(tree, {})
+    except Undecided:
+        return None
+    mp = _context()
+    return None if mp.im(found) and abs(mp.im(found)) > mp.mpf(10) ** -_AGREE else mp.re(found)
+
+
+def ratio(a: Tree, b: Tree) -> Literal["positive", "negative", "none"] | None:
+    """The sign of the constant c in a = c b; "none": there is no such c. None: not enough probes have a value."""
+    if nodes(a) > MAX_NODES or nodes(b) > MAX_NODES:
+        return None
+    mp, names, found = _context(), variables(a) | variables(b), []
+    for number in range(POINTS):
+        at = {name: point(name, number) for name in names}
+        try:
+            left, right = evaluate(a, at), evaluate(b, at)
+        except Undecided:
+            continue
+        if abs(right) > mp.mpf(10) ** -_AGREE:
+            found.append(left / right)
+    if len(found) < _NEEDED:
+        return None
+    constant = all(abs(r - found[0]) <= mp.mpf(10) ** -_AGREE * abs(found[0]) for r in found)
+    if not constant or not found[0] or abs(mp.im(found[0])) > mp.mpf(10) ** -_AGREE:
+        return "none"
+    return "positive" if mp.re(found[0]) > 0 else "negative"
+
+
+def within(gold: Tree, prediction: Tree, decimals: int) -> bool | None:
+    """Whether two numbers are the same at that many decimals; halves may go either way. None: one is no real number."""
+    a, b = real(gold), real(prediction)
+    if a is None or b is None or not 0 <= decimals <= DIGITS // 2:
+        return None
+    mp = _context()
+    slack = mp.mpf(10) ** -_AGREE * max(1, abs(a))  # what is exactly a half must not depend on the last bit
+    return bool(abs(a - b) <= mp.mpf(10) ** -decimals / 2 + slack)

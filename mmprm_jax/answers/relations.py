@@ -1,0 +1,131 @@
+"""Inequalities and intervals: both are regions of the real line."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from mmprm_jax.answers import numeric, syntax
+from mmprm_jax.answers.syntax import Tree
+from mmprm_jax.answers.values import Formula, Interval, Region, Relation, Value
+
+EVERYTHING = Interval(None, None, False, False)
+_INFINITY: Tree = ("c", "∞")
+
+
+def read(sides: Sequence[Formula | None], ops: Sequence[str]) -> Region | Relation | None:
+    """a < b ≤ c …; a side that is missing (None) is the variable, as in "> 2". None: no chain of inequalities."""
+    if set(ops) <= {">", "≥"}:
+        sides, ops = sides[::-1], ["<" if op == ">" else "≤" for op in reversed(ops)]
+    if not (set(ops) <= {"<", "≤"} or list(ops) == ["≠"]):
+        return None
+    if len(sides) == 2 and all(sides) and (found := _absolute(sides[0], sides[1], ops[0])):
+        return found
+    variables = [i for i, side in enumerate(sides) if side is None or side.tree[0] == "v"]
+    constant = all(side is None or side.tree[0] == "v" or not syntax.variables(side.tree) for side in sides)
+    if len(variables) != 1 or not constant or len(sides) > 3:
+        return Relation(tuple(ops), tuple(side.tree for side in sides if side)) if all(sides) else None
+    at = variables[0]
+    name = sides[at].tree[1] if sides[at] else None
+    if ops[0] == "≠":
+        other = sides[1 - at]
+        return Region((Interval(None, other, False, False), Interval(other, None, False, False)), name)
+    if len(sides) == 3 and at != 1:
+        return None
+    low, high = (sides[at - 1] if at else None), (sides[at + 1] if at + 1 < len(sides) else None)
+    found = _interval(low, high, bool(at) and ops[at - 1] == "≤", at < len(ops) and ops[at] == "≤")
+    return Region((found,), name)
+
+
+def _absolute(left: Formula, right: Formula, op: str) -> Region | None:
+    """|x| < a and a < |x|; None: anything else."""
+    within = left.tree[:2] == ("f", "abs")
+    size, bound = (left, right) if within else (right, left)
+    if size.tree[:2] != ("f", "abs") or size.tree[2][0] != "v" or syntax.variables(bound.tree) or op == "≠":
+        return None
+    if not (numeric.real(bound.tree) or 0) > 0:
+        return None
+    minus, name = Formula(("-", bound.tree)), size.tree[2][1]
+    if within:
+        return Region((Interval(minus, bound, op == "≤", op == "≤"),), name)
+    return Region((Interval(None, minus, False, op == "≤"), Interval(bound, None, op == "≤", False)), name)
+
+
+def interval(values: Sequence[Value], opened: str, closed: str) -> Region | None:
+    """The reading of a pair in brackets as an interval, or None."""
+    low, high = values
+    if not (isinstance(low, Formula) and isinstance(high, Formula)) or opened in "{⦃":
+        return None
+    return Region((_interval(low, high, opened == "[", closed == "]"),))
+
+
+def _interval(low: Formula | None, high: Formula | None, low_closed: bool, high_closed: bool) -> Interval:
+    low = None if low is not None and low.tree == ("-", _INFINITY) else low
+    high = None if high is not None and high.tree == _INFINITY else high
+    return Interval(low, high, low_closed and low is not None, high_closed and high is not None)
+
+
+def unbounded(region: Region) -> bool:
+    return any(part.low is None or part.high is None for part in region.parts)
+
+
+def union(regions: Sequence[Region]) -> Region | None:
+    """The parts of all of them, from left to right. None: in different variables."""
+    names = {region.variable for region in regions}
+    if len(names) > 1:
+        return None
+    parts = [part for region in regions for part in region.parts]
+    keys = [numeric.real(part.low.tree) if part.low else float("-inf") for part in parts]
+    if all(key is not None for key in keys):
+        parts = [part for _, part in sorted(zip(keys, parts, strict=True), key=lambda item: item[0])]
+    return Region(tuple(parts), names.pop())
+
+
+def intersection(regions: Sequence[Region]) -> Region | None:
+    """What all of them have in common. None: in different variables, nothing, or not known."""
+    found = regions[0]
+    for region in regions[1:]:
+        parts = [_common(a, b) for a in found.parts for b in region.parts]
+        if region.variable != found.variable or None in parts:
+            return None
+        found = Region(tuple(part for part in parts if isinstance(part, Interval)), found.variable)
+    return found if found.parts else None
+
+
+def _common(a: Interval, b: Interval) -> Interval | bool | None:
+    """What two intervals have in common; False: nothing. None: an end is no number."""
+    lows = [(part.low, part.low_closed) for part in (a, b) if part.low is not None]
+    highs = [(part.high, part.high_closed) for part in (a, b) if part.high is not None]
+    values = {id(end): numeric.real(end.tree) for end, _ in (*lows, *highs)}
+    if None in values.values():
+        return None
+    low, low_closed = max(lows, key=lambda end: (values[id(end[0])], not end[1]), default=(None, False))
+    high, high_closed = min(highs, key=lambda end: (values[id(end[0])], end[1]), default=(None, False))
+    if low and high:
+        if (
+            values[id(low)] > values[id(high)]
+            or values[id(low)] == values[id(high)]
+            and not (low_closed and high_closed)
+        ):
+            return False
+    return Interval(low, high, low_closed, high_closed)
+
+
+def as_relation(region: Region) -> Relation | None:
+    """A region that says one thing of a variable, as a relation: x > 2."""
+    if region.variable is None or len(region.parts) != 1:
+        return None
+    (part,) = region.parts
+    sides: list[Tree] = [("v", region.variable)]
+    ops = []
+    if part.low is not None:
+        sides, ops = [part.low.tree, *sides], ["≤" if part.low_closed else "<"]
+    if part.high is not None:
+        sides, ops = [*sides, part.high.tree], [*ops, "≤" if part.high_closed else "<"]
+    return Relation(tuple(ops), tuple(sides)) if ops else None
+
+
+def links(relation: Relation) -> list[tuple[str, Tree]]:
+    """(op, right minus left) of each pair of neighbours."""
+    pairs = itertools.pairwise(relation.trees)
+    return [(op, ("+", b, ("-", a))) for op, (a, b) in zip(relation.ops, pairs, strict=True)]

@@ -1,0 +1,161 @@
+"""``mmprm verify``: rows in order, bad rows, official modes, and the judge of the unknown."""
+
+import http.server
+import json
+import subprocess
+import sys
+import threading
+import types
+
+import pytest
+
+from mmprm_jax.answers import audit
+from mmprm_jax.answers.judge import Judge
+from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
+from mmprm_jax.records import UserError
+
+ROWS = [
+    {"gold": "1/2", "prediction": "0.5", "equal": True, "id": 7},
+    {"gold": "5", "prediction": "6", "equal": True},
+    {"gold": "B", "prediction": "60°", "options": ["30°", "60°"]},
+    {"gold": "5", "prediction": "5 m", "unit": "cm"},
+    {"gold": "\\pi", "prediction": "3.14", "precision": 2},
+    {"gold": "a chord", "prediction": "a line which joins two points of it"},
+    {"gold": "5", "prediction": None},
+    {"gold": "2^{100}", "prediction": "\ud800"},
+]
+VERDICTS = ["equal", "unequal", "equal", "unequal", "equal", "unknown", "unequal", "unknown"]
+BAD = [
+    "{",
+    "[1]",
+    '{"gold": 5, "prediction": "5"}',
+    '{"gold": "5"}',
+    '{"gold": "5", "prediction": "5", "options": 3}',
+    '{"gold": "5", "prediction": "5", "precision": "two"}',
+    "[" * 100_000,
+    '{"gold": "5", "prediction": "5", "unit": []}',
+]
+WHY = ["Expecting", "found list", '"gold"', '"prediction"', '"options"', '"precision"', "", '"unit"']
+
+
+def write(path, lines):
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "_BLOCK", 3)
+    source = write(tmp_path / "pairs.jsonl", [*ROWS, "", *ROWS])
+    summary, good = audit.verify_file(source, str(tmp_path / "out.jsonl"), jobs=1)
+    found = read(tmp_path / "out.jsonl")
+    assert [row["verdict"] for row in found] == VERDICTS * 2 and all(row["reason"] for row in found)
+    assert [{k: v for k, v in row.items() if k not in ("verdict", "reason")} for row in found] == ROWS * 2
+    assert good and "16 rows: 6 equal, 6 unequal, 4 unknown" in summary and "as labelled: 2 of 4" in summary
+
+
+def test_bad_rows_cost_nothing_else(tmp_path):
+    lines = [line for pair in zip(ROWS, BAD, strict=True) for line in pair]
+    summary, good = audit.verify_file(write(tmp_path / "pairs.jsonl", lines), str(tmp_path / "out.jsonl"), jobs=1)
+    found = read(tmp_path / "out.jsonl")
+    assert [row["verdict"] for row in found[::2]] == VERDICTS
+    assert [row["line"] for row in found[1::2]] == [2 * i + 2 for i in range(len(BAD))]
+    for row, why in zip(found[1::2], WHY, strict=True):
+        assert why in row["error"] and "verdict" not in row
+    assert not good and "8 with an error" in summary
+
+
+def test_command_line(tmp_path):
+    source = write(tmp_path / "pairs.jsonl", [*ROWS[:2], BAD[0]])
+    command = [sys.executable, "-m", "mmprm_jax.main", "verify", source, "--jobs=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "3 rows: 1 equal, 1 unequal, 0 unknown, 1 with an error" in done.stderr
+    assert [json.loads(line).get("verdict") for line in done.stdout.splitlines()] == ["equal", "unequal", None]
+
+
+def test_what_the_user_can_mend(tmp_path):
+    source = write(tmp_path / "pairs.jsonl", ROWS)
+    for arguments, why in [({"path": "no.jsonl"}, "no such file"), ({"output": source}, "the file that is read"),
+                           ({"jobs": -1}, "--jobs=-1")]:  # fmt: skip
+        with pytest.raises(UserError, match=why):
+            audit.verify_file(**{"path": source, **arguments})
+    assert read(tmp_path / "pairs.jsonl") == ROWS
+
+
+def test_official_modes(monkeypatch):
+    def exact(row):
+        return equal("same") if row["answer"] == row["prediction"] else unequal("not the same")
+
+    monkeypatch.setitem(sys.modules, "mmprm_jax.answers.official", types.SimpleNamespace(MODES={"exact": exact}))
+    rows = [{"answer": "1", "prediction": "1"}, {"answer": "1", "prediction": "1.0"}, {"prediction": "1"}]
+    assert audit.check(rows, "exact") == [equal("same"), unequal("not the same"), "'answer'"]
+    with pytest.raises(UserError, match="--mode=nothing: no such mode; there are default, exact"):
+        audit.mode_of("nothing")
+
+
+@pytest.fixture
+def server():
+    """A judge of a few lines; ``seen`` are the bodies, ``replies`` what it says to each prediction."""
+    seen, replies = [], {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append(body)
+            reply = replies[json.loads(body["messages"][-1]["content"])["prediction"]]
+            reply = reply.pop(0) if isinstance(reply, list) else reply
+            data = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
+            self.send_response(reply if isinstance(reply, int) else 200)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield types.SimpleNamespace(url=f"http://127.0.0.1:{httpd.server_port}/v1", seen=seen, replies=replies)
+        httpd.shutdown()
+
+
+def test_the_judge_sees_only_the_unknown(server):
+    server.replies |= {"a": "EQUAL", "b": " unequal.\n", "c": "Yes, EQUAL, as you asked", "d": "UNSURE",
+                       "e": [503, "EQUAL"], "f": [503, 503, 503]}  # fmt: skip
+    rows = [{"gold": "g", "prediction": p} for p in "xyabcdef"]
+    verdicts = [equal("known"), unequal("known")] + [unknown("why")] * 6
+    with Judge(server.url, "m", attempts=3, backoff=0.0) as judge:
+        found = judge(rows, verdicts)
+        assert [v.kind for v in found] == [
+            "equal",
+            "unequal",
+            "equal",
+            "unequal",
+            "unknown",
+            "unknown",
+            "equal",
+            "unknown",
+        ]
+        assert found[:2] == verdicts[:2] and all("why" in v.reason for v in found[2:])
+        assert judge.failed == 2
+    assert {json.loads(b["messages"][-1]["content"])["prediction"] for b in server.seen} == set("abcdef")
+    assert all(body["temperature"] == 0 and body["model"] == "m" for body in server.seen)
+
+
+def test_a_judge_in_the_audit(server, tmp_path):
+    server.replies[ROWS[5]["prediction"]] = "EQUAL"
+    server.replies["\ud800"] = "UNEQUAL"
+    with Judge(server.url, "m") as judge:
+        audit.verify_file(write(tmp_path / "p.jsonl", ROWS + [BAD[0]]), str(tmp_path / "o.jsonl"), jobs=1, judge=judge)
+    verdicts = [row.get("verdict") for row in read(tmp_path / "o.jsonl")]
+    assert verdicts == [*VERDICTS[:5], "equal", "unequal", "unequal", None]
+
+
+def test_a_judge_that_refuses(server):
+    server.replies["p"] = 401
+    with Judge(server.url, "m") as judge, pytest.raises(UserError, match="HTTP 401"):
+        judge([{"gold": "g", "prediction": "p"}], [Verdict("unknown", "")])
+    with pytest.raises(UserError, match="no server's address"):
+        Judge("not a url", "m")
