@@ -24,7 +24,7 @@ _PREFIX = "config."
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 _MAX_LISTED = 12
 # What a run may be resumed with another value of: when and where work is done, never its result.
-SCHEDULING = ("mesh",) + tuple(
+SCHEDULING = ("mesh", "evaluate.verify_workers") + tuple(
     f"annotate.{key}"
     for key in ("slots", "in_flight", "cache_tokens", "verify_workers", "checkpoint_seconds", "servers", "concurrency",
                 "lockstep", "skip_failed")

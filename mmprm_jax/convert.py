@@ -85,18 +85,12 @@ def convert(source: str, target: str, mesh: Any, *, dtype: Any = None, prm: bool
         loaded, tokenizer = add_prm(loaded)
     part = final.with_name(f"{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    other = part if back else part / "hf"
-    hf.copy_other_files(loaded.folder, other)
-    if prm:
-        tokenizer.save(other)
     if back:
+        hf.copy_other_files(loaded.folder, part)
         hf.save(part, loaded.params, mesh, loaded.model)
         written = hf.open_checkpoint(part)
     else:
-        save_params(part / "params", loaded.params)
-        hf.write_config(other, loaded.model.config)
-        manifest = {**dataclasses.asdict(loaded.model.manifest), "dtype": jnp.dtype(loaded.dtype).name}
-        (other / hf.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        write_folder(part, loaded, tokenizer if prm else None)
         written = hf.open_checkpoint(source)
     count = len(loaded.model.dtypes)
     if verify:
@@ -105,6 +99,20 @@ def convert(source: str, target: str, mesh: Any, *, dtype: Any = None, prm: bool
     part.rename(final)
     size = sum(x.size for x in jax.tree.leaves(loaded.params))
     return f"{target}: {count} tensors, {size:,} parameters" + (", verified" if verify else "")
+
+
+def write_folder(folder: str | os.PathLike, loaded: Loaded, tokenizer: Tokenizer | None = None) -> None:
+    """Writes a model folder of ours. tokenizer: instead of that in ``loaded.folder``."""
+    other = Path(folder) / "hf"
+    save_params(Path(folder) / "params", loaded.params)  # every process its part
+    if jax.process_index() > 0:
+        return
+    hf.copy_other_files(loaded.folder, other)
+    if tokenizer is not None:
+        tokenizer.save(other)
+    hf.write_config(other, loaded.model.config)
+    manifest = {**dataclasses.asdict(loaded.model.manifest), "dtype": jnp.dtype(loaded.dtype).name}
+    (other / hf.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def _compare(checkpoint: hf.Checkpoint, loaded: Loaded, added: int | None) -> None:

@@ -7,9 +7,11 @@ was: training from its newest checkpoint, annotation inside of its trees, evalua
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,26 +24,18 @@ from ml_collections import ConfigDict
 from mmprm_jax import annotate as annotation
 from mmprm_jax import convert, records
 from mmprm_jax.data import digits, encode, training_files
+from mmprm_jax.data.encode import Language, Pixels
 from mmprm_jax.data.packing import Sizes
-from mmprm_jax.data.prompts import policy_template
 from mmprm_jax.data.training_files import Encoded, TrainingSet
 from mmprm_jax.evaluation.stage import evaluate
-from mmprm_jax.models import build
+from mmprm_jax.models import build, lora
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Problem, SFTExample, StepExample, UserError
 from mmprm_jax.report import report as report_page
 from mmprm_jax.rollout.engine import Engine
-from mmprm_jax.rollout.rollouts import (
-    LocalSampler,
-    Pixels,
-    Policy,
-    Verify,
-    file_pixels,
-    plain_prompt,
-    template_prompt,
-)
+from mmprm_jax.rollout.rollouts import LocalSampler, Policy, Verify
 from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.search import labels, paper
 from mmprm_jax.search.omegaprm import SEARCHES
@@ -80,36 +74,42 @@ class Run:
     def problems(self, split: str) -> list[Problem]:
         return records.read_all(self.data / f"{split}.jsonl", Problem)
 
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.data / "tokenizer.json")
+    @functools.cached_property
+    def language(self) -> Language:
+        """The policy's: that of ``config.policy``, or of a model of our own. Weights are not read for it."""
+        c = self.config
+        if c.policy:
+            folder, model = convert.inspect(c.policy)
+            cfg = dataclasses.replace(model.cfg, remat=c.model.remat)
+            return Language.released(Tokenizer.load(folder), cfg)
+        path = self.data / "tokenizer.json"
+        tokenizer = Tokenizer.load(path if path.exists() else self.folder("data") / "tokenizer.json")
+        sizes = c.model.to_dict()
+        sizes["decoder"]["vocab_size"] = len(tokenizer)  # so that no id can be outside of it
+        return Language.own(tokenizer, VLMConfig.from_dict(sizes))
 
-    def model(self, tokenizer: Tokenizer) -> VLMConfig:
-        """The model's sizes; the vocabulary is the tokenizer's, so that no id can be outside of it."""
-        sizes = self.config.model.to_dict()
-        sizes["decoder"]["vocab_size"] = len(tokenizer)
-        return VLMConfig.from_dict(sizes)
+    def pixels(self, cfg: VLMConfig) -> Pixels:
+        """Opens the tiles of a problem's image, as in training."""
+        return encode.file_pixels(self.data, cfg, self.config.max_tiles)
 
-    def prm(self, tokenizer: Tokenizer) -> VLMConfig:
-        """The PRM's sizes."""
-        return dataclasses.replace(self.model(tokenizer), kappa=self.config.train_prm.label == "beta_binomial")
+    def load(self, stage: str, language: Language, mesh: Any, dtype: str = "") -> Any:
+        """The weights that ``stage`` trained, or those of ``config.policy`` if there was nothing to train.
 
-    def pixels(self, problems: Sequence[Problem], cfg: VLMConfig) -> dict[str, np.ndarray]:
-        """uint8 [tiles, H, W, 3] by problem id."""
-        index, pixels = encode.load_pixels(self.data, [p.image for p in problems], cfg)
-        return {p.id: pixels[i] for p, i in zip(problems, index, strict=True)}
+        dtype: default as stored.
+        """
+        c = self.config
+        if stage == "sft" and c.policy and not c.sft.steps:
+            return convert.load(c.policy, mesh, dtype or None).params
+        _, shapes = build.abstract(language.cfg, language.image_token, mesh, dtype or "float32")
+        return load_params(self.folder(stage) / "params", shapes)
 
-    def load(self, stage: str, tokenizer: Tokenizer, cfg: VLMConfig) -> tuple[Any, Any]:
-        """The graph definition and the weights that ``stage`` trained."""
-        graphdef, abstract = build.abstract(cfg, tokenizer.id(tok.IMAGE), self.mesh)
-        return graphdef, load_params(self.folder(stage) / "params", abstract)
-
-    def policy(self, settings: ConfigDict, mesh: Any, tokenizer: Tokenizer, cfg: VLMConfig, pixels: Pixels) -> Sampled:
-        """The policy that this run trained."""
-        graphdef, abstract = build.abstract(cfg, tokenizer.id(tok.IMAGE), mesh)
-        params = load_params(self.folder("sft") / "params", abstract)
-        sampling = settings_of(Sampling, settings, stop=(tokenizer.id(tok.TURN_END),))
-        policy = Policy(tokenizer, plain_prompt(tokenizer, cfg), pixels, sampling)
-        return Sampled(graphdef, params, cfg, tokenizer.id(tok.IMAGE), policy)
+    def policy(self, settings: ConfigDict, mesh: Any) -> Sampled:
+        """The policy of this run."""
+        language = self.language
+        if self.config.policy and settings.get("template"):
+            language = Language.released(language.tokenizer, language.cfg, settings.template)
+        params = self.load("sft", language, mesh, settings.dtype)
+        return Sampled.of(language, params, self.pixels(language.cfg), settings, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,29 +118,30 @@ class Sampled:
 
     graphdef: Any
     params: Any
-    cfg: VLMConfig
-    image_token: int
+    language: Language
     policy: Policy
+
+    @classmethod
+    def of(cls, language: Language, params: Any, pixels: Pixels, settings: ConfigDict, mesh: Any) -> Sampled:
+        """With the sampling of ``settings``."""
+        graphdef, _ = build.abstract(language.cfg, language.image_token, mesh)
+        sampling = settings_of(Sampling, settings, stop=(language.tokenizer.id(tok.TURN_END),))
+        return cls(graphdef, params, language, Policy.of(language, pixels, sampling))
 
     def sampler(self, run: Run, settings: ConfigDict, mesh: Any, purpose: str, n: int, verify: Verify) -> LocalSampler:
         """Samples with ``settings``; n: rollouts per request, as a rule."""
         engine = Engine(
-            self.graphdef, self.params, self.cfg, self.image_token, mesh, slots=settings.slots, samples=n,
-            max_new=settings.max_new_tokens, places=settings.cache_tokens,
+            self.graphdef, self.params, self.language.cfg, self.language.image_token, mesh, slots=settings.slots,
+            samples=n, max_new=settings.max_new_tokens, places=settings.cache_tokens,
         )  # fmt: skip
         return LocalSampler(engine, self.policy, run.config.seed, purpose, verify)
 
 
-def released_policy(run: Run, settings: ConfigDict, mesh: Any) -> Sampled:
+def other_policy(run: Run, settings: ConfigDict, mesh: Any) -> Sampled:
     """The checkpoint that ``settings.policy`` names: a folder, a hub id, or what ``mmprm convert`` wrote."""
     loaded = convert.load(settings.policy, mesh, settings.dtype or None)
-    tokenizer, cfg = Tokenizer.load(loaded.folder), loaded.model.cfg
-    image_token = tokenizer.id(tok.IMAGE) if cfg.vision else -1
-    graphdef, _ = build.abstract(cfg, image_token, mesh)
-    prompt = template_prompt(tokenizer, cfg, policy_template(settings.template or "internvl"))
-    sampling = settings_of(Sampling, settings, stop=(tokenizer.id(tok.TURN_END),))
-    policy = Policy(tokenizer, prompt, file_pixels(run.data, cfg, settings.max_tiles), sampling)
-    return Sampled(graphdef, loaded.params, cfg, image_token, policy)
+    language = Language.released(Tokenizer.load(loaded.folder), loaded.model.cfg, settings.template or "internvl")
+    return Sampled.of(language, loaded.params, run.pixels(language.cfg), settings, mesh)
 
 
 def settings_of(cls: type, config: Mapping[str, Any], **more: Any) -> Any:
@@ -165,72 +166,125 @@ def choose(choices: Mapping[str, Any], name: str, key: str) -> Any:
 def training_settings(config: ConfigDict, seed: int) -> trainer.Settings:
     """The settings of one training stage."""
     values = {**config.to_dict(), "optimizer": settings_of(optimizers.Settings, config.optimizer)}
+    if config.lora_rank:  # the adapters are trained in place of what they are beside
+        values["freeze"] = tuple(dict.fromkeys((*config.freeze, "decoder")))
     return settings_of(trainer.Settings, values, seed=seed)
 
 
 def data(run: Run) -> Figures:
-    """Generates the embedded problem set, unless the configuration names a folder with a data set."""
+    """Generates the embedded problem set, unless the configuration names a folder with a data set.
+
+    A folder without tokenizer.json gets one of its own, in ``<workdir>/data``, unless the policy has one.
+    """
     if run.config.data.folder:
-        return {"problems": {split: len(run.problems(split)) for split in digits.SPLITS}}
+        figures: Figures = {"problems": {split: len(run.problems(split)) for split in digits.SPLITS}}
+        if not run.config.policy and not (run.data / "tokenizer.json").exists():
+            tokenizer = Tokenizer.train_bpe(texts(run), run.config.data.vocab)
+            tokenizer.save(run.folder("data") / "tokenizer.json")
+            figures["vocabulary"] = len(tokenizer)
+        return figures
     settings = settings_of(digits.Settings, run.config.data, seed=run.config.seed)
     digits.check(settings)
     digits.generate(run.data, settings)
     return {"problems": {split: getattr(settings, split) for split in digits.SPLITS}}
 
 
+def texts(run: Run) -> Iterator[str]:
+    """What a tokenizer is learned from: the demonstrations, and the questions of the training problems."""
+    for name in run.config.sft.files:
+        for example in records.read(run.data / name, SFTExample):
+            yield example.question
+            yield example.response
+    for problem in records.read(run.data / "train.jsonl", Problem):
+        yield problem.question
+
+
 def training_set(
-    run: Run, stage: str, name: str, kind: str, model: tuple[Tokenizer, VLMConfig], sources: Sequence[epath.Path],
+    run: Run, stage: str, name: str, kind: str, language: Language, sources: Sequence[epath.Path],
     images: epath.Path, examples: Callable[[encode.TileCount], Iterable[Encoded]], **settings: Any,
 ) -> TrainingSet:  # fmt: skip
     """The encoded ``examples`` of a stage, made anew where the ``sources`` or the settings are others than before.
 
     images: the folder that their images are relative to.
     """
-    c, path, (tokenizer, cfg) = run.config[stage], run.folder(stage) / "input" / name, model
+    c, path, cfg = run.config[stage], run.folder(stage) / "input" / name, language.cfg
     made_with = {
-        "sources": training_files.checksum(sources), "tokenizer": tokenizer.fingerprint,
-        "tokens_per_tile": cfg.tokens_per_tile, "tile": cfg.tile if cfg.vision else 0, "max_tiles": c.max_tiles,
-        "max_length": c.max_length, "row_tiles": c.row_tiles, **settings,
+        "sources": training_files.checksum(sources), "tokenizer": language.tokenizer.fingerprint,
+        "tokens_per_tile": cfg.tokens_per_tile, "tile": cfg.tile if cfg.vision else 0,
+        "max_tiles": run.config.max_tiles, "max_length": c.max_length, "row_tiles": c.row_tiles, **settings,
     }  # fmt: skip
     if jax.process_index() == 0 and not training_files.is_current(path, made_with):
-        encoded = examples(encode.tile_count(images, cfg, c.max_tiles))
+        encoded = examples(encode.tile_count(images, cfg, run.config.max_tiles))
         training_files.write(path, kind, encoded, c.max_length, c.row_tiles, made_with)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"{path}")
     return TrainingSet(path, kind, images, made_with)
 
 
-def batches(
-    run: Run, stage: str, cfg: VLMConfig, sets: Sequence[TrainingSet], weights: Sequence[float] = ()
-) -> Batches:
-    """This process's rows of the batches of a training stage."""
-    c = run.config[stage]
-    tiles = Tiles(cfg.tile, c.max_tiles, c.shift, c.noise) if cfg.vision else None
-    sizes = Sizes(c.batch_size, c.max_length, c.row_tiles if cfg.vision else 0, c.row_examples)
-    return Batches(sets, sizes, run.config.seed, tiles, weights, row_share(run.mesh))
+def train(
+    run: Run, stage: str, start: convert.Start, loss: losses.Loss, sets: Sequence[TrainingSet],
+    weights: Sequence[float] = (),
+) -> Any:  # fmt: skip
+    """Trains what ``start`` begins with on the sets and writes it into the stage's folder. Returns the parameters.
+
+    Adapters are added to their matrices, and the head that only Beta-Binomial labels need is left out. A run with
+    ``config.policy`` writes a model folder as ``mmprm convert`` does.
+    """
+    c, folder, vision = run.config[stage], run.folder(stage), start.cfg.vision
+    tiles = Tiles(start.cfg.tile, run.config.max_tiles, c.shift, c.noise) if vision else None
+    sizes = Sizes(c.batch_size, c.max_length, c.row_tiles if vision else 0, c.row_examples)
+    settings = training_settings(c, run.config.seed)
+    with Batches(sets, sizes, run.config.seed, tiles, weights, row_share(run.mesh)) as source:
+        params = trainer.fit(stage, folder, start.graphdef, start.params, loss, source, settings, run.mesh)
+    params = {name: x for name, x in lora.merge(params, start.cfg).items() if name != "kappa"}
+    if start.loaded is not None:
+        loaded = dataclasses.replace(start.loaded, params=params)
+        # what the exported model does by itself: the tiles that it was trained with
+        tiling = {"max_dynamic_patch": run.config.max_tiles, "dynamic_image_size": True, "use_thumbnail": True}
+        model = dataclasses.replace(loaded.model, config={**loaded.model.config, **(tiling if vision else {})})
+        convert.write_folder(folder, dataclasses.replace(loaded, model=model), start.tokenizer)
+    else:
+        save_params(folder / "params", params)
+    return params
+
+
+def adapters(run: Run, stage: str) -> dict[str, Any]:
+    """The adapters of a training stage, as ``convert.warm_start`` and ``DecoderConfig`` take them."""
+    return {"lora_rank": run.config[stage].lora_rank, "lora_alpha": run.config[stage].lora_alpha}
 
 
 def sft(run: Run) -> Figures:
-    """Supervised fine-tuning of the policy, from random weights."""
-    c, tokenizer = run.config.sft, run.tokenizer()
-    cfg, folder = run.model(tokenizer), run.folder("sft")
+    """Supervised fine-tuning of the policy, from random weights or those of ``config.policy``."""
+    c, language = run.config.sft, run.language
+    if run.config.policy and not c.steps:
+        return {}
 
     def load(number: int, path: epath.Path) -> TrainingSet:
         def examples(tiles: encode.TileCount) -> Iterable[Encoded]:
-            return (encode.encode_sft(e, tokenizer, cfg, tiles) for e in records.read(path, SFTExample))
+            return (language.demonstration(e, tiles) for e in records.read(path, SFTExample))
 
-        name = f"{number}-{path.stem}"
-        return training_set(run, "sft", name, "policy", (tokenizer, cfg), [path], path.parent, examples)
+        return training_set(run, "sft", f"{number}-{path.stem}", "policy", language, [path], path.parent, examples)
 
     sets = [load(number, run.data / name) for number, name in enumerate(c.files)]
-    graphdef, params = build.initialise(cfg, tokenizer.id(tok.IMAGE), run.config.seed, run.mesh)
-    settings = training_settings(c, run.config.seed)
-    with batches(run, "sft", cfg, sets, c.weights) as source:
-        params = trainer.fit("sft", folder, graphdef, params, losses.policy_loss, source, settings, run.mesh)
-    save_params(folder / "params", params)
+    if run.config.policy:
+        start = convert.warm_start(
+            run.config.policy, run.mesh, remat=language.cfg.remat, seed=run.config.seed, **adapters(run, "sft")
+        )
+    else:
+        cfg = with_adapters(language.cfg, **adapters(run, "sft"))
+        graphdef, params = build.initialise(cfg, language.image_token, run.config.seed, run.mesh)
+        start = convert.Start(cfg, graphdef, params, language.tokenizer, None)
+    params = train(run, "sft", start, losses.policy_loss, sets, c.weights)
     left_out = [data.summary["left_out"] for data in sets]
     parameters = sum(x.size for x in jax.tree.leaves(params))
     return {"examples": sum(map(len, sets)), "left_out": left_out, "parameters": parameters}
+
+
+def with_adapters(cfg: VLMConfig, lora_rank: int, lora_alpha: float) -> VLMConfig:
+    """The sizes of a model that trains adapters."""
+    return dataclasses.replace(
+        cfg, decoder=dataclasses.replace(cfg.decoder, lora_rank=lora_rank, lora_alpha=lora_alpha)
+    )
 
 
 def annotate(run: Run) -> Figures:
@@ -243,12 +297,7 @@ def annotate(run: Run) -> Figures:
     mesh = run.mesh if together else make_mesh(run.mesh_shape, jax.local_devices())
 
     def make(verify: Verify) -> LocalSampler:
-        if c.policy:
-            return released_policy(run, c, mesh).sampler(run, c, mesh, "annotate", c.num_rollouts, verify)
-        tokenizer = run.tokenizer()
-        cfg = run.model(tokenizer)
-        tiles = run.pixels(problems, cfg)
-        policy = run.policy(c, mesh, tokenizer, cfg, lambda p: tiles[p.id] if p.image else None)
+        policy = other_policy(run, c, mesh) if c.policy else run.policy(c, mesh)
         return policy.sampler(run, c, mesh, "annotate", c.num_rollouts, verify)
 
     if c.servers:
@@ -265,26 +314,34 @@ def annotate(run: Run) -> Figures:
 
 def train_prm(run: Run) -> Figures:
     """Trees to step labels, and a PRM trained on them from the policy's weights."""
-    c, folder = run.config.train_prm, run.folder("train_prm")
-    policy_tokenizer = run.tokenizer()
-    tokenizer = policy_tokenizer.with_token(tok.PRM)
-    cfg = run.prm(tokenizer)
-    data = step_examples(run, tokenizer, cfg)
-    _, policy = run.load("sft", policy_tokenizer, run.model(policy_tokenizer))
-    graphdef, _ = build.abstract(cfg, tokenizer.id(tok.IMAGE), run.mesh)
-    params = build.complete(build.add_token(policy, run.mesh), cfg, tokenizer.id(tok.IMAGE), run.config.seed, run.mesh)
-    loss = losses.prm_loss(c.label, c.threshold, tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))
-    settings = training_settings(c, run.config.seed)
-    with batches(run, "train_prm", cfg, [data]) as source:
-        params = trainer.fit("train_prm", folder, graphdef, params, loss, source, settings, run.mesh)
-    save_params(folder / "params", params)
-    if jax.process_index() == 0:
-        tokenizer.save(folder / "tokenizer.json")
+    c, folder, kappa = run.config.train_prm, run.folder("train_prm"), run.config.train_prm.label == "beta_binomial"
+    language = run.language.with_prm(kappa)
+    data = step_examples(run, language)
+    start = prm_start(run, language)
+    loss = losses.prm_loss(c.label, c.threshold, *language.classes)
+    train(run, "train_prm", start, loss, [data])
+    if jax.process_index() == 0 and start.loaded is None:
+        language.tokenizer.save(folder / "tokenizer.json")
     found = labels.histogram(records.read(folder / "examples.jsonl", StepExample))
     return {"labels": found, "left_out": data.summary["left_out"]}
 
 
-def step_examples(run: Run, tokenizer: Tokenizer, cfg: VLMConfig) -> TrainingSet:
+def prm_start(run: Run, language: Language) -> convert.Start:
+    """The policy's weights, with what a PRM has more."""
+    seed, policy = run.config.seed, run.config.policy
+    if policy:
+        source = os.fspath(run.folder("sft")) if run.config.sft.steps else policy
+        return convert.warm_start(
+            source, run.mesh, prm=True, kappa=language.cfg.kappa, remat=language.cfg.remat, seed=seed,
+            **adapters(run, "train_prm"),
+        )  # fmt: skip
+    cfg, image = with_adapters(language.cfg, **adapters(run, "train_prm")), language.image_token
+    params = build.add_token(run.load("sft", run.language, run.mesh), run.mesh)
+    params = build.complete(params, cfg, image, seed, run.mesh)
+    return convert.Start(cfg, build.abstract(cfg, image, run.mesh)[0], params, language.tokenizer, None)
+
+
+def step_examples(run: Run, language: Language) -> TrainingSet:
     """The step examples of the trees, one tree in memory at a time; people can read them in ``examples.jsonl``."""
     c, path = run.config.train_prm, run.folder("train_prm") / "examples.jsonl"
     chosen, labelled = settings_of(labels.LabelSettings, c), choose(EXAMPLES, c.mode, "train_prm.mode")
@@ -295,12 +352,12 @@ def step_examples(run: Run, tokenizer: Tokenizer, cfg: VLMConfig) -> TrainingSet
             raise UserError(
                 "train_prm: no tree has both right and wrong solutions; the policy is too weak or too strong"
             )
-        return (encode.encode_steps(e, tokenizer, cfg, tiles) for e in records.read(path, StepExample))
+        return (language.steps(e, tiles) for e in records.read(path, StepExample))
 
     sources, made = sorted(run.folder("annotate").glob("trees-*.jsonl")), dataclasses.asdict(chosen)
     return training_set(
-        run, "train_prm", "steps", "prm", (tokenizer, cfg), sources, run.data, examples, mode=c.mode,
-        seed=run.config.seed, **made,
+        run, "train_prm", "steps", "prm", language, sources, run.data, examples, mode=c.mode, seed=run.config.seed,
+        **made,
     )  # fmt: skip
 
 
@@ -355,8 +412,9 @@ def run_stage(run: Run, stage: str) -> None:
         logging.info("%s: already done", stage)
         return
     before = list(STAGES)[: list(STAGES).index(stage)]
-    if stage == "annotate" and (run.config.annotate.policy or run.config.annotate.servers):
-        before = [] if run.config.data.folder else ["data"]  # somebody else's policy
+    c = run.config
+    if stage == "annotate" and (c.annotate.policy or c.annotate.servers or (c.policy and not c.sft.steps)):
+        before = [] if c.data.folder else ["data"]  # a policy that is there
     unfinished = [name for name in before if run.figures(name) is None and name != "report"]
     if unfinished:
         raise UserError(f"{stage}: the stage {unfinished[0]} has not finished; run `mmprm {unfinished[0]}` first")

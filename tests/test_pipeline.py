@@ -251,16 +251,13 @@ import json, sys
 import jax
 from etils import epath
 from mmprm_jax import config, stages
-from mmprm_jax.evaluation.stage import is_correct_all
+from mmprm_jax.answers.workers import Verifier
 from mmprm_jax.records import Request
 run = stages.Run(config.load(sys.argv[1]), epath.Path(sys.argv[2]), "")
-tokenizer = run.tokenizer()
-cfg = run.model(tokenizer)
 trees = stages.read_trees(run.folder("annotate"))[:60]
 chosen = [(t, i) for t in trees for i in range(len(t.nodes)) if (i < 3)]
-pixels = run.pixels([t.problem for t in trees], cfg)
-policy = run.policy(run.config.annotate, run.mesh, tokenizer, cfg, lambda p: pixels[p.id])
-sampler = policy.sampler(run, run.config.annotate, run.mesh, "brute force", 16, is_correct_all)
+policy = run.policy(run.config.annotate, run.mesh)
+sampler = policy.sampler(run, run.config.annotate, run.mesh, "brute force", 16, Verifier(0))
 answers = sampler.solve([Request(t.problem, t.prefix(i), 96) for t, i in chosen])
 print(json.dumps([[t.nodes[i].k, t.nodes[i].n, sum(r.correct for r, _ in a), len(a)]
                   for (t, i), a in zip(chosen, answers)]))

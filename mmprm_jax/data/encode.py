@@ -1,46 +1,137 @@
-"""Records to the tokens, labels and images that training and scoring read."""
+"""Records to the tokens, labels and images that training, sampling and scoring read: the same for all of them."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from etils import epath
 
-from mmprm_jax.data import images
-from mmprm_jax.data.prompts import policy_prompt
+from mmprm_jax.data import images, prompts
 from mmprm_jax.data.training_files import Encoded
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
-from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import SFTExample, StepExample, UserError
+from mmprm_jax.models.tokenizer import Segment, Tokenizer
+from mmprm_jax.records import Problem, SFTExample, StepExample, UserError
 
 TileCount = Callable[[str | None], int]  # image file, None: no image -> its number of tiles
+Pixels = Callable[[Problem], np.ndarray | None]  # uint8 [tiles, H, W, 3] of a problem's image; None: it has none
+# (question, solution so far, visual tokens of each image) -> a prompt
+Build = Callable[[str, Sequence[str], Sequence[int]], list[Segment]]
 
 
-def prompt_ids(tokenizer: Tokenizer, cfg: VLMConfig, question: str, tiles: int) -> list[int]:
-    """The policy prompt of a problem whose image has so many tiles (0: no image) as ids."""
-    return tokenizer.encode(policy_prompt(question, cfg.tokens_per_tile * tiles))
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """What a policy and its PRM read and write: a tokenizer, the sizes of the model, prompts.
+
+    Solutions are tuples of segments (``records``). ask: the policy's prompt, which ends where it goes on. respond: a
+    demonstration's response behind it. judge: a solution as the PRM reads it, with one score per segment. positive,
+    negative: the vocabulary entries whose logits are compared there.
+    """
+
+    tokenizer: Tokenizer
+    cfg: VLMConfig
+    ask: Build
+    respond: Callable[[str], list[Segment]]
+    judge: Build
+    positive: str = tok.YES
+    negative: str = tok.NO
+
+    @classmethod
+    def own(cls, tokenizer: Tokenizer, cfg: VLMConfig) -> Language:
+        """Of a model of our own: the tags of steps are tokens, and ``<prm>`` stands behind each segment."""
+        markers = tokenizer.own_markers
+        chat = prompts.policy_template("plain").build
+
+        def ask(question: str, segments: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
+            return chat(question, (), image_tokens) + [x for s in segments for x in prompts.marked(s, markers)]
+
+        def judge(question: str, segments: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
+            mark = Segment(tok.PRM, marker=True, score="at")
+            parts = [x for s in segments for x in (*prompts.marked(s, markers), mark)]
+            return chat(question, (), image_tokens) + parts
+
+        return cls(tokenizer, cfg, ask, lambda response: prompts.marked(response, markers), judge)
+
+    @classmethod
+    def released(cls, tokenizer: Tokenizer, cfg: VLMConfig, policy: str = "internvl", prm: str = "mm_prm") -> Language:
+        """Of a released policy, by the names of its templates. Raises UserError when there is no such template."""
+        asked, judged = prompts.policy_template(policy), prompts.prm_template(prm)
+        if judged.positive is None or judged.negative is None:
+            raise UserError(f"the template {prm!r} is for a model with a score head; a policy has none")
+
+        def bare(build: Build) -> Build:
+            return lambda question, segments, n: build(question, [prompts.step_text(s) for s in segments], n)
+
+        return cls(
+            tokenizer, cfg, bare(asked.build), lambda response: [Segment(response)], bare(judged.build),
+            judged.positive, judged.negative,
+        )  # fmt: skip
+
+    @property
+    def image_token(self) -> int:
+        """The id of an image's visual tokens; -1 for a model that takes none."""
+        return self.tokenizer.id(tok.IMAGE) if self.cfg.vision else -1
+
+    @property
+    def classes(self) -> tuple[int, int]:
+        """The ids of ``positive`` and ``negative``."""
+        return self.tokenizer.piece(self.positive), self.tokenizer.piece(self.negative)
+
+    def with_prm(self, kappa: bool = False) -> Language:
+        """The PRM's: with the token ``<prm>``, and a head for the concentration of Beta-Binomial labels."""
+        tokenizer = self.tokenizer.with_token(tok.PRM)
+        size = max(self.cfg.decoder.vocab_size, tokenizer.id(tok.PRM) + 1)
+        decoder = dataclasses.replace(self.cfg.decoder, vocab_size=size)
+        return dataclasses.replace(
+            self, tokenizer=tokenizer, cfg=dataclasses.replace(self.cfg, decoder=decoder, kappa=kappa)
+        )
+
+    def _counts(self, tiles: int) -> list[int]:
+        return [tiles * self.cfg.tokens_per_tile] if tiles else []
+
+    def prompt(self, question: str, segments: Sequence[str], tiles: int) -> list[int]:
+        """The ids of the policy's prompt; the image has so many tiles, 0: there is none."""
+        return self.tokenizer.encode_prompt(self.ask(question, segments, self._counts(tiles)))[0]
+
+    def solution(self, question: str, segments: Sequence[str], tiles: int) -> tuple[list[int], list[int]]:
+        """The ids of a solution as the PRM reads it, and where its scores stand."""
+        return self.tokenizer.encode_prompt(self.judge(question, segments, self._counts(tiles)))
+
+    def demonstration(self, example: SFTExample, tiles: TileCount) -> Encoded:
+        """Prompt, response, end of turn; ``response`` is True from the response on."""
+        count = tiles(example.image)
+        asked = self.ask(example.question, (), self._counts(count))
+        prompt, _ = self.tokenizer.encode_prompt(asked)
+        ids, _ = self.tokenizer.encode_prompt([*asked, *self.respond(example.response)])
+        # one text, as the policy reads it when it goes on: where they meet, a token may be of both
+        start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
+        ids.append(self.tokenizer.id(tok.TURN_END))
+        labels = {"response": np.arange(len(ids)) >= start}
+        return Encoded(example.id, np.array(ids, np.int32), labels, _images(example.image, count))
+
+    def steps(self, example: StepExample, tiles: TileCount) -> Encoded:
+        """Prompt and steps, ``k`` and ``n`` where a step's score stands and 0 elsewhere.
+
+        Raises UserError unless there are counts 0 <= k <= n for each step.
+        """
+        lengths = {len(example.segments), len(example.k), len(example.n)}
+        if len(lengths) > 1 or not all(0 <= k <= n for k, n in zip(example.k, example.n, strict=False)):
+            raise UserError(
+                f"step example {example.id}: needs counts 0 <= k <= n for each of its {len(example.segments)} steps"
+            )
+        count = tiles(example.image)
+        ids, marks = self.solution(example.question, example.segments, count)
+        k, n = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
+        k[marks], n[marks] = example.k, example.n
+        return Encoded(example.id, np.array(ids, np.int32), {"k": k, "n": n}, _images(example.image, count))
 
 
-def prm_ids(tokenizer: Tokenizer, prompt: list[int], segments: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The prompt and the segments with ``<prm>`` after each, and where the markers stand."""
-    ids, marks = list(prompt), []
-    for segment in segments:
-        ids += tokenizer.encode(segment)
-        marks.append(len(ids))
-        ids.append(tokenizer.id(tok.PRM))
-    return ids, marks
-
-
-def load_pixels(folder: epath.PathLike, names: Sequence[str | None], cfg: VLMConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct images of ``names`` and, for each name, its index among them."""
-    distinct = sorted(set(names), key=str)
-    index = {name: i for i, name in enumerate(distinct)}
-    return np.array([index[name] for name in names], np.int32), images.load_images(
-        folder, distinct, cfg.vision.image_size
-    )
+def _images(name: str | None, tiles: int) -> tuple[tuple[str, int], ...]:
+    return () if name is None else ((name, tiles),)
 
 
 def tile_count(folder: epath.PathLike, cfg: VLMConfig, max_tiles: int) -> TileCount:
@@ -53,39 +144,29 @@ def tile_count(folder: epath.PathLike, cfg: VLMConfig, max_tiles: int) -> TileCo
     def count(name: str | None) -> int:
         if name is None:
             return 0
-        path = epath.Path(folder) / name
-        if cfg.vision is None:
-            raise UserError(f"{path}: the model takes no images; leave out the examples that have one")
+        path = _image(folder, name, cfg)
         return images.count_tiles(*images.open_image(path).size, max_tiles, cfg.tile)
 
     return count
 
 
-def encode_sft(example: SFTExample, tokenizer: Tokenizer, cfg: VLMConfig, tiles: TileCount) -> Encoded:
-    """Prompt, response, end of turn; ``response`` is True from the response on."""
-    count = tiles(example.image)
-    prompt = prompt_ids(tokenizer, cfg, example.question, count)
-    ids = [*prompt, *tokenizer.encode(example.response), tokenizer.id(tok.TURN_END)]
-    labels = {"response": np.arange(len(ids)) >= len(prompt)}
-    return Encoded(example.id, np.array(ids, np.int32), labels, _images(example.image, count))
+def file_pixels(folder: epath.PathLike, cfg: VLMConfig, max_tiles: int) -> Pixels:
+    """The tiles of a problem's image, which is relative to ``folder``; opened when they are needed.
 
-
-def encode_steps(example: StepExample, tokenizer: Tokenizer, cfg: VLMConfig, tiles: TileCount) -> Encoded:
-    """Prompt and steps, ``k`` and ``n`` at the ``<prm>`` behind each step and 0 elsewhere.
-
-    Raises UserError unless there are counts 0 <= k <= n for each step.
+    The function raises as that of ``tile_count``.
     """
-    lengths = {len(example.segments), len(example.k), len(example.n)}
-    if len(lengths) > 1 or not all(0 <= k <= n for k, n in zip(example.k, example.n, strict=False)):
-        raise UserError(
-            f"step example {example.id}: needs counts 0 <= k <= n for each of its {len(example.segments)} steps"
-        )
-    count = tiles(example.image)
-    ids, marks = prm_ids(tokenizer, prompt_ids(tokenizer, cfg, example.question, count), example.segments)
-    k, n = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
-    k[marks], n[marks] = example.k, example.n
-    return Encoded(example.id, np.array(ids, np.int32), {"k": k, "n": n}, _images(example.image, count))
+
+    def pixels(problem: Problem) -> np.ndarray | None:
+        if problem.image is None:
+            return None
+        return images.tiles(images.open_image(_image(folder, problem.image, cfg)), max_tiles, cfg.tile)
+
+    return pixels
 
 
-def _images(name: str | None, tiles: int) -> tuple[tuple[str, int], ...]:
-    return () if name is None else ((name, tiles),)
+def _image(folder: epath.PathLike, name: str, cfg: VLMConfig) -> epath.Path:
+    """Raises UserError when the model takes no images."""
+    path = epath.Path(folder) / name
+    if cfg.vision is None:
+        raise UserError(f"{path}: the model takes no images; leave out the examples that have one")
+    return path

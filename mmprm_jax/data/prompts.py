@@ -203,9 +203,10 @@ def policy_template(name: str) -> PolicyTemplate:
     return _named(POLICY_TEMPLATES, name, "policy")
 
 
-def policy_prompt(question: str, image_tokens: int) -> str:
-    """The template "plain" as text. ``image_tokens``: visual tokens of the only image; 0 for a text-only problem."""
-    return render(_plain(question, (), [image_tokens] if image_tokens else []))
+def marked(text: str, tokens: Sequence[str]) -> list[Segment]:
+    """``text`` with each of the ``tokens`` in it as a marker; all else is literal."""
+    parts = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
+    return [_marker(part) if i % 2 else Segment(part) for i, part in enumerate(parts) if part]
 
 
 _TAG = re.compile(r"<(/?)(step|answer)>")

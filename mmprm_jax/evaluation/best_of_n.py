@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from mmprm_jax.answers.equivalence import compare
 from mmprm_jax.evaluation import aggregate
 from mmprm_jax.evaluation.statistics import mean_and_stderr, summary
 from mmprm_jax.records import ScoredCandidate
@@ -37,6 +38,27 @@ _TIE = 1e-12  # relative; sums of the same numbers in another order differ by ro
 def plain(answer: str) -> str:
     """The default key: composed characters (not NFKC: 2² is not 22), no capitals, no spaces around, one between."""
     return re.sub(r"\s+", " ", unicodedata.normalize("NFC", answer)).strip().casefold()
+
+
+def equivalent(problems: Problems) -> Key:
+    r"""A key by which answers of one problem that say the same thing (0.5 and \frac{1}{2}) are equal.
+
+    Two answers are, if the quick rules take either as a prediction of the other; and so are those equal to one answer.
+    """
+    parent: dict[str, str] = {}
+
+    def root(answer: str) -> str:
+        while parent.get(answer, answer) != answer:
+            answer = parent[answer]
+        return answer
+
+    for scored in problems:
+        answers = sorted({plain(s.candidate.answer) for s in scored if s.candidate.answer is not None})
+        for a, b in itertools.combinations(answers, 2):
+            first, second = root(a), root(b)
+            if first != second and compare(a, b) and compare(b, a):
+                parent[max(first, second)] = min(first, second)
+    return lambda answer: root(plain(answer))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -181,9 +181,9 @@ def run(run: Run, names: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"{unknown[0]}: no such search; there are {', '.join(METHODS)}")
     methods = {name: METHODS[name](c.beams, c.width, c.ahead) for name in names}
     problems, aggregator = run.problems("test"), figures["prm_selected"]
-    policy, value = stage.Policy(run), stage.values(run, "test", aggregator)
+    value = stage.values(run, aggregator)
     run.folder("guided").mkdir(parents=True, exist_ok=True)
-    with Preemption() as preemption:
+    with stage.Policy(run) as policy, Preemption() as preemption:
         for name, method in methods.items():
             pieces = Pieces(run.folder("guided") / f"{name}.jsonl", preemption)
             if pieces.path.exists():

@@ -98,7 +98,8 @@ class Scorer:
     ):
         """classes: ids of the tokens for right and wrong, None: the model's own score head, whose class 1 is right.
 
-        problems, solutions: of one batch. bucket: widths are padded to its multiples. longest: rows with more tokens
+        problems, solutions: of one batch. bucket: widths are padded to its multiples, long ones to an eighth of a power
+        of two: each width is a program. longest: rows with more tokens
         share nothing (their rotary positions go by their own length); 0: no such limit.
         """
         self._graphdef, self._params, self._mesh, self._classes = graphdef, params, mesh, classes
@@ -143,7 +144,8 @@ class Scorer:
                 yield same[start : start + self._problems]
 
     def _width(self, tokens: int) -> int:
-        return max(1, -(-tokens // self._bucket)) * self._bucket
+        step = max(self._bucket, 1 << max(0, (tokens - 1).bit_length() - 4))
+        return max(1, -(-tokens // step)) * step
 
     def _run(self, groups: list[_Group]) -> Iterator[tuple[tuple[int, int], tuple[float, ...]]]:
         count, n = self._problems, self._solutions

@@ -7,6 +7,7 @@ there is read; one that an interruption left unfinished goes on piece by piece.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections import Counter
@@ -15,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmprm_jax import annotate as annotation
 from mmprm_jax import records
-from mmprm_jax.answers.verify import is_correct
-from mmprm_jax.data import digits, encode
+from mmprm_jax.data import digits
 from mmprm_jax.data.prompts import final_answer
 from mmprm_jax.evaluation import aggregate, best_of_n, calibration, statistics
 from mmprm_jax.evaluation.pieces import Pieces
 from mmprm_jax.evaluation.score import Scorer, Solutions
 from mmprm_jax.metrics import progress
+from mmprm_jax.models import build
 from mmprm_jax.models import tokenizer as tok
-from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Candidate, Problem, Request, Rollout, ScoredCandidate, StepExample, UserError
 from mmprm_jax.rollout.rollouts import LocalSampler
 from mmprm_jax.training.preemption import Preemption
@@ -37,51 +38,54 @@ Grouped = dict[str, list[Candidate]]  # by problem id, in the order of the probl
 Scored = list[list[ScoredCandidate]]
 
 
-def is_correct_all(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
-    """Whether the answer of each (answer, gold) pair is right."""
-    return [is_correct(answer, gold) for answer, gold in pairs]
-
-
 # ------------------------------------------------------------------------------------------------- sampling
 
 
 class Policy:
-    """The run's policy, made when the first sample is asked for: its weights, and one engine for all purposes."""
+    """The run's policy, made when the first sample is asked for: its weights, one engine for all purposes, verifiers.
+
+    Use it in a ``with``: answers are verified in worker processes.
+    """
 
     def __init__(self, run: Run):
-        self._run, self._pixels = run, {}
+        self._run, self._open = run, contextlib.ExitStack()
+
+    def __enter__(self) -> Policy:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.close()
 
     @functools.cached_property
     def _sampler(self) -> LocalSampler:
-        run, tokenizer = self._run, self._run.tokenizer()
-        cfg = run.model(tokenizer)
-        for split in ("dev", "test"):
-            self._pixels.update(run.pixels(run.problems(split), cfg))
-        c = run.config.evaluate
-        policy = run.policy(c, run.mesh, tokenizer, cfg, self._see)
-        return policy.sampler(run, c, run.mesh, "evaluate", c.n, is_correct_all)
-
-    def _see(self, problem: Problem) -> np.ndarray | None:
-        return self._pixels[problem.id] if problem.image else None
+        run, c = self._run, self._run.config.evaluate
+        verify = self._open.enter_context(annotation.verifier(c))
+        return run.policy(c, run.mesh).sampler(run, c, run.mesh, "evaluate", c.n, verify)
 
     def sampler(
-        self, purpose: str, greedy: bool = False, image_of: Mapping[str, str] | None = None, by_step: bool = False
+        self, purpose: str, greedy: bool = False, shown: Mapping[str, Problem] | None = None, by_step: bool = False
     ) -> LocalSampler:
-        """purpose: names the random numbers. image_of: whose image a problem is shown with; None: its own.
+        """purpose: names the random numbers. shown: whose image a problem comes with, by id; None: its own.
 
-        by_step: a sample ends with its first step, or its answer.
+        by_step: a sample ends with its first step, or its answer. Raises UserError if their tags are no tokens.
         """
-        engine, policy = self._sampler.engine, self._sampler.policy
-        sampling = policy.sampling
+        policy = self._sampler.policy
+        sampling, pixels = policy.sampling, policy.pixels
         if greedy:
             sampling = dataclasses.replace(sampling, temperature=0.0)
         if by_step:
             ends = (policy.tokenizer.id(tok.STEP_END), policy.tokenizer.id(tok.ANSWER_END))
             sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *ends))
-        policy = dataclasses.replace(policy, sampling=sampling)
-        if image_of:
-            policy = dataclasses.replace(policy, pixels=lambda p: self._pixels[image_of[p.id]] if p.image else None)
-        return LocalSampler(engine, policy, self._run.config.seed, purpose, is_correct_all)
+        see = pixels if shown is None else lambda p: pixels(shown[p.id])
+        policy = dataclasses.replace(policy, sampling=sampling, pixels=see)
+        return LocalSampler(self._sampler.engine, policy, self._run.config.seed, purpose, self._sampler.verify)
+
+
+def shuffled(problems: Sequence[Problem]) -> list[Problem]:
+    """For each problem the one before it that has an image, of the last one on; itself for one without an image."""
+    with_image = [p for p in problems if p.image is not None]
+    before = {p.id: with_image[i - 1] for i, p in enumerate(with_image)}
+    return [before.get(p.id, p) for p in problems]
 
 
 Make = Callable[[], LocalSampler]
@@ -154,8 +158,12 @@ class Sampled:
 
 def sample(run: Run, preemption: Preemption) -> Sampled:
     """All that the evaluation needs of the policy, in ``run.sampled``. Raises Preempted, UserError."""
-    c, policy = run.config.evaluate, Policy(run)
-    dev, test = run.problems("dev"), run.problems("test")
+    with Policy(run) as policy:
+        return _sample(run, policy, preemption)
+
+
+def _sample(run: Run, policy: Policy, preemption: Preemption) -> Sampled:
+    c, dev, test = run.config.evaluate, run.problems("dev"), run.problems("test")
 
     def file(name: str) -> Pieces:
         return Pieces(run.sampled / f"{name}.jsonl", preemption)
@@ -171,9 +179,9 @@ def sample(run: Run, preemption: Preemption) -> Sampled:
         lambda: policy.sampler("calibrate"),
     )  # fmt: skip
     if run.controls:
-        image_of = {p.id: test[i - 1].id for i, p in enumerate(test)}
+        shown = {p.id: other for p, other in zip(test, shuffled(test), strict=True)}
         candidates_of(
-            file("test_shuffled_candidates"), test, c.n, lambda: policy.sampler("control", image_of=image_of),
+            file("test_shuffled_candidates"), test, c.n, lambda: policy.sampler("control", shown=shown),
             "shuffled test",
         )  # fmt: skip
     return Sampled(found_dev, found_test, greedy, steps)
@@ -198,12 +206,12 @@ def policy_control(run: Run) -> Figures:
 
 # ------------------------------------------------------------------------------------------------- scoring
 
-# What the PRM sees instead of the image of problem i.
-SETS: dict[str, tuple[str, Callable[[Sequence[np.ndarray], int], np.ndarray]]] = {
-    "dev": ("dev", lambda stack, i: stack[i]),
-    "test": ("test", lambda stack, i: stack[i]),
-    "blank_image": ("test", lambda stack, i: np.zeros_like(stack[i])),
-    "shuffled_image": ("test", lambda stack, i: stack[i - 1]),
+# The sets of candidates, and what the PRM sees with each: "own" image, a "blank" or "another" problem's one.
+SETS = {
+    "dev": ("dev", "own"),
+    "test": ("test", "own"),
+    "blank_image": ("test", "blank"),
+    "shuffled_image": ("test", "another"),
 }
 
 
@@ -211,33 +219,41 @@ class TrainedPRM:
     """The run's PRM; its weights are loaded when the first solution is scored."""
 
     def __init__(self, run: Run):
-        self._run, self._tokenizer = run, Tokenizer.load(run.folder("train_prm") / "tokenizer.json")
-        self.cfg = run.prm(self._tokenizer)
+        self._run, self.language = run, run.language.with_prm()
+        self._pixels = run.pixels(self.language.cfg)
 
     @functools.cached_property
     def scorer(self) -> Scorer:
-        run, tokenizer = self._run, self._tokenizer
-        graphdef, params = run.load("train_prm", tokenizer, self.cfg)
-        classes = (tokenizer.piece(tok.YES), tokenizer.piece(tok.NO))
-        rows = run.config.evaluate.score_rows
-        return Scorer(graphdef, params, run.mesh, classes, problems=rows // 4, solutions=4)
+        run, language, c = self._run, self.language, self._run.config.evaluate
+        graphdef, _ = build.abstract(language.cfg, language.image_token, run.mesh)
+        params = run.load("train_prm", language, run.mesh, c.dtype)
+        scaling = language.cfg.decoder.rope_scaling
+        return Scorer(
+            graphdef, params, run.mesh, language.classes, problems=max(1, c.score_rows // 4), solutions=4,
+            longest=scaling.max_position if scaling else 0,
+        )  # fmt: skip
 
-    def solutions(self, problem: Problem, found: Sequence[tuple[str, ...]], pixels: np.ndarray) -> Solutions:
-        """pixels: what the PRM sees, uint8 [tiles, H, W, 3]."""
-        prompt = encode.prompt_ids(self._tokenizer, self.cfg, problem.question, int(problem.image is not None))
-        return Solutions([encode.prm_ids(self._tokenizer, prompt, x) for x in found], pixels)
+    def solutions(
+        self, problem: Problem, found: Sequence[tuple[str, ...]], shown: Problem | None = None, blank: bool = False
+    ) -> Solutions:
+        """shown: whose image the PRM sees; None: the problem's own. blank: a black one in its place."""
+        pixels = self._pixels(shown or problem)
+        if pixels is not None and blank:
+            pixels = np.zeros_like(pixels)
+        tiles = 0 if pixels is None else len(pixels)
+        return Solutions([self.language.solution(problem.question, x, tiles) for x in found], pixels)
 
 
 def score(run: Run, sampled: Sampled, preemption: Preemption) -> dict[str, Scored]:
     """The scored candidates of each set, by problem. Raises Preempted, UserError."""
     c, prm, splits = run.config.evaluate, TrainedPRM(run), {"dev": sampled.dev, "test": sampled.test}
 
-    def solutions(split: str, seen: Callable[[Sequence[np.ndarray], int], np.ndarray]) -> Callable[[int], Solutions]:
+    def solutions(split: str, seen: str) -> Callable[[int], Solutions]:
         problems, groups = run.problems(split), list(splits[split].values())
-        stack = list(run.pixels(problems, prm.cfg).values())
+        shown = shuffled(problems) if seen == "another" else problems
 
         def of(i: int) -> Solutions:
-            return prm.solutions(problems[i], [x.segments for x in groups[i]], seen(stack, i))
+            return prm.solutions(problems[i], [x.segments for x in groups[i]], shown[i], blank=seen == "blank")
 
         return of
 
@@ -287,13 +303,12 @@ def stored(run: Run, split: str) -> Scored:
     return _by_problem(rows, {p.id: [] for p in run.problems(split)})
 
 
-def values(run: Run, split: str, aggregator: str) -> Callable[[Any], list[list[float]]]:
-    """A ``guided.Value`` of problems of ``split``: the run's PRM by one aggregator."""
+def values(run: Run, aggregator: str) -> Callable[[Any], list[list[float]]]:
+    """A ``guided.Value``: the run's PRM by one aggregator."""
     prm, combine = TrainedPRM(run), aggregate.AGGREGATORS[aggregator]
-    pixels = run.pixels(run.problems(split), prm.cfg)
 
     def value(found: Sequence[tuple[Problem, Sequence[tuple[str, ...]]]]) -> list[list[float]]:
-        scores = prm.scorer.score([prm.solutions(p, solutions, pixels[p.id]) for p, solutions in found])
+        scores = prm.scorer.score([prm.solutions(p, solutions) for p, solutions in found])
         return [[combine(np.array(s)) for s in group] for group in scores]
 
     return value
@@ -318,7 +333,7 @@ def compare(run: Run, sampled: Sampled, results: Mapping[str, Scored]) -> Figure
     test, n, problems = results["test"], run.config.evaluate.n, run.problems("test")
     greedy = [group[0].correct for group in sampled.greedy.values()]
     selected = best_of_n.select_aggregator(results["dev"], n)
-    figures, each = selectors(test, n, greedy=greedy)
+    figures, each = selectors(test, n, greedy=greedy, key=best_of_n.equivalent(test))
     prm = each["prm"][selected]
     others = {x: each[x] for x in ("random", "greedy", "majority", "policy_logprob")}
     if selected != "last":
@@ -346,15 +361,16 @@ def compare(run: Run, sampled: Sampled, results: Mapping[str, Scored]) -> Figure
 
 
 def selectors(
-    problems: best_of_n.Problems, n: int, greedy: Sequence[bool] | None = None, without: Sequence[str] = ()
-) -> tuple[Figures, dict[str, Any]]:
+    problems: best_of_n.Problems, n: int, greedy: Sequence[bool] | None = None, without: Sequence[str] = (),
+    key: best_of_n.Key = best_of_n.plain,
+) -> tuple[Figures, dict[str, Any]]:  # fmt: skip
     """(what can be said of any scored candidates, the accuracies of each problem at ``n``)."""
-    each = best_of_n.per_problem(problems, n, without=without)
+    each = best_of_n.per_problem(problems, n, key, without)
     if greedy is not None:
         each["greedy"] = np.asarray(greedy, np.float64)
     figures: Figures = {
         "n_problems": len(problems),
-        "best_of_n": best_of_n.best_of_n(problems, without=without, greedy=greedy),
+        "best_of_n": best_of_n.best_of_n(problems, key, without, greedy),
         "by_length": best_of_n.by_group(each, [best_of_n.length_group(group) for group in problems]),
     }
     if "majority" in each:

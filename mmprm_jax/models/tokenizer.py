@@ -1,7 +1,7 @@
 """Tokenizers, and the marker tokens that must be exactly one id each.
 
-Three kinds: word-level (a file, the embedded data), InternLM2 and Qwen2 (a released checkpoint's folder). Everything is
-read as data: no code of the checkpoint runs.
+Four kinds: word-level and byte-level BPE (a file: of the embedded data, and what ``train_bpe`` makes of other data),
+InternLM2 and Qwen2 (a released checkpoint's folder). Everything is read as data: no code of the checkpoint runs.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
 from etils import epath
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from mmprm_jax.models.sentencepiece_tokenizer import SentencePieceCore
 from mmprm_jax.records import UserError
@@ -23,7 +23,8 @@ IMAGE_START, IMAGE, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 STEP, STEP_END, ANSWER, ANSWER_END = "<step>", "</step>", "<answer>", "</answer>"
 PAD, PRM, YES, NO = "<pad>", "<prm>", "Yes", "No"
-MARKERS = (PAD, TURN_START, TURN_END, IMAGE_START, IMAGE, IMAGE_END, STEP, STEP_END, ANSWER, ANSWER_END)
+TAGS = (STEP, STEP_END, ANSWER, ANSWER_END)
+MARKERS = (PAD, TURN_START, TURN_END, IMAGE_START, IMAGE, IMAGE_END, *TAGS)
 
 _CONFIG, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 _ADDED, _FAST = "added_tokens.json", "tokenizer.json"
@@ -69,7 +70,7 @@ class Tokenizer:
     """
 
     def __init__(self, files: Mapping[str, bytes], where: str):
-        """``files``: name to content; only a tokenizer.json for the word-level kind. ``where``: for messages."""
+        """``files``: name to content; only a tokenizer.json for the kinds of our own. ``where``: for messages."""
         self._files, self._where = dict(files), where
         self.bos: tuple[int, ...] = ()
         self.pad: int = 0
@@ -117,14 +118,34 @@ class Tokenizer:
         return cls({_FAST: core.to_str().encode()}, "word-level tokenizer")
 
     @classmethod
+    def train_bpe(cls, texts: Iterable[str], size: int) -> Tokenizer:
+        """A byte-level BPE tokenizer of at most ``size`` tokens, learned from ``texts``; with the marker tokens.
+
+        It decodes what it encodes to the same text, whatever that is; equal texts give an equal tokenizer. Raises
+        UserError when there is no room for the markers and the bytes.
+        """
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        least = len(MARKERS) + len(alphabet) + sum(len(word) - 1 for word in (YES, NO))
+        if size < least:
+            raise UserError(f"a byte-level vocabulary of {size} tokens; it needs {least} at least")
+        core = tokenizers.Tokenizer(models.BPE())
+        core.pre_tokenizer, core.decoder = _byte_level_words(), decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size - (least - len(MARKERS) - len(alphabet)), special_tokens=list(MARKERS),
+            initial_alphabet=alphabet, show_progress=False, max_token_length=64,
+        )  # fmt: skip
+        core.train_from_iterator(texts, trainer)
+        return cls({_FAST: _with_words(core.to_str(), (YES, NO)).encode()}, "byte-level tokenizer")
+
+    @classmethod
     def load(cls, path: epath.PathLike) -> Tokenizer:
-        """``path``: the file of a word-level tokenizer, or the folder of a released checkpoint.
+        """``path``: the file of a tokenizer of our own, or the folder of a released checkpoint.
 
         Raises UserError when there is none, when it is damaged, and when its kind is unknown.
         """
         path = epath.Path(path)
         if not path.exists():
-            raise UserError(f"{path}: no tokenizer there; name a checkpoint's folder or a word-level tokenizer.json")
+            raise UserError(f"{path}: no tokenizer there; name a checkpoint's folder or a tokenizer.json of our own")
         if not path.is_dir():
             return cls({_FAST: path.read_bytes()}, str(path))
         if not (path / _CONFIG).exists():
@@ -137,7 +158,7 @@ class Tokenizer:
         return hashlib.sha256(repr(sorted(self._files.items())).encode()).hexdigest()[:16]
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes the file of a word-level tokenizer, or the files of a checkpoint's tokenizer into a folder.
+        """Writes the file of a tokenizer of our own, or the files of a checkpoint's tokenizer into a folder.
 
         The files are the ones loaded, byte for byte, but for what ``with_token`` changed. The original's Python files
         are not among them.
@@ -163,6 +184,15 @@ class Tokenizer:
     @property
     def special_ids(self) -> frozenset[int]:
         return self._core.special_ids
+
+    @property
+    def own_markers(self) -> tuple[str, ...]:
+        """The tokens that stand for their text in a tokenizer of our own: the tags of steps.
+
+        Of a word-level tokenizer all special ones: no other ids could stand for them.
+        """
+        is_word_level = isinstance(self._core, _FastCore) and self._core.is_word_level
+        return self._core.special_texts if is_word_level else TAGS
 
     def __len__(self) -> int:
         return len(self._core)
@@ -262,7 +292,9 @@ class _FastCore:
         core.no_padding()
         self._literal = tokenizers.Tokenizer.from_str(core.to_str())
         self._literal.encode_special_tokens = True  # as ordinary text
-        self.special_ids = frozenset(i for i, t in core.get_added_tokens_decoder().items() if t.special)
+        special = {i: t.content for i, t in core.get_added_tokens_decoder().items() if t.special}
+        self.special_ids, self.special_texts = frozenset(special), tuple(special[i] for i in sorted(special))
+        self.is_word_level = isinstance(core.model, models.WordLevel)
 
     def __len__(self) -> int:
         return self._core.get_vocab_size(with_added_tokens=True)
@@ -329,11 +361,34 @@ def _added_tokens(config: Mapping[str, Any], where: str) -> dict[int, AddedToken
 
 
 def _read_fast(content: bytes, where: str) -> tokenizers.Tokenizer:
-    """A word-level tokenizer.json."""
+    """A tokenizer.json of our own: word-level, or byte-level with the markers."""
     core = _parse_fast(content, where)
-    if not isinstance(core.model, models.WordLevel):
-        raise UserError(f"{where}: not a word-level tokenizer; name the folder of the checkpoint, not a file in it")
+    special = {t.content for t in core.get_added_tokens_decoder().values() if t.special}
+    bpe = isinstance(core.model, models.BPE) and isinstance(core.decoder, decoders.ByteLevel)
+    if not isinstance(core.model, models.WordLevel) and not (bpe and special.issuperset(MARKERS)):
+        raise UserError(
+            f"{where}: neither a word-level tokenizer nor one with the markers {', '.join(MARKERS)}; of a released"
+            " checkpoint name the folder, not a file in it"
+        )
     return core
+
+
+def _byte_level_words() -> pre_tokenizers.PreTokenizer:
+    """Qwen2's words (digits one by one) as bytes."""
+    words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated")
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _with_words(content: str, words: Sequence[str]) -> str:
+    """A BPE tokenizer.json in which ``words`` are vocabulary entries: merged from the left, after all other merges."""
+    value = json.loads(content)
+    vocab, merges = value["model"]["vocab"], value["model"]["merges"]
+    for word in words:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocab:
+                vocab[word[:end]] = len(vocab)
+                merges.append([word[: end - 1], word[end - 1]])
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _parse_fast(content: bytes, where: str) -> tokenizers.Tokenizer:
@@ -363,10 +418,7 @@ def _qwen2(files: Mapping[str, bytes], added: Mapping[int, AddedToken], where: s
                 f"{where}: vocab.json and merges.txt do not fit ({_line(error)}); copy both again"
             ) from None
         core.normalizer = normalizers.NFC()
-        words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated")
-        core.pre_tokenizer = pre_tokenizers.Sequence(
-            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
+        core.pre_tokenizer = _byte_level_words()
         core.decoder = decoders.ByteLevel()
     for token in added.values():
         if core.token_to_id(token.content) is None or _FAST not in files:

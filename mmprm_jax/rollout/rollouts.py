@@ -11,16 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from mmprm_jax.data import images
-from mmprm_jax.data.encode import prompt_ids
-from mmprm_jax.data.prompts import PolicyTemplate, final_answer, split_segments, step_text
-from mmprm_jax.models.config import VLMConfig
+from mmprm_jax.data.encode import Language, Pixels
+from mmprm_jax.data.prompts import final_answer, split_segments
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Failure, Problem, Request, Rollout, UserError
 from mmprm_jax.rollout.engine import Engine, Group, Sample
 from mmprm_jax.rollout.sampling import Sampling
 
-Pixels = Callable[[Problem], np.ndarray | None]  # uint8 [tiles, H, W, 3] of a problem
 Prompt = Callable[[Problem, tuple[str, ...], int], Sequence[int]]  # (problem, prefix, tiles) -> ids
 Verify = Callable[[Sequence[tuple[str | None, str]]], Sequence[bool]]  # (answer, gold) pairs
 
@@ -33,37 +30,6 @@ def request_key(seed: int, purpose: str, request: Request) -> np.ndarray:
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)
 
 
-def plain_prompt(tokenizer: Tokenizer, cfg: VLMConfig) -> Prompt:
-    """Prompts of a policy of our own: its tokenizer knows the tags of steps."""
-
-    def ids(problem: Problem, prefix: tuple[str, ...], tiles: int) -> list[int]:
-        prompt = prompt_ids(tokenizer, cfg, problem.question, tiles > 0)
-        return prompt + [i for segment in prefix for i in tokenizer.encode(segment)]
-
-    return ids
-
-
-def template_prompt(tokenizer: Tokenizer, cfg: VLMConfig, template: PolicyTemplate) -> Prompt:
-    """Prompts of a released policy."""
-
-    def ids(problem: Problem, prefix: tuple[str, ...], tiles: int) -> list[int]:
-        pictures = [tiles * cfg.tokens_per_tile] if tiles else []
-        return tokenizer.encode_prompt(template.build(problem.question, list(map(step_text, prefix)), pictures))[0]
-
-    return ids
-
-
-def file_pixels(folder: str, cfg: VLMConfig, max_tiles: int) -> Pixels:
-    """The tiles of a problem's image, opened when they are needed."""
-
-    def pixels(problem: Problem) -> np.ndarray | None:
-        if problem.image is None:
-            return None
-        return images.tiles(images.open_image(f"{folder}/{problem.image}"), max_tiles, cfg.tile)
-
-    return pixels
-
-
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """What turns problems into tokens and tokens into text."""
@@ -73,6 +39,15 @@ class Policy:
     pixels: Pixels
     sampling: Sampling
 
+    @classmethod
+    def of(cls, language: Language, pixels: Pixels, sampling: Sampling) -> Policy:
+        """Of a policy that speaks ``language``."""
+
+        def prompt(problem: Problem, prefix: tuple[str, ...], tiles: int) -> list[int]:
+            return language.prompt(problem.question, prefix, tiles)
+
+        return cls(language.tokenizer, prompt, pixels, sampling)
+
 
 class LocalSampler:
     """Samples requests with an engine and verifies the final answers while the device goes on: a ``records.Sampler``.
@@ -81,7 +56,7 @@ class LocalSampler:
     """
 
     def __init__(self, engine: Engine, policy: Policy, seed: int, purpose: str, verify: Verify):
-        self.engine, self.policy, self._verify = engine, policy, verify
+        self.engine, self.policy, self.verify = engine, policy, verify
         self._seed, self._purpose = seed, purpose
         self._requests: dict[int, Request] = {}
         self._pixels: dict[str, np.ndarray | None] = {}
@@ -164,7 +139,7 @@ class LocalSampler:
             for (request, _), group in zip(finished, texts, strict=True)
             for segments in group
         ]
-        verdicts = iter(self._verify(pairs)) if pairs else iter(())
+        verdicts = iter(self.verify(pairs)) if pairs else iter(())
         return [
             (
                 request,

@@ -11,20 +11,13 @@ import pytest
 from PIL import Image
 
 from mmprm_jax.answers.verify import is_correct
-from mmprm_jax.data.encode import prompt_ids
+from mmprm_jax.data.encode import Language, file_pixels
 from mmprm_jax.data.images import tiles
-from mmprm_jax.data.prompts import INTERNVL_SYSTEM, PAPER_TASK, policy_template, split_segments
+from mmprm_jax.data.prompts import INTERNVL_SYSTEM, PAPER_TASK, split_segments
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Failure, Problem, Request, Rollout, UserError
 from mmprm_jax.rollout.engine import Engine, Sample
-from mmprm_jax.rollout.rollouts import (
-    LocalSampler,
-    Policy,
-    file_pixels,
-    plain_prompt,
-    request_key,
-    template_prompt,
-)
+from mmprm_jax.rollout.rollouts import LocalSampler, Policy, request_key
 from mmprm_jax.rollout.sampling import Sampling
 
 WORDS = ["user", "assistant", "how", "many", "so", *map(str, range(8))]
@@ -74,11 +67,16 @@ def test_different_requests_have_different_keys():
 # Prompts.
 
 
-def test_plain_prompt(tokenizer, tiny):
-    prompt = plain_prompt(tokenizer, tiny.cfg)
-    for count in (0, 1):
+def prompt_of(language):
+    return Policy.of(language, None, Sampling()).prompt
+
+
+def test_a_prompt_of_our_own(tokenizer, tiny):
+    prompt = prompt_of(Language.own(tokenizer, tiny.cfg))
+    for count in (0, 1, 3):
         whole = prompt(PROBLEMS[0], STEPS, count)
-        start = prompt_ids(tokenizer, tiny.cfg, "how many", bool(count))
+        image = f"<img>{'<IMG_CONTEXT>' * 4 * count}</img>\n" if count else ""
+        start = tokenizer.encode(f"<|im_start|>user\n{image}how many<|im_end|>\n<|im_start|>assistant\n")
         assert whole == start + tokenizer.encode(STEPS[0]) + tokenizer.encode(STEPS[1])
         assert whole.count(tiny.image_token) == count * tiny.cfg.tokens_per_tile
         for j in range(3):
@@ -101,7 +99,7 @@ def expected_text(name, steps, image):
 def test_template_prompt(golden, tiny, name, kind):
     """The text of a released policy's prompt with the first j steps; tags of steps are plain text in it."""
     tokenizer = Tokenizer.load(golden / "tokenizer" / kind)
-    prompt = template_prompt(tokenizer, tiny.cfg, policy_template(name))
+    prompt = prompt_of(Language.released(tokenizer, tiny.cfg, name))
     problem = Problem("p", "What is 1+1?", "2", "p.png")
     steps = ("Add 1 and 1.", " It is 2.\n")
     image_token = tokenizer.id("<IMG_CONTEXT>")
@@ -201,7 +199,7 @@ def rig(tokenizer, tiny, folder):
         opened[problem.id] += 1
         return from_file(problem)
 
-    policy = Policy(tokenizer, plain_prompt(tokenizer, tiny.cfg), pixels, Sampling(0.7, max_new_tokens=9, stop=(2,)))
+    policy = Policy.of(Language.own(tokenizer, tiny.cfg), pixels, Sampling(0.7, max_new_tokens=9, stop=(2,)))
     sampler = LocalSampler(engine, policy, 5, "search", verify)
     return sampler, engine, verify, opened
 
@@ -219,7 +217,7 @@ def test_collect(rig, tokenizer, tiny):
     sampler.submit(requests[4:])
     for group, request in zip(engine.submitted, requests, strict=True):
         count = 0 if request.problem.image is None else len(group.pixels)
-        assert group.prefix == tuple(plain_prompt(tokenizer, tiny.cfg)(request.problem, request.prefix, count))
+        assert group.prefix == tuple(sampler.policy.prompt(request.problem, request.prefix, count))
         assert (group.problem, group.n, group.sampling.temperature) == (request.problem.id, 4, 0.7)
         assert group.key.tolist() == request_key(5, "search", request).tolist()
         assert (group.pixels is None) == (request.problem.image is None)
@@ -289,9 +287,8 @@ def test_solve(rig, tokenizer):
 
 def test_with_an_engine(tokenizer, tiny, mesh, folder):
     """What comes back is what the tokens say, and does not depend on what is asked beside."""
-    policy = Policy(
-        tokenizer,
-        plain_prompt(tokenizer, tiny.cfg),
+    policy = Policy.of(
+        Language.own(tokenizer, tiny.cfg),
         file_pixels(folder, tiny.cfg, 1),
         Sampling(max_new_tokens=8, stop=(tokenizer.id("</answer>"),), top_k=24),
     )
