@@ -10,6 +10,7 @@ of time for chips that are not there: memory, FLOPs, traffic, the least time; ex
 ``mmprm convert SOURCE TARGET [--prm] [--verify] [--dtype=…]`` takes a released checkpoint (a folder or a hub id) to
 Orbax, or back. ``mmprm score PROBLEMS.jsonl --model=MODEL`` scores solutions with a released PRM.
 ``mmprm prepare SOURCE PATH_OR_HUB_ID --output=FOLDER`` turns a named data set into the files that the stages read.
+``mmprm split PROBLEMS.jsonl --dev=N --test=N`` holds problems out, where a data set has one file only.
 ``mmprm bon CANDIDATES`` compares selectors on stored candidates, ``mmprm detect SCORES.jsonl`` finds wrong steps,
 ``mmprm sweep --config=… --workdir=… --grid=KEY=V1,V2`` trains and compares PRMs on one annotated set.
 ``mmprm guide --config=… --workdir=…`` searches with the PRM, step by step, and compares it with Best-of-N.
@@ -65,6 +66,7 @@ _USAGE = (
     " [--dtype=bfloat16] or: mmprm score PROBLEMS.jsonl --model=MODEL [--output=FILE] [--template=NAME]"
     " or: mmprm bench {rollout [CASE …],annotate,train} [--json=FILE] or: mmprm launch {tpu,gke,slurm,local} --help"
     " or: mmprm prepare SOURCE PATH_OR_HUB_ID --output=FOLDER [--split=NAME]"
+    " or: mmprm split PROBLEMS.jsonl --dev=N --test=N"
     " or: mmprm {bon,detect,sweep,guide} --help"
     " or: mmprm verify PAIRS.jsonl [--mode=M] [--jobs=N] [--output=FILE] [--judge=URL --judge_model=NAME]"
     " or: mmprm fit --model=NAME --job={sft,train_prm,decode,score} --topology=NAME [key=value …] [--json=FILE]"
@@ -216,6 +218,10 @@ def run() -> None:
             from mmprm_jax.data import prepare
 
             return prepare.main(sys.argv[2:])
+        if sys.argv[1:2] == ["split"]:
+            from mmprm_jax.data import split
+
+            return split.main(sys.argv[2:])
         if sys.argv[1:2] in (["bon"], ["detect"], ["sweep"], ["guide"]):
             from mmprm_jax.evaluation import cli
 

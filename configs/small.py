@@ -1,0 +1,32 @@
+"""A small model of your own on real problems, from nothing; ``--config.data.folder`` names them.
+
+The folder has {train,dev,test}.jsonl and sft.jsonl (``mmprm prepare``, ``mmprm split``); a tokenizer is made for it. A
+model of this size shows that the data go through all stages; it learns no mathematics. ``small.py:smoke`` is shorter.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg not in ("", "smoke"):
+        raise ValueError(f"small.py takes no argument or :smoke, not :{arg}")
+    config = runpy.run_path(str(pathlib.Path(__file__).with_name("digits.py")))["get_config"]()
+    config.max_tiles = 4
+    config.model.vision.update(image_size=42, patch_size=7)
+    config.model.decoder.update(hidden_size=128, num_layers=4, head_dim=32, intermediate_size=256)
+    for stage, steps in (("sft", 600), ("train_prm", 300)):
+        config[stage].update(steps=steps, batch_size=4, max_length=640, row_examples=8, row_tiles=16, shift=0)
+        config[stage].optimizer.learning_rate = 4e-3
+    config.annotate.update(max_new_tokens=128, slots=64, in_flight=32, cache_tokens=30_000)
+    config.evaluate.update(
+        max_new_tokens=128, slots=64, cache_tokens=30_000, score_rows=64, calibration_problems=20,
+        calibration_rollouts=8,
+    )  # fmt: skip
+    if arg == "smoke":
+        config.model.decoder.update(hidden_size=64, num_layers=2, head_dim=16, intermediate_size=128)
+        config.annotate.update(num_rollouts=4, max_searches=4, rollout_budget=24, trees_per_shard=16)
+        config.evaluate.update(n=8, calibration_problems=4)
+    return config

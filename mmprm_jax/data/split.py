@@ -1,0 +1,76 @@
+"""``mmprm split``: problems held out for development and test, where a data set has one file only.
+
+    mmprm split FOLDER/all.jsonl --dev=50 --test=200
+
+writes FOLDER/{train,dev,test}.jsonl. Problems that share an image (or, without one, a question) stay together.
+Which are held out depends on their ids and texts and the seed, not on their order: a hash decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmprm_jax import records
+from mmprm_jax.records import Problem, UserError
+
+PARTS = ("test", "dev", "train")  # filled in this order
+
+
+def groups(problems: Sequence[Problem]) -> list[list[Problem]]:
+    """Problems with the same image, or without one and with the same question."""
+    found: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        # the same words about different figures are different problems
+        question = " ".join(problem.question.split()).casefold()
+        key = ("image", problem.image) if problem.image else ("question", question)
+        found.setdefault(key, []).append(problem)
+    return list(found.values())
+
+
+def split(problems: Sequence[Problem], dev: int, test: int, seed: int = 0) -> dict[str, list[Problem]]:
+    """The problems of each part, in their order: about ``test`` and ``dev`` (groups stay whole), the others: training.
+
+    Raises UserError when none would be left.
+    """
+
+    def number(group: Sequence[Problem]) -> bytes:
+        text = "\x1f".join(sorted(f"{p.id}\x1e{p.question}" for p in group))
+        return hashlib.sha256(f"{seed}\x1f{text}".encode(errors="surrogatepass")).digest()
+
+    sizes = {"test": test, "dev": dev, "train": len(problems)}
+    part_of: dict[str, str] = {}
+    counts = dict.fromkeys(PARTS, 0)
+    for group in sorted(groups(problems), key=number):
+        part = next(name for name in PARTS if counts[name] + len(group) <= sizes[name])
+        counts[part] += len(group)
+        part_of |= {p.id: part for p in group}
+    empty = [name for name in PARTS if not counts[name]]
+    if empty:
+        raise UserError(f"{len(problems)} problems, of which {test} for test and {dev} for dev: none for {empty[0]}")
+    return {name: [p for p in problems if part_of[p.id] == name] for name in PARTS}
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="mmprm split", description="Problems held out for development and test.")
+    parser.add_argument("file", type=Path, help="problems; the three files are written beside it")
+    parser.add_argument("--dev", required=True, type=int, help="problems to choose the aggregator on")
+    parser.add_argument("--test", required=True, type=int, help="problems to report on")
+    parser.add_argument("--seed", default=0, type=int, help="another choice of problems")
+    given = parser.parse_args(argv)
+    if given.file.stem in PARTS:
+        raise UserError(f"{given.file}: would be replaced; prepare it under another name (mmprm prepare … --name=all)")
+    problems = records.read_all(given.file, Problem)
+    ids = [p.id for p in problems]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{given.file}: the id {next(i for i in ids if ids.count(i) > 1)!r} is there twice")
+    try:
+        parts = split(problems, given.dev, given.test, given.seed)
+        for name, part in parts.items():
+            records.write(given.file.with_name(f"{name}.jsonl"), part)
+    except OSError as error:
+        raise UserError(str(error)) from None
+    print(", ".join(f"{given.file.parent / name}.jsonl: {len(parts[name])}" for name in reversed(PARTS)))
