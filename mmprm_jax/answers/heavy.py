@@ -7,6 +7,7 @@ text (5 cm = 5 m, x = 3 = y = 3), so it only sees single expressions that the ru
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from typing import Any
@@ -18,7 +19,7 @@ from mmprm_jax.answers.normalise import normalise
 from mmprm_jax.answers.parse import read
 from mmprm_jax.answers.syntax import Tree
 from mmprm_jax.answers.values import Formula, Text
-from mmprm_jax.answers.verdict import Verdict, equal
+from mmprm_jax.answers.verdict import VERSION, Verdict, equal
 
 _MAX_LENGTH = 300
 # Numbers of over 15 digits, exponents of over 2, towers, factorials: what makes sympy compute for ever.
@@ -40,6 +41,11 @@ def decide(gold: str, prediction: str | None, settings: Settings = NO_SETTINGS) 
     verdict = compare(gold, prediction, settings)
     if verdict.kind != "unknown" or OPEN not in verdict.reason or prediction is None:
         return verdict
+    return _settle(gold, prediction, verdict, VERSION)
+
+
+@functools.lru_cache(maxsize=4096)
+def _settle(gold: str, prediction: str, verdict: Verdict, version: int) -> Verdict:
     extracted = committed(prediction)
     texts = [normalise(text) for text in (gold, extracted.text if extracted else prediction)]
     if any(len(text) > _MAX_LENGTH or _COSTLY.search(text) for text in texts):
