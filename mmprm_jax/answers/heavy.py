@@ -41,21 +41,23 @@ def decide(gold: str, prediction: str | None, settings: Settings = NO_SETTINGS) 
     verdict = compare(gold, prediction, settings)
     if verdict.kind != "unknown" or OPEN not in verdict.reason or prediction is None:
         return verdict
-    return _settle(gold, prediction, verdict, VERSION)
+    extracted = committed(prediction)
+    texts = [normalise(text) for text in (gold, extracted.text if extracted else prediction)]
+    if extracted and extracted.earlier or any(len(text) > _MAX_LENGTH or _COSTLY.search(text) for text in texts):
+        return verdict
+    return _settle(texts[0], texts[1], VERSION) or verdict
 
 
 @functools.lru_cache(maxsize=4096)
-def _settle(gold: str, prediction: str, verdict: Verdict, version: int) -> Verdict:
-    extracted = committed(prediction)
-    texts = [normalise(text) for text in (gold, extracted.text if extracted else prediction)]
-    if any(len(text) > _MAX_LENGTH or _COSTLY.search(text) for text in texts):
-        return verdict
-    a, b = (read(text) for text in texts)
+def _settle(gold: str, prediction: str, version: int) -> Verdict | None:
+    """equal, or None: it is still not known."""
+    a, b = read(gold), read(prediction)
     if isinstance(a, Formula) and isinstance(b, Formula):
-        return equal("equal by sympy's simplify") if _simplified(a.tree, b.tree) else verdict
+        return equal("equal by sympy's simplify") if _simplified(a.tree, b.tree) else None
     if isinstance(a, Text) or isinstance(b, Text):
-        return equal("equal by Math-Verify") if all(map(_trusted, texts)) and _math_verify(*texts) else verdict
-    return verdict
+        trusted = _trusted(gold) and _trusted(prediction)
+        return equal("equal by Math-Verify") if trusted and _math_verify(gold, prediction) else None
+    return None
 
 
 def _trusted(text: str) -> bool:
