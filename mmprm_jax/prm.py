@@ -133,7 +133,7 @@ class PRM:
         return [list(scores) for scores in found]
 
     def _tiles(self, image: Picture) -> np.ndarray:
-        picture = image.convert("RGB") if isinstance(image, Image.Image) else image_files.open_image(image)
+        picture = image_files.to_rgb(image) if isinstance(image, Image.Image) else image_files.open_image(image)
         return image_files.tiles(picture, self._max_tiles, self._cfg.tile, self._thumbnail)
 
 
