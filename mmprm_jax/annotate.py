@@ -8,6 +8,7 @@ verifies answers (and tells the others) and writes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from mmprm_jax.rollout.rollouts import LocalSampler, Verify
 from mmprm_jax.search.omegaprm import SEARCHES, grow
 from mmprm_jax.search.settings import Settings
 from mmprm_jax.search.store import Recalling, Store, each_tree, missing
+from mmprm_jax.training.preemption import Preemption
 
 _SECONDS = 10.0  # between two rows of metrics
 _LONG = 30 * 24 * 3600 * 1000  # ms; a process that dies is noticed sooner
@@ -80,7 +82,8 @@ def run(
 ) -> dict[int, str]:  # fmt: skip
     """Grows the trees of this worker's share that are not there yet.
 
-    Returns the reasons of those that failed; of several processes of one worker, only that which writes does.
+    Returns the reasons of those that failed; of several processes of one worker, only that which writes does. Raises
+    Preempted, with everything saved, when the process has been asked to end; workers of several processes do not poll.
     """
     store = Store(folder, problems, config.trees_per_shard, worker, workers, config.checkpoint_seconds, writes)
     if workers == 1:  # of several processes in lockstep, the first one must not go on before all have read
@@ -90,9 +93,18 @@ def run(
     forest = SEARCHES[config.mode](settings, config.in_flight)
     gauge, due = _Gauge(sampler), time.monotonic() + _SECONDS
     metrics = Metrics(folder, resume_step=store.done + 1, enabled=shown)
-    with metrics, progress(share, "annotate", "tree", store.done, enabled=shown) as bar:
+    polls = itertools.count()
+    with Preemption() as preemption, metrics, progress(share, "annotate", "tree", store.done, enabled=shown) as bar:
+
+        def poll() -> None:
+            # Workers poll at steps of their own, which processes that ask together cannot.
+            if workers == 1 and preemption.reached(next(polls)):
+                if writes:
+                    store.save()
+                preemption.stop(f"annotate: stopped as asked, {store.done} trees and the answers to others are saved")
+
         todo = ((i, problems[i]) for i in store.todo)
-        for index, result in grow(todo, forest, Recalling(sampler, store)):
+        for index, result in grow(todo, forest, Recalling(sampler, store, poll)):
             store.add(index, result)
             if isinstance(result, Failure):
                 logging.error("problem %s: %s", problems[index].id, result.reason)

@@ -133,7 +133,7 @@ class PRM:
         return [list(scores) for scores in found]
 
     def _tiles(self, image: Picture) -> np.ndarray:
-        picture = image.convert("RGB") if isinstance(image, Image.Image) else image_files.open_image(image)
+        picture = image_files.to_rgb(image) if isinstance(image, Image.Image) else image_files.open_image(image)
         return image_files.tiles(picture, self._max_tiles, self._cfg.tile, self._thumbnail)
 
 
@@ -173,8 +173,9 @@ def _default_template(config: dict[str, Any]) -> str:
 def score_file(prm: PRM, model: str, problems: epath.PathLike, output: epath.PathLike) -> str:
     """Scores a JSONL file; returns a line that says what was done.
 
-    Rows: ``{"id", "question", "images": [files beside it], "candidates": [[step, …], …]}``. Written rows: ``{"id",
-    "scores": [[…], …], "model", "template"}`` in the same order, or ``{"id", "line", "error"}`` for a row that could
+    Rows: ``{"id", "question", "images": [files beside it], "candidates": [[step, …], …]}``, or for one candidate its
+    ``steps``, as ``mmprm prepare`` writes step-detection benchmarks. Written rows: ``{"id", "scores": [[…], …],
+    "model", "template"}`` in the same order, or ``{"id", "line", "error"}`` for a row that could
     not be scored. What an interrupted run scored (``<output>.part``) is not scored again. Raises UserError at the end
     if there were bad rows, with everything else written.
     """
@@ -262,7 +263,7 @@ def _parse(row: Any) -> tuple[str, list[str], list[list[str]]]:
         raise UserError("question must be a string")
     if not texts(row.get("images", [])):
         raise UserError("images must be a list of file names")
-    candidates = row.get("candidates")
+    candidates = row.get("candidates", [row["steps"]] if "steps" in row else None)
     if not isinstance(candidates, list) or not all(texts(steps) for steps in candidates):
         raise UserError("candidates must be a list of lists of steps")
     return row["question"], row.get("images", []), candidates

@@ -255,6 +255,27 @@ def test_interrupted_every_few_answers(made_up, tmp_path):
     assert collections.Counter(answered) == collections.Counter(made_up[2].answered) and attempt > 20
 
 
+@pytest.mark.parametrize("most", [0, 1, 30])
+def test_asked_to_end_it_loses_no_answer(made_up, tmp_path, most, capfd):
+    """SIGTERM, long before answers in flight are saved anyway."""
+
+    class Asked(toy.MadeUp):
+        def collect(self):
+            if len(self.answered) == most:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().collect()
+
+    first, second = Asked(), toy.MadeUp()
+    with pytest.raises(SystemExit) as ended:
+        grown(tmp_path, first, checkpoint_seconds=1e9)
+    assert ended.value.code == 143 and len(first.answered) == most + 1
+    assert "annotate: stopped as asked" in capfd.readouterr().err
+    grown(tmp_path, second, checkpoint_seconds=1e9)
+    finished(tmp_path)
+    assert toy.files(tmp_path) == made_up[1]
+    assert collections.Counter(first.answered + second.answered) == collections.Counter(made_up[2].answered)
+
+
 def test_without_checkpoints_only_finished_trees_stay(made_up, tmp_path):
     first, second = toy.MadeUp(most=54), toy.MadeUp()
     with pytest.raises(toy.Interrupted):

@@ -179,6 +179,22 @@ CUTS = {
 
 
 @pytest.mark.slow
+def test_guided_search_of_a_finished_run(environment, finished, tmp_path):
+    workdir, found = finished[0], tmp_path / "a.json"
+    assert "run `mmprm evaluate` there first" in failure(environment, "guide", tmp_path / "w")
+    code, out, err = run(environment, "guide", workdir, f"--json={found}")
+    assert code == 0, err
+    figures = json.loads(found.read_text())
+    assert set(figures) == {"beam", "dvts", "lookahead"} and "| dvts |" in out
+    for x in figures.values():
+        assert 0 <= x["accuracy"] <= 1 and x["tokens"] > 0 and x["best_of_n"]["n"] >= 1
+    before = {p: p.read_bytes() for p in (workdir / "guided").iterdir()}
+    assert run(environment, "guide", workdir, "--search=beam")[0] == 0  # nothing is searched again
+    assert before == {p: p.read_bytes() for p in (workdir / "guided").iterdir()}
+    assert "no such search" in failure(environment, "guide", workdir, "--search=bfs")
+
+
+@pytest.mark.slow
 def test_paper_mode(environment, finished, tmp_path):
     """The original's search and labels on our sampler: other trees from the same policy, nodes of several steps."""
     workdir = tmp_path / "paper"

@@ -645,6 +645,13 @@ def test_score_file(prm, problems, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["problems.jsonl", "scores.jsonl", "square.png"]
 
 
+def test_a_solution_of_a_step_detection_benchmark(prm, problems, tmp_path):
+    one = {"id": "one", "question": QUESTION, "images": ["square.png"], "steps": STEPS, "labels": [1] * len(STEPS)}
+    score_file(prm, "m", problems([one]), tmp_path / "scores.jsonl")
+    (found,) = rows_of(tmp_path / "scores.jsonl")
+    assert found["scores"] == prm.score_candidates(QUESTION, [tmp_path / "square.png"], [STEPS])
+
+
 def test_bad_rows_among_good_ones(prm, problems, tmp_path):
     lines = [line for pair in zip(BAD, GOOD * len(BAD), strict=False) for line in pair]
     out = tmp_path / "scores.jsonl"

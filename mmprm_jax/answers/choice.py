@@ -21,6 +21,8 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 
+_ITSELF = re.compile(r"\(?[A-K]\)\s|[A-K][.:]\s")  # a gold answer that is a letter and its text
+
 Same = Callable[[str, str], Verdict]
 
 
@@ -69,6 +71,8 @@ def compare(gold: str, prediction: str, options: Mapping[str, str], same: Same) 
     options: letter -> text, empty where they are not known. same: compares two texts that are no choices.
     """
     right, hedged = chosen(gold), bool(_HEDGED.search(prediction))
+    if right is not None and right.text and not options and _ITSELF.match(gold):
+        return _with_text(right, prediction, same)
     if right is None or right.text and not options:
         if not options:
             return None
@@ -94,6 +98,17 @@ def compare(gold: str, prediction: str, options: Mapping[str, str], same: Same) 
     if given.letters == right.letters:
         return equal("the same choice")
     return unequal(f"the prediction chooses {', '.join(sorted(given.letters))}")
+
+
+def _with_text(right: Chosen, prediction: str, same: Same) -> Verdict:
+    given = chosen(prediction)
+    if given is None:
+        return same(right.text, prediction)
+    if given.letters != right.letters:
+        return unequal(f"the prediction chooses {', '.join(sorted(given.letters))}")
+    if not given.text or same(right.text, given.text):
+        return equal("the same choice")
+    return unknown("the same letter with another text")
 
 
 def _letter_of(text: str, options: Mapping[str, str], same: Same) -> str | None:

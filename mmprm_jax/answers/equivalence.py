@@ -34,6 +34,7 @@ from mmprm_jax.answers.verdict import VERSION, Verdict, equal, unequal, unknown
 Options = Sequence[str] | Mapping[str, str]
 
 _STRANGE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+_MAX_REASON = 300  # characters; parts within parts have long ones
 _BESIDE = re.compile(r" ?([^\w\s.]) ?")
 _MAX_MATCHED = 30  # items of a list without order
 _NOTE = re.compile(
@@ -87,7 +88,8 @@ def _cached(gold: str, prediction: str, settings: Settings, version: int) -> Ver
         if strange := _STRANGE.search(text):
             return unknown(f"the {name} holds the character {strange[0]!a}")
     try:
-        return _compare(gold, prediction, settings)
+        verdict = _compare(gold, prediction, settings)
+        return dataclasses.replace(verdict, reason=verdict.reason[:_MAX_REASON])
     except RecursionError:
         return unknown("brackets within brackets, too deep")
 

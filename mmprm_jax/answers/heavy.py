@@ -7,6 +7,7 @@ text (5 cm = 5 m, x = 3 = y = 3), so it only sees single expressions that the ru
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from typing import Any
@@ -18,7 +19,7 @@ from mmprm_jax.answers.normalise import normalise
 from mmprm_jax.answers.parse import read
 from mmprm_jax.answers.syntax import Tree
 from mmprm_jax.answers.values import Formula, Text
-from mmprm_jax.answers.verdict import Verdict, equal
+from mmprm_jax.answers.verdict import VERSION, Verdict, equal
 
 _MAX_LENGTH = 300
 # Numbers of over 15 digits, exponents of over 2, towers, factorials: what makes sympy compute for ever.
@@ -42,14 +43,24 @@ def decide(gold: str, prediction: str | None, settings: Settings = NO_SETTINGS) 
         return verdict
     extracted = committed(prediction)
     texts = [normalise(text) for text in (gold, extracted.text if extracted else prediction)]
-    if any(len(text) > _MAX_LENGTH or _COSTLY.search(text) for text in texts):
+    if extracted and extracted.earlier or any(len(text) > _MAX_LENGTH or _COSTLY.search(text) for text in texts):
         return verdict
-    a, b = (read(text) for text in texts)
+    return _settle(texts[0], texts[1], VERSION) or verdict
+
+
+@functools.lru_cache(maxsize=4096)
+def _settle(gold: str, prediction: str, version: int) -> Verdict | None:
+    """equal, or None: it is still not known."""
+    try:
+        a, b = read(gold), read(prediction)
+    except RecursionError:
+        return None
     if isinstance(a, Formula) and isinstance(b, Formula):
-        return equal("equal by sympy's simplify") if _simplified(a.tree, b.tree) else verdict
+        return equal("equal by sympy's simplify") if _simplified(a.tree, b.tree) else None
     if isinstance(a, Text) or isinstance(b, Text):
-        return equal("equal by Math-Verify") if all(map(_trusted, texts)) and _math_verify(*texts) else verdict
-    return verdict
+        trusted = _trusted(gold) and _trusted(prediction)
+        return equal("equal by Math-Verify") if trusted and _math_verify(gold, prediction) else None
+    return None
 
 
 def _trusted(text: str) -> bool:

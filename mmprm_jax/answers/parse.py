@@ -262,8 +262,9 @@ def _brackets(text: str) -> Value | None:
     without = re.fullmatch(r"(?:R|\(-∞, ?\+?∞\))\s*\\(?:setminus|backslash)\s*[⦃{](.*)[⦄}]", text)
     if without:
         return read(" and ".join(f"x≠{part}" for part in split(without[1], ",")))
-    if "∪" in text:
-        parts = [_brackets(part.strip()) for part in split(text, "∪")]
+    union = split(text, "∪") if "∪" in text else []
+    if len(union) > 1:
+        parts = [_brackets(part) for part in union]
         regions = [p.region if isinstance(p, Items) else p for p in parts]
         return relations.union(regions) if all(isinstance(r, Region) for r in regions) else None
     if not surrounded(text):

@@ -205,7 +205,12 @@ class _Parser:
             return ("n", whole + Fraction(top, bottom))
         if kind == "name":
             if text == "√":
-                return self._root(Fraction(2), self._postfixless())
+                self._depth += 1
+                if self._depth > MAX_DEPTH:
+                    raise TooLarge(f"over {MAX_DEPTH} roots of roots")
+                tree = self._root(Fraction(2), self._postfixless())
+                self._depth -= 1
+                return tree
             return ("c", text) if text in ("π", "e", "i", "∞") else ("v", text)
         if kind == "sign" and text in _OPEN:
             return self._group(text)

@@ -43,11 +43,14 @@ TINY = VLMConfig(  # the model of configs/digits.py in the layout of Qwen2
         rms_norm_eps=1e-5, rope_theta=1e4, qkv_bias=True,
     ),
 )  # fmt: skip
-SMALL = VLMConfig(  # heads of 64, as the released models have; 31 million parameters
+SMALL = VLMConfig(  # 7 million parameters, heads of 64 as the released models have
     vision=VisionConfig(
-        image_size=56, patch_size=14, hidden_size=256, num_layers=4, num_heads=4, intermediate_size=1024
+        image_size=56, patch_size=14, hidden_size=256, num_layers=2, num_heads=4, intermediate_size=1024
     ),
-    decoder=QWEN2.decoder,
+    decoder=DecoderConfig(
+        vocab_size=1024, hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=64,
+        intermediate_size=1024, rms_norm_eps=1e-6, qkv_bias=True,
+    ),
 )  # fmt: skip
 MODELS = {"qwen2": QWEN2, "tiny_vlm": TINY, "small_vlm": SMALL}
 IMAGE = 3  # the image token; prompts have larger ids else

@@ -31,6 +31,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from mmprm_jax.data import images
+
 SHINGLE = 3  # words
 JACCARD = 0.6
 CORRELATION = 0.92
@@ -96,9 +98,7 @@ class Picture:
 def look(data: bytes) -> Picture:
     """The fingerprint of an encoded image that can be opened; what is transparent is seen on white."""
     with Image.open(io.BytesIO(data)) as image:
-        layer = image.convert("RGBA")
-    page = Image.new("RGBA", layer.size, "white")
-    page.alpha_composite(layer)
+        page = images.to_rgb(image)
     pixels = _hash(repr(page.size).encode() + page.tobytes())
     gray = page.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     flat = np.asarray(gray, np.float32).ravel()

@@ -18,8 +18,17 @@ MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """The RGB image (alpha is dropped, not composited) of an encoded file's bytes.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image on white paper, where it is transparent: many figures are drawn in the alpha channel alone."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    page = Image.new("RGBA", image.size, "white")
+    page.alpha_composite(image.convert("RGBA"))
+    return page.convert("RGB")
+
+
+def decode_image(data: bytes, name: str, drop_alpha: bool = False) -> Image.Image:
+    """The RGB image of an encoded file's bytes (``to_rgb``). drop_alpha: as the original, which ignores transparency.
 
     Raises UserError, which begins with ``name``, when it is too large (MAX_BYTES, MAX_PIXELS, MAX_EDGE), damaged or no
     image.
@@ -33,7 +42,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
                 raise UserError(f"{name}: {width} x {height} pixels; the limit is {MAX_PIXELS} in all")
             if max(width, height) > MAX_EDGE:
                 raise UserError(f"{name}: {width} x {height} pixels; the limit is {MAX_EDGE} for an edge")
-            return image.convert("RGB")
+            return image.convert("RGB") if drop_alpha else to_rgb(image)
     except UserError:
         raise
     except Exception as error:  # Pillow raises many kinds for damaged files

@@ -288,7 +288,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{kind} {summary[kind]} rows ({top}): {folder / kind}.jsonl", file=sys.stderr)
     if summary["blank_images"]:
         print(
-            f"{len(summary['blank_images'])} images are of one colour without their transparency, which models do not"
-            f" see: {folder / 'summary.json'}",
+            f"{len(summary['blank_images'])} images are of one colour, models see nothing there:"
+            f" {folder / 'summary.json'}",
             file=sys.stderr,
         )

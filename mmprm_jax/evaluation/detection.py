@@ -45,7 +45,8 @@ class Row:
 def read(path: epath.PathLike, truth: epath.PathLike | None = None) -> tuple[list[Row], list[str]]:
     """(rows, a line for each bad row) of a file {id, source, scores, and one of: label; labels; k and n}.
 
-    truth: a file with all but the scores, joined by id; ``path`` may then be what `mmprm score` writes.
+    truth: a file with all but the scores, joined by id; ``path`` may then be what `mmprm score` writes, and ``truth``
+    what `mmprm prepare` makes of a benchmark (``StepDetectionExample``; its category is the source here).
     Raises UserError if no row is good, and if every label 0 must be a mistake (there is no -1 beside them).
     """
     rows, bad = [], []
@@ -80,6 +81,9 @@ def _row(row: Any, where: str) -> Row:
     if isinstance(scores, list) and len(scores) == 1 and isinstance(scores[0], list):
         scores = scores[0]  # what `mmprm score` writes for one candidate
     scores = parse_scores(scores, "scores")
+    if "first_error" in row:  # a StepDetectionExample
+        row = {**row, "source": row.get("category")}
+        row |= {"label": row["first_error"], "labels": None if row["first_error"] is not None else row.get("labels")}
     kinds = [key for key in ("label", "labels", "k") if row.get(key) is not None]
     if len(kinds) != 1:
         raise ValueError(f"one of label, labels, k (with n) is needed, found {', '.join(kinds) or 'none'}")

@@ -68,7 +68,7 @@ def image_url(path: epath.PathLike) -> str:
     with Image.open(io.BytesIO(data)) as raw:
         kind = raw.format
         plain = kind in ("PNG", "JPEG") and raw.mode in ("RGB", "L")
-    if not plain:  # servers composite an alpha channel; open_image drops it
+    if not plain:  # a server might do otherwise with transparency
         kind, encoded = "PNG", io.BytesIO()
         image.save(encoded, kind)
         data = encoded.getvalue()

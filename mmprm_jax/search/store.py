@@ -14,7 +14,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import logging
@@ -216,10 +216,13 @@ def _key(request: Request) -> Key:
 
 
 class Recalling:
-    """A sampler that answers from the store what an earlier run was answered, and remembers the rest there."""
+    """A sampler that answers from the store what an earlier run was answered, and remembers the rest there.
 
-    def __init__(self, sampler: Sampler, store: Store):
-        self._sampler, self._store = sampler, store
+    ``poll`` is called whenever new answers were remembered; it may end the process.
+    """
+
+    def __init__(self, sampler: Sampler, store: Store, poll: Callable[[], None] = lambda: None):
+        self._sampler, self._store, self._poll = sampler, store, poll
         self._ready: list[tuple[Request, tuple[Rollout, ...] | Failure]] = []
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -237,6 +240,7 @@ class Recalling:
         for request, rollouts in answers:
             if not isinstance(rollouts, Failure):
                 self._store.keep(request, rollouts)
+        self._poll()
         return answers
 
     def release(self, problem_id: str) -> None:

@@ -36,7 +36,7 @@ def test_most_of_what_differs_is_known_to_differ():
     """An unknown counts as not equal, but says less."""
     different = [row for row in rows(GIVEN) + rows(OURS) if not row["equal"]]
     verdicts = [compare(r["gold"], r["prediction"], settings_of(r.get("options"), r.get("unit"))) for r in different]
-    assert sum(verdict.kind == "unknown" for verdict in verdicts) <= 4 < len(different)
+    assert sum(verdict.kind == "unknown" for verdict in verdicts) <= 6 < len(different)
 
 
 @pytest.mark.parametrize(

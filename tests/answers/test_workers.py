@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+from ml_collections import ConfigDict
 
 from mmprm_jax.answers import workers
 from mmprm_jax.answers.verify import is_correct
@@ -90,6 +91,16 @@ def test_without_workers_errors_are_raised():
         with pytest.raises(RecursionError):
             verify([("raise", "")])
     verify.close()
+
+
+def test_annotation_tells_how_many_are_unknown(monkeypatch):
+    from mmprm_jax import annotate
+
+    lines = []
+    monkeypatch.setattr(annotate.logging, "warning", lambda text, *args: lines.append(text % args))
+    with annotate.verifier(ConfigDict({"verify_workers": 0})) as verify:
+        assert verify([("5", "5"), ("6", "5"), ("about half of all of them", "5")]) == [True, False, False]
+    assert lines == ["1 of 3 answers could not be decided: counted as wrong"]
 
 
 def identify(pairs):

@@ -38,11 +38,28 @@ def test_any_mode_becomes_rgb(tmp_path, mode):
     np.testing.assert_array_equal(images.load_image(tmp_path / "a.tif", 8), np.full((8, 8, 3), 255))
 
 
-def test_open_image_drops_alpha(tmp_path):
-    Image.fromarray(np.full((4, 6, 4), (10, 20, 30, 0), np.uint8)).save(tmp_path / "a.png")
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "palette", "key"])
+def test_what_is_transparent_is_white(tmp_path, kind):
+    """As the original reads it, a drawing in the alpha channel alone is black all over."""
+    pixels = np.zeros((4, 6, 4), np.uint8)
+    pixels[1, 2:5, 3] = 255
+    image = Image.fromarray(pixels)
+    if kind == "LA":
+        image = image.convert("LA")
+    if kind in ("palette", "key"):
+        image = Image.fromarray(pixels[..., 3] // 255, "L" if kind == "key" else None)
+        if kind == "palette":
+            image = image.convert("P")
+            image.putpalette([0, 0, 0, 0, 0, 0])
+    image.save(tmp_path / "a.png", **({"transparency": 0} if kind in ("palette", "key") else {}))
     got = images.open_image(tmp_path / "a.png")
     assert got.mode == "RGB" and got.size == (6, 4)
-    np.testing.assert_array_equal(np.asarray(got), np.full((4, 6, 3), (10, 20, 30)))
+    want = np.full((4, 6, 3), 255)
+    want[1, 2:5] = 1 if kind == "key" else 0
+    np.testing.assert_array_equal(np.asarray(got), want)
+    if kind == "RGBA":
+        original = images.decode_image((tmp_path / "a.png").read_bytes(), "a.png", drop_alpha=True)
+        assert original.getextrema() == ((0, 0),) * 3
 
 
 def png(width, height, data=b""):
@@ -150,7 +167,8 @@ def test_tiles_are_the_originals(golden):
     sampled = np.load(golden / "images" / "tiles.npz")
     checked = set()
     for entry in expected["images"]:
-        image = images.open_image(golden / "images" / "png" / entry["file"])
+        name = entry["file"]
+        image = images.decode_image((golden / "images" / "png" / name).read_bytes(), name, drop_alpha=True)
         assert image.size == (entry["width"], entry["height"]) and sha(image) == entry["rgb_sha256"]
         assert settings(entry)
         for max_num, want in settings(entry):

@@ -1,11 +1,13 @@
 """Step detection against hand counts, scikit-learn and plain searches over thresholds."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
+from mmprm_jax.data.benchmarks import StepDetectionExample
 from mmprm_jax.evaluation import cli, detection
 from mmprm_jax.evaluation.detection import Row
 from mmprm_jax.records import UserError
@@ -204,6 +206,18 @@ def test_scores_and_labels_in_two_files(tmp_path):
     rows, bad = detection.read(path, truth)
     assert rows == [Row("1", "s", (0.9, 0.1), label=1)]
     assert "line 2: scores must be a list" in bad[0] and f"line 3: {truth} has no row of that id" in bad[1]
+
+
+def test_benchmarks_as_they_are_prepared(tmp_path):
+    records = [
+        StepDetectionExample("a", "q", ("s", "t"), (1, -1), first_error=1, category="gsm8k", source="processbench"),
+        StepDetectionExample("b", "q", ("s", "t"), (0, -1), category="MathVision", source="visualprocessbench"),
+    ]
+    truth = write(tmp_path / "l.jsonl", [dataclasses.asdict(x) for x in records])
+    scores = write(tmp_path / "s.jsonl", [{"id": x.id, "scores": [[0.9, 0.1]], "model": "m"} for x in records])
+    rows, bad = detection.read(scores, truth)
+    assert not bad
+    assert rows == [Row("a", "gsm8k", (0.9, 0.1), label=1), Row("b", "MathVision", (0.9, 0.1), labels=(0, -1))]
 
 
 def test_labels_that_must_be_a_mistake(tmp_path):

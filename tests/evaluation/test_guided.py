@@ -1,12 +1,8 @@
-"""Search guided by a PRM: on a made-up language whose best solutions are known, and (slow) on a real run."""
+"""Search guided by a PRM: on a made-up language whose best solutions are known. A real run: test_pipeline."""
 
 import dataclasses
 import itertools
-import json
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +10,6 @@ import pytest
 from mmprm_jax.evaluation import guided
 from mmprm_jax.records import Candidate, Problem, Rollout, ScoredCandidate, UserError
 
-ROOT = Path(__file__).parents[2]
 PROBLEMS = [Problem(f"p{i}", "q", "right") for i in range(5)]
 DEPTH = 4  # steps before the answer
 LETTERS = "abc"
@@ -173,25 +168,3 @@ def test_compared_at_equal_tokens():
     assert "N = 2: 50.0" in guided.format_table({"beam": figures}) and "all there are" in guided.format_table(
         {"b": dear}
     )
-
-
-@pytest.mark.slow
-def test_on_a_finished_run(tmp_path):
-    def mmprm(*words):
-        config = f"--config={ROOT / 'configs' / 'digits.py'}:smoke"
-        command = [sys.executable, "-m", "mmprm_jax.main", *words, config, f"--workdir={tmp_path / 'run'}"]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    early = mmprm("guide")
-    assert early.returncode == 1 and "run `mmprm evaluate` there first" in early.stderr
-    assert mmprm("pipeline").returncode == 0
-    done = mmprm("guide", f"--json={tmp_path / 'a.json'}")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "a.json").read_text())
-    assert set(figures) == set(guided.METHODS)
-    for x in figures.values():
-        assert 0 <= x["accuracy"] <= 1 and x["tokens"] > 0 and x["best_of_n"]["n"] >= 1
-    before = {p: p.read_bytes() for p in (tmp_path / "run" / "guided").iterdir()}
-    assert mmprm("guide", "--search=beam").returncode == 0  # nothing is searched again
-    assert before == {p: p.read_bytes() for p in (tmp_path / "run" / "guided").iterdir()}
-    assert "no such search" in mmprm("guide", "--search=bfs").stderr
