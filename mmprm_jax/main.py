@@ -14,6 +14,7 @@ Orbax, or back. ``mmprm score PROBLEMS.jsonl --model=MODEL`` scores solutions wi
 ``mmprm bon CANDIDATES`` compares selectors on stored candidates, ``mmprm detect SCORES.jsonl`` finds wrong steps,
 ``mmprm sweep --config=… --workdir=… --grid=KEY=V1,V2`` trains and compares PRMs on one annotated set.
 ``mmprm guide --config=… --workdir=…`` searches with the PRM, step by step, and compares it with Best-of-N.
+``mmprm benchmark PROBLEMS.jsonl --config=… --workdir=…`` evaluates a run on a prepared benchmark, officially scored.
 ``mmprm verify PAIRS.jsonl [--mode=M] [--jobs=N] [--output=FILE] [--judge=URL --judge_model=NAME]`` says of each
 {gold, prediction} whether they are equal, and why.
 ``mmprm launch {tpu,gke,slurm,local} [options] -- STAGE …`` runs a stage on many machines or devices.
@@ -67,7 +68,7 @@ _USAGE = (
     " or: mmprm bench {rollout [CASE …],annotate,train} [--json=FILE] or: mmprm launch {tpu,gke,slurm,local} --help"
     " or: mmprm prepare SOURCE PATH_OR_HUB_ID --output=FOLDER [--split=NAME]"
     " or: mmprm split PROBLEMS.jsonl --dev=N --test=N"
-    " or: mmprm {bon,detect,sweep,guide} --help"
+    " or: mmprm {bon,detect,sweep,guide,benchmark} --help"
     " or: mmprm verify PAIRS.jsonl [--mode=M] [--jobs=N] [--output=FILE] [--judge=URL --judge_model=NAME]"
     " or: mmprm fit --model=NAME --job={sft,train_prm,decode,score} --topology=NAME [key=value …] [--json=FILE]"
 )
@@ -222,7 +223,7 @@ def run() -> None:
             from mmprm_jax.data import split
 
             return split.main(sys.argv[2:])
-        if sys.argv[1:2] in (["bon"], ["detect"], ["sweep"], ["guide"]):
+        if sys.argv[1:2] in (["bon"], ["detect"], ["sweep"], ["guide"], ["benchmark"]):
             from mmprm_jax.evaluation import cli
 
             return cli.main(sys.argv[1:], _cache_compilations)

@@ -32,7 +32,7 @@ from mmprm_jax.models import build, lora
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import Problem, SFTExample, StepExample, UserError
+from mmprm_jax.records import Candidate, Problem, SFTExample, StepExample, UserError
 from mmprm_jax.report import report as report_page
 from mmprm_jax.rollout.engine import Engine
 from mmprm_jax.rollout.rollouts import LocalSampler, Policy, Verify
@@ -62,6 +62,7 @@ class Run:
         self.data = epath.Path(config.data.folder) if config.data.folder else workdir / "data"
         self.sampled = workdir / "evaluate"  # what the policy sampled for the evaluation
         self.controls = True  # whether the evaluation has them
+        self.verdicts: Mapping[str, int] = {}  # of official rules, see evaluation.benchmark
 
     def folder(self, stage: str) -> epath.Path:
         return self.workdir / stage
@@ -73,6 +74,14 @@ class Run:
 
     def problems(self, split: str) -> list[Problem]:
         return records.read_all(self.data / f"{split}.jsonl", Problem)
+
+    def judged(self, candidate: Candidate) -> Candidate:
+        """A candidate as the evaluation counts it: right if it was verified."""
+        return candidate
+
+    def category(self, problem: Problem) -> str:
+        """What the evaluation's figures are broken down by."""
+        return problem.source
 
     @functools.cached_property
     def language(self) -> Language:

@@ -179,6 +179,32 @@ CUTS = {
 
 
 @pytest.mark.slow
+def test_a_benchmark_on_a_finished_run(environment, finished, tmp_path):
+    """Eight of the test problems as if they were MathVista's: its rule for whole numbers agrees with the verifier."""
+    workdir, folder, found = finished[0], tmp_path / "vista", tmp_path / "a.json"
+    problems = [json.loads(line) for line in (workdir / "data" / "test.jsonl").open()][:8]
+    (folder / "prepare" / "testmini").mkdir(parents=True)
+    (folder / "testmini.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    (folder / "images").symlink_to(workdir / "data" / "images")
+    row = {"mode": "mathvista", "answer_type": "integer", "question_type": "free_form"}
+    lines = [json.dumps({"id": p["id"], **row, "category": f"c{i % 2}"}) for i, p in enumerate(problems)]
+    (folder / "prepare" / "testmini" / "benchmark.jsonl").write_text("\n".join(lines))
+    code, out, err = run(environment, "benchmark", workdir, str(folder / "testmini.jsonl"), f"--json={found}")
+    assert code == 0, err
+    figures = json.loads(found.read_text())
+    assert figures["n_problems"] == 8 and sum(figures["scoring"].values()) == 8 * 17 and "official verdicts" in out
+    assert set(figures["by_category"]) == {"c0", "c1"}
+
+    def candidates(path):
+        rows = [json.loads(line)["candidate"] for line in path.open()]
+        ids = {p["id"] for p in problems}
+        return [(r["problem_id"], r["segments"], r["correct"]) for r in rows if r["problem_id"] in ids]
+
+    same = candidates(workdir / "benchmarks" / "vista-testmini" / "test_scored.jsonl")
+    assert same == candidates(workdir / "evaluate" / "test_scored.jsonl")
+
+
+@pytest.mark.slow
 def test_guided_search_of_a_finished_run(environment, finished, tmp_path):
     workdir, found = finished[0], tmp_path / "a.json"
     assert "run `mmprm evaluate` there first" in failure(environment, "guide", tmp_path / "w")

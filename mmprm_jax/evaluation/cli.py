@@ -1,4 +1,4 @@
-"""``mmprm bon``, ``mmprm detect``, ``mmprm sweep`` and ``mmprm guide``: their command lines."""
+"""``mmprm bon``, ``mmprm detect``, ``mmprm sweep``, ``mmprm guide`` and ``mmprm benchmark``: their command lines."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def main(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> None
     logging.set_verbosity(logging.WARNING)
     command, rest = argv[0], argv[1:]
     try:
-        if command in ("sweep", "guide"):
-            {"sweep": _sweep, "guide": _guide}[command](rest, cache_compilations)
+        if command in ("sweep", "guide", "benchmark"):
+            {"sweep": _sweep, "guide": _guide, "benchmark": _benchmark}[command](rest, cache_compilations)
         else:
             {"bon": _bon, "detect": _detect}[command](rest)
     except OSError as error:
@@ -244,3 +244,30 @@ def _guide(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> No
 
     figures = guided.run(stages.Run(config, workdir, configs.to_text(config)), args.search.split(","))
     _finish(figures, guided.format_table(figures), args.json, ())
+
+
+# ------------------------------------------------------------------------------------------------- benchmark
+
+
+def _benchmark(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> None:
+    rest, overrides = configs.split_args(argv)
+    parser = _parser("benchmark", "The policy and the PRM of a run on a benchmark's problems, officially scored.")
+    parser.add_argument("file", help="problems as `mmprm prepare` writes them, their images beside them")
+    parser.add_argument("--config", required=True, help="the configuration of the run, FILE or FILE:ARG")
+    parser.add_argument("--workdir", required=True, help="the run: its evaluation must have finished")
+    parser.add_argument("--scoring", default="", metavar="NAME", help="an official mode, or verifier; default: by row")
+    _json_option(parser)
+    args = parser.parse_args(rest)
+
+    config = configs.load(args.config, overrides)
+    workdir = configs.guard_workdir(args.workdir, config)
+    cache_compilations(os.fspath(workdir / "compilation_cache"))
+
+    from mmprm_jax import stages
+    from mmprm_jax.evaluation import benchmark
+    from mmprm_jax.report.report import format_table
+
+    figures = benchmark.run(stages.Run(config, workdir, configs.to_text(config)), args.file, args.scoring)
+    said = "".join(f", {count} {kind}" for kind, count in sorted(figures.get("scoring", {}).items()))
+    _finish(figures, format_table(figures) + _groups(figures) + (f"official verdicts{said}\n" if said else ""),
+            args.json, ())  # fmt: skip

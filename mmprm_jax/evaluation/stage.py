@@ -174,6 +174,7 @@ def _sample(run: Run, policy: Policy, preemption: Preemption) -> Sampled:
     found_dev = candidates_of(file("dev_candidates"), dev, c.n, plain, "sample dev")
     found_test = candidates_of(file("test_candidates"), test, c.n, plain, "sample test")
     greedy = candidates_of(file("test_greedy"), test, 1, lambda: policy.sampler("greedy", greedy=True), "greedy test")
+    found_test, greedy = ({p: list(map(run.judged, g)) for p, g in x.items()} for x in (found_test, greedy))
     steps = step_values(
         file("test_steps"), test[: c.calibration_problems], found_test, c.calibration_rollouts,
         lambda: policy.sampler("calibrate"),
@@ -345,8 +346,11 @@ def compare(run: Run, sampled: Sampled, results: Mapping[str, Scored]) -> Figure
         "rollouts": sum(len(group) for name in ("dev", "test") for group in results[name]),
         "calibration": calibrate(sampled.steps, test),
     }
-    if len({p.source for p in problems}) > 1:
-        figures["by_category"] = best_of_n.by_group(each, [p.source for p in problems])
+    categories = list(map(run.category, problems))
+    if len(set(categories)) > 1:
+        figures["by_category"] = best_of_n.by_group(each, categories)
+    if run.verdicts:
+        figures["scoring"] = dict(run.verdicts)
     for name in ("blank_image", "shuffled_image") if run.controls else ():
         blind = best_of_n.per_problem(results[name], n)["prm"][selected]
         difference = statistics.paired(blind, each["random"])

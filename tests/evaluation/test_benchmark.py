@@ -1,0 +1,110 @@
+"""Benchmarks' problems on a run, by official rules. A whole evaluation: test_pipeline."""
+
+import json
+import runpy
+from pathlib import Path
+
+import jax
+import pytest
+from etils import epath
+from ml_collections import ConfigDict
+
+from mmprm_jax import records, stages
+from mmprm_jax.data import digits
+from mmprm_jax.evaluation import benchmark
+from mmprm_jax.records import Candidate, Problem, UserError
+
+ROOT = Path(__file__).parents[2]
+CHOICES = {"mode": "mathvista", "options": ["12", "15"], "question_type": "multi_choice", "answer_type": "text"}
+FLOAT = {"mode": "mathvista", "precision": 1, "question_type": "free_form", "answer_type": "float", "category": "c"}
+PROBLEMS = [Problem("1", "q", "15", source="mathvista"), Problem("2", "q", "0.3", source="mathvista")]
+
+
+@pytest.fixture
+def base(tmp_path, mesh):
+    """A run of the smoke configuration, of which only the data are there, and an evaluation that says so."""
+    config = ConfigDict(runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("smoke"))
+    config.data.update(train=2, dev=1, test=1, demonstrations=12, transcriptions=4, text_only=4)
+    with jax.set_mesh(mesh):  # a run takes one in use; behind this, it is out of use
+        run = stages.Run(config, epath.Path(tmp_path / "run"), "")
+        digits.generate(run.data, stages.settings_of(digits.Settings, config.data, seed=0))
+        for name in ("dev_candidates.jsonl", "dev_scored.jsonl"):
+            records.write(run.folder("evaluate") / name, [])
+        stages.write_json(run.folder("evaluate") / "done.json", {})
+        yield run
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = epath.Path(tmp_path / "mathvista" / "testmini.jsonl")
+    records.write(path, PROBLEMS)
+    return path
+
+
+def prepared(path, *rows):
+    folder = path.parent / "prepare" / path.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"id": p.id, "prompt": "q", **row}) for p, row in zip(PROBLEMS, rows, strict=False)]
+    (folder / "benchmark.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def candidate(problem, answer, correct=False):
+    segments = ("<step>s</step>",) + ((f"<answer>{answer}</answer>",) if answer is not None else ())
+    return Candidate(problem, segments, answer, correct, 0.0, 3)
+
+
+def test_official_rules_decide(base, file):
+    prepared(file, CHOICES, FLOAT)
+    run = benchmark.BenchmarkRun(base, file, "")
+    for problem, answer, right in [
+        ("1", "B", True), ("1", "(B) 15", True), ("1", "A", False), ("2", "0.26", True), ("2", "0.36", False),
+        ("2", None, False),
+    ]:  # fmt: skip
+        assert run.judged(candidate(problem, answer, not right)).correct == right, answer
+    assert sum(run.verdicts.values()) == 6 and run.verdicts["equal"] == 3
+    assert [run.category(p) for p in PROBLEMS] == ["mathvista", "c"]
+    assert run.problems("test") == PROBLEMS and len(run.problems("dev")) == 1
+    assert run.folder("evaluate") == base.workdir / "benchmarks" / "mathvista-testmini"
+    assert run.folder("train_prm") == base.folder("train_prm") and base.config.evaluate.calibration_problems
+
+
+def test_without_scoring_rows_the_verifier_decides(base, file):
+    for scoring in ("", benchmark.VERIFIER):
+        run = benchmark.BenchmarkRun(base, file, scoring)
+        for right in (False, True):
+            assert run.judged(candidate("1", "B", right)).correct == right
+        assert not run.verdicts
+        prepared(file, CHOICES, FLOAT)  # and not if it is asked for
+
+
+def test_one_mode_for_all(base, file):
+    run = benchmark.BenchmarkRun(base, file, "olympiadbench")
+    assert run.judged(candidate("2", "\\frac{3}{10}")).correct and not run.judged(candidate("2", "0.4")).correct
+
+
+def test_what_is_wrong_is_said(base, file):
+    with pytest.raises(UserError, match="--scoring: 'best' is not one of mathvista"):
+        benchmark.BenchmarkRun(base, file, "best")
+    prepared(file, CHOICES)
+    with pytest.raises(UserError, match="no scoring row for problem 2"):
+        benchmark.BenchmarkRun(base, file, "")
+    prepared(file, CHOICES, {"mode": "mathvisor"})
+    with pytest.raises(UserError, match="no official scoring 'mathvisor'"):
+        benchmark.BenchmarkRun(base, file, "")
+    (file.parent / "prepare" / "testmini" / "benchmark.jsonl").write_text("{")
+    with pytest.raises(UserError, match="damaged; run mmprm prepare again"):
+        benchmark.BenchmarkRun(base, file, "")
+    (base.folder("evaluate") / "done.json").unlink()
+    with pytest.raises(UserError, match="its evaluation has not finished"):
+        benchmark.BenchmarkRun(base, file, benchmark.VERIFIER).begin()
+
+
+def test_a_folder_of_other_problems_or_rules(base, file):
+    prepared(file, CHOICES, FLOAT)
+    for _ in range(2):
+        benchmark.BenchmarkRun(base, file, "").begin()
+    with pytest.raises(UserError, match="of other problems, or by other rules"):
+        benchmark.BenchmarkRun(base, file, benchmark.VERIFIER).begin()
+    records.write(file, PROBLEMS[:1])
+    with pytest.raises(UserError, match="of other problems, or by other rules"):
+        benchmark.BenchmarkRun(base, file, "").begin()
