@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mmprm_jax import records
 from mmprm_jax.data.prompts import step_text
@@ -131,7 +131,17 @@ def test_a_released_policy_from_sft_to_the_exported_prm(environment, simple, rel
         "--config.sft.freeze=vision,", "--config.train_prm.steps=20", "--config.train_prm.freeze=vision,",
         "--config.train_prm.lora_rank=4", "--config.annotate.max_new_tokens=64", "--config.evaluate.max_new_tokens=64",
     )  # fmt: skip
-    mmprm(environment, "convert", workdir / "train_prm", tmp_path / "exported", "--verify")
+    for stage, name in (("sft", "policy"), ("train_prm", "exported")):
+        mmprm(environment, "convert", workdir / stage, tmp_path / name, "--verify")
+    folders = (released, tmp_path / "policy", tmp_path / "exported")
+    before, policy, prm = (load_file(folder / "model.safetensors") for folder in folders)
+    for key, value in prm.items():
+        if key.startswith("vision_model."):  # frozen in both stages
+            assert (value == before[key]).all(), key
+        elif key.startswith("language_model."):  # adapters were added to the layers' matrices, all else stayed
+            same = (value[: len(policy[key])] == policy[key]).all()
+            assert same == (policy[key].ndim < 2 or ".layers." not in key), key
+            assert (policy[key] != before[key]).any()
     scored = records.read_all(workdir / "evaluate" / "test_scored.jsonl", ScoredCandidate)
     by_id = {p.id: p for p in records.read(simple / "test.jsonl", Problem)}
     assert any(x.candidate.correct for x in scored)
