@@ -6,17 +6,21 @@ Our model folder holds ``params/`` (Orbax) and ``hf/``: every file of the source
 
 from __future__ import annotations
 
+import atexit
 import copy
 import dataclasses
+import functools
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from mmprm_jax.models import build, hf, hf_config
 from mmprm_jax.models import tokenizer as tok
@@ -42,7 +46,19 @@ class Loaded:
 
 def is_ours(path: str | os.PathLike) -> bool:
     """Whether ``path`` is a model folder that ``convert`` wrote."""
-    return (Path(path) / "hf" / hf.MANIFEST).is_file()
+    return (epath.Path(path) / "hf" / hf.MANIFEST).exists()
+
+
+@functools.cache
+def _local(folder: str) -> Path:
+    """``folder``, or a copy of one in a bucket on this machine."""
+    if "://" not in folder:
+        return Path(folder)
+    copied = Path(tempfile.mkdtemp(prefix="mmprm_jax"))
+    atexit.register(shutil.rmtree, copied, ignore_errors=True)
+    for path in epath.Path(folder).iterdir():
+        (copied / path.name).write_bytes(path.read_bytes())
+    return copied
 
 
 def inspect(path_or_id: str | os.PathLike, revision: str | None = None) -> tuple[Path, hf.Description]:
@@ -50,7 +66,7 @@ def inspect(path_or_id: str | os.PathLike, revision: str | None = None) -> tuple
     if not is_ours(path_or_id):
         checkpoint = hf.open_checkpoint(path_or_id, revision)
         return checkpoint.folder, checkpoint.model
-    folder = Path(path_or_id) / "hf"
+    folder = _local(os.fspath(epath.Path(path_or_id) / "hf"))
     stored = hf.read_json(folder / hf.MANIFEST)
     return folder, hf.describe(hf.read_json(folder / "config.json"), hf.Manifest(stored["files"], stored["index"]))
 
@@ -63,7 +79,7 @@ def load(path_or_id: str | os.PathLike, mesh: Any, dtype: Any = None, revision: 
     folder, model = inspect(path_or_id)
     kept = jnp.dtype(hf.read_json(folder / hf.MANIFEST)["dtype"])
     _, abstract = build.abstract(model.cfg, 0, mesh, kept if dtype is None else dtype)
-    return Loaded(folder, model, load_params(Path(path_or_id) / "params", abstract), mesh)
+    return Loaded(folder, model, load_params(epath.Path(path_or_id) / "params", abstract), mesh)
 
 
 def convert(source: str, target: str, mesh: Any, *, dtype: Any = None, prm: bool = False, verify: bool = False) -> str:
@@ -101,18 +117,23 @@ def convert(source: str, target: str, mesh: Any, *, dtype: Any = None, prm: bool
     return f"{target}: {count} tensors, {size:,} parameters" + (", verified" if verify else "")
 
 
-def write_folder(folder: str | os.PathLike, loaded: Loaded, tokenizer: Tokenizer | None = None) -> None:
-    """Writes a model folder of ours. tokenizer: instead of that in ``loaded.folder``."""
-    other = Path(folder) / "hf"
-    save_params(Path(folder) / "params", loaded.params)  # every process its part
+def write_folder(folder: epath.PathLike, loaded: Loaded, tokenizer: Tokenizer | None = None) -> None:
+    """Writes a model folder of ours. tokenizer: instead of that in ``loaded.folder``. Every process calls it."""
+    folder = epath.Path(folder)
+    save_params(folder / "params", loaded.params)
     if jax.process_index() > 0:
         return
-    hf.copy_other_files(loaded.folder, other)
-    if tokenizer is not None:
-        tokenizer.save(other)
-    hf.write_config(other, loaded.model.config)
+    (folder / "hf").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        other = Path(temporary)
+        hf.copy_other_files(loaded.folder, other)
+        if tokenizer is not None:
+            tokenizer.save(other)
+        hf.write_config(other, loaded.model.config)
+        for path in sorted(other.iterdir()):
+            (folder / "hf" / path.name).write_bytes(path.read_bytes())
     manifest = {**dataclasses.asdict(loaded.model.manifest), "dtype": jnp.dtype(loaded.dtype).name}
-    (other / hf.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / "hf" / hf.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")  # last: now it is one
 
 
 def _compare(checkpoint: hf.Checkpoint, loaded: Loaded, added: int | None) -> None:

@@ -265,7 +265,9 @@ def adapters(run: Run, stage: str) -> dict[str, Any]:
 def sft(run: Run) -> Figures:
     """Supervised fine-tuning of the policy, from random weights or those of ``config.policy``."""
     c, language = run.config.sft, run.language
-    if run.config.policy and not c.steps:
+    if not c.steps:
+        if not run.config.policy:
+            raise UserError("sft.steps is 0: name the policy that is left as it is, --config.policy=FOLDER_OR_HUB_ID")
         return {}
 
     def load(number: int, path: epath.Path) -> TrainingSet:

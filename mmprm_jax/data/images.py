@@ -112,19 +112,6 @@ def tiles(image: Image.Image, max_tiles: int, size: int = 448, thumbnail: bool =
     return np.concatenate([out, _resize(image, size, size)[None]]) if thumbnail and len(out) > 1 else out
 
 
-def load_image(path: epath.PathLike, size: int) -> np.ndarray:
-    """One tile: the image resized (bicubic) to ``size`` x ``size``. uint8 [size, size, 3]. Raises as ``open_image``."""
-    return _resize(open_image(path), size, size)
-
-
-def load_images(folder: epath.PathLike, names: list[str | None], size: int) -> np.ndarray:
-    """uint8 [len(names), 1, size, size, 3]; a name of None gives a black tile (a text-only problem)."""
-    folder = epath.Path(folder)
-    blank = np.zeros((size, size, 3), np.uint8)
-    tiles = {name: load_image(folder / name, size) for name in set(names) if name is not None}
-    return np.stack([blank if name is None else tiles[name] for name in names])[:, None]
-
-
 def normalise(pixels: np.ndarray) -> np.ndarray:
     """uint8 [..., 3] -> float32 with ImageNet mean and standard deviation. float32 is returned as it is."""
     if pixels.dtype == np.float32:

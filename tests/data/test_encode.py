@@ -7,7 +7,8 @@ from PIL import Image
 from mmprm_jax.data import digits, encode
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
-from mmprm_jax.records import SFTExample, StepExample, UserError
+from mmprm_jax.models.tokenizer import Tokenizer
+from mmprm_jax.records import Problem, SFTExample, StepExample, UserError
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,58 @@ def test_images_are_checked_when_examples_are_encoded(tmp_path, tiny, tiles):
     with pytest.raises(UserError, match="square.png: the model takes no images"):
         encode.tile_count(tmp_path, text_only, 1)("square.png")
     assert encode.tile_count(tmp_path, text_only, 1)(None) == 0
+
+
+# One language for training, sampling and scoring
+
+SEGMENTS = ("<step> Its base is 4.</step>", "<step>So: <|im_end|> 6\n</step>", "<answer>$6$</answer>")
+QUESTION = "What is the area of <prm> $ABC$?"
+
+
+@pytest.fixture(scope="module", params=["own", "qwen2", "internlm2_nodummy"])
+def spoken(request, golden, tiny):
+    if request.param == "own":
+        return encode.Language.own(Tokenizer.train_bpe([QUESTION, *SEGMENTS], 400), tiny.cfg)
+    return encode.Language.released(Tokenizer.load(golden / "tokenizer" / request.param), tiny.cfg)
+
+
+@pytest.mark.parametrize("image", [None, "wide.png"])
+def test_a_policy_goes_on_as_its_demonstrations_do(spoken, tiles, image):
+    """The prompt with any number of steps is the beginning of the demonstration with the same solution."""
+    found = spoken.demonstration(SFTExample("a", QUESTION, "".join(SEGMENTS), image), tiles)
+    ids, count = found.tokens.tolist(), tiles(image)
+    assert ids[-1] == spoken.tokenizer.id(tok.TURN_END) and found.labels["response"][-1]
+    assert ids.count(spoken.image_token) == count * spoken.cfg.tokens_per_tile
+    text = spoken.tokenizer.decode(found.tokens[found.labels["response"]][:-1])
+    assert text.split() == "".join(SEGMENTS).split() or text.replace(" ", "") == "".join(SEGMENTS).replace(" ", "")
+    for j in range(len(SEGMENTS)):
+        prompt = spoken.prompt(QUESTION, SEGMENTS[:j], count)
+        same = sum(a == b for a, b in zip(prompt, ids, strict=False))
+        assert same >= len(prompt) - 1  # where a step meets the next one, a token may be of both
+    assert not found.labels["response"][: len(spoken.prompt(QUESTION, (), count)) - 1].any()
+
+
+def test_the_prm_is_trained_on_what_it_scores(spoken, tiles):
+    judge = spoken.with_prm()
+    example = StepExample("a", "p", QUESTION, SEGMENTS, (3, 0, 1), (8, 0, 1), "wide.png")
+    found = judge.steps(example, tiles)
+    ids, marks = judge.solution(QUESTION, SEGMENTS, 5)
+    assert found.tokens.tolist() == ids and len(marks) == 3
+    assert np.flatnonzero(found.labels["n"]).tolist() == [marks[0], marks[2]]
+    assert [i for i, token in enumerate(ids) if token == judge.tokenizer.id(tok.PRM)] == marks  # none by the question
+    assert max(ids) < judge.cfg.decoder.vocab_size and ids.count(judge.image_token) == 5 * judge.cfg.tokens_per_tile
+    assert all(judge.tokenizer.decode([i]).strip() in ("Yes", "No") for i in judge.classes)
+
+
+def test_pixels_are_opened_when_they_are_needed(tmp_path, tiny, tiles):
+    pixels = encode.file_pixels(tmp_path, tiny.cfg, 6)
+    assert pixels(Problem("a", "q", "1")) is None
+    assert len(pixels(Problem("a", "q", "1", "wide.png"))) == tiles("wide.png") == 5
+    with pytest.raises(UserError, match="wide.png: the model takes no images"):
+        encode.file_pixels(tmp_path, VLMConfig(None, tiny.cfg.decoder), 6)(Problem("a", "q", "1", "wide.png"))
+
+
+def test_what_a_word_level_policy_sampled_keeps_its_tokens(language, tokenizer):
+    """A marker inside of a step has no other ids."""
+    segment = "<step> 3 <|im_start|> <IMG_CONTEXT> </step>"
+    assert language.prompt("Evaluate the expression .", [segment], 0)[-5:] == tokenizer.encode(segment)

@@ -287,3 +287,15 @@ def test_step_auc_counts_pairs():
 
 def test_step_auc_of_one_class_is_nan():
     assert math.isnan(bon.step_auc([0.1], [True])) and math.isnan(bon.step_auc([], []))
+
+
+def test_answers_that_say_the_same_vote_together():
+    """Within a problem; what is one answer is so by the rules in both directions."""
+    one = [scored(a, a in ("0.5", "\\frac{1}{2}", "1/2"), text=a) for a in ("\\frac{1}{2}", "7", "0.5", "1/2", "7")]
+    key = bon.equivalent([one, [scored(None, False)], []])
+    assert key("0.5") == key("1/2") == key("\\frac{1}{2}") != key("7")
+    assert key("never seen") == bon.plain("never  seen ")
+    assert bon.per_problem([one], 5)["majority"].tolist() == [0.0]
+    assert bon.per_problem([one], 5, key)["majority"].tolist() == [1.0]
+    rounded = bon.equivalent([[scored("3.1", True), scored("3.14", False), scored("22/7", False)]])
+    assert len({rounded(a) for a in ("3.1", "3.14", "22/7")}) == 3

@@ -14,10 +14,11 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from ml_collections import ConfigDict
 
-from mmprm_jax import annotate, config, records
+from mmprm_jax import annotate, config, convert, records
 from mmprm_jax.data import digits, images
 from mmprm_jax.metrics import Metrics
 from mmprm_jax.metrics import read as read_metrics
+from mmprm_jax.models import hf
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Problem, UserError
 from mmprm_jax.report import report
@@ -78,13 +79,27 @@ def test_the_bucket_is_one(bucket):
         (bucket / "a").open("a")
 
 
+def test_a_model_folder(bucket, golden, monkeypatch):
+    """What a stage with ``config.policy`` writes beside the weights, and what the next one reads."""
+    source = next(p.parent for p in sorted((golden / "models").glob("*/config.json")))
+    model = hf.open_checkpoint(source).model
+    written = []
+    monkeypatch.setattr(convert, "save_params", lambda path, params: written.append((str(path), params)))
+    params = {"w": np.zeros(2, np.float32)}
+    assert not convert.is_ours(bucket / "sft")
+    convert.write_folder(bucket / "sft", convert.Loaded(source, model, params, None))
+    assert written == [("gs://bucket/run/sft/params", params)] and convert.is_ours("gs://bucket/run/sft")
+    folder, again = convert.inspect("gs://bucket/run/sft")
+    assert again == model and (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
 def test_the_embedded_problem_set(bucket, tmp_path):
     digits.generate(bucket / "data", DATA)
     digits.generate(tmp_path / "data", DATA)
     assert files(bucket / "data") == files(tmp_path / "data")
     assert files(bucket / "data" / "images") == files(tmp_path / "data" / "images")
     problems = records.read_all(bucket / "data" / "train.jsonl", Problem)
-    assert images.load_images(bucket / "data", [p.image for p in problems], 24).std() > 0
+    assert images.open_image(bucket / "data" / problems[0].image).size == (24, 24)
     assert len(Tokenizer.load(bucket / "data" / "tokenizer.json")) > 10
     with pytest.raises(UserError, match=r"gs://bucket/run/data/none.png: image not found"):
         images.open_image(bucket / "data" / "none.png")

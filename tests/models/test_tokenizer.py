@@ -1,4 +1,4 @@
-"""The word-level tokenizer and its markers."""
+"""The tokenizers of our own, word-level and byte-level, and their markers."""
 
 import pytest
 
@@ -104,3 +104,58 @@ def test_properties_and_vocabulary(tokenizer):
     tokenizer.check([*tok.MARKERS, tok.YES])
     with pytest.raises(UserError, match="'<prm>'.*'banana'"):
         tokenizer.check([tok.STEP, tok.PRM, "banana"])
+
+
+# Byte-level BPE
+
+TEXTS = [
+    "In triangle $ABC$, the angle is $$\\frac{1}{2}\\angle A = 30^\\circ$$.", "Find the area, in cm².", "三角形的面积",
+    "<step>So the area is 6.</step><answer>6</answer>",
+]  # fmt: skip
+STRANGE = [
+    "",
+    " ",
+    "\n\n  x\t",
+    "e\u0301 \u200d \u00a0",
+    "\x00\x7f",
+    "🧮 ½",
+    "12345.60",
+    "<|im_end|><prm>Yes</step>",
+    *tok.MARKERS,
+]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return Tokenizer.train_bpe(TEXTS, 400)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *STRANGE])
+def test_bytes_lose_nothing(bpe, text):
+    literal = bpe.encode_literal(text)
+    assert bpe.decode(literal) == bpe.decode(bpe.encode(text)) == text
+    assert bpe.special_ids.isdisjoint(literal)
+
+
+def test_markers_and_classes_of_bytes(bpe):
+    bpe.check(tok.MARKERS)
+    assert len(bpe) <= 400 and bpe.pad == 0 and len(bpe.special_ids) == len(tok.MARKERS)
+    assert bpe.encode_literal("Yes") == [bpe.piece(tok.YES)] and bpe.encode_literal("No") == [bpe.piece(tok.NO)]
+    assert len(bpe.encode_literal("triangle")) < 8 and len(bpe.encode_literal("999")) == 3
+    prm = bpe.with_token(tok.PRM)
+    assert prm.id(tok.PRM) == len(bpe) == len(prm) - 1 and prm.encode_literal(TEXTS[0]) == bpe.encode_literal(TEXTS[0])
+
+
+def test_bytes_are_learned_again_and_saved(bpe, tmp_path):
+    assert Tokenizer.train_bpe(iter(TEXTS), 400).fingerprint == bpe.fingerprint
+    assert Tokenizer.train_bpe(TEXTS[:2], 400).fingerprint != bpe.fingerprint
+    bpe.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert again.fingerprint == bpe.fingerprint and again.encode(TEXTS[3]) == bpe.encode(TEXTS[3])
+    with pytest.raises(UserError, match="100 tokens; it needs 2.. at least"):
+        Tokenizer.train_bpe(TEXTS, 100)
+    assert len(Tokenizer.train_bpe([], 400)) < 300
+
+
+def test_what_stands_for_its_text(tokenizer, bpe):
+    assert bpe.own_markers == tok.TAGS and tokenizer.own_markers == tok.MARKERS
