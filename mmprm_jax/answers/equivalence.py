@@ -12,12 +12,13 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 
-from mmprm_jax.answers import arithmetic, choice, extract, numeric, relations, units
+from mmprm_jax.answers import arithmetic, choice, extract, families, numeric, relations, remarks, units
 from mmprm_jax.answers.arithmetic import OPEN, every
-from mmprm_jax.answers.normalise import MAX_LENGTH, normalise, trim
+from mmprm_jax.answers.normalise import MAX_LENGTH, normalise
 from mmprm_jax.answers.parse import read
 from mmprm_jax.answers.values import (
     Equation,
+    Family,
     Formula,
     Items,
     Nothing,
@@ -37,10 +38,6 @@ _STRANGE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]
 _MAX_REASON = 300  # characters; parts within parts have long ones
 _BESIDE = re.compile(r" ?([^\w\s.]) ?")
 _MAX_MATCHED = 30  # items of a list without order
-_NOTE = re.compile(
-    r"\s*\(\s*(?:the answer is |answers? (?:are|is) )?(?:not unique|答案不唯一|不唯一)[^()]*\)\s*$", re.I
-)
-_OR = re.compile(r"\s*\(\s*(?:or|或)\s*(?:fill in\s*)?(.*)\)\s*$", re.I | re.S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,28 +118,33 @@ def _compact(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _alternatives(gold: str) -> tuple[tuple[str, bool], ...]:
+def _alternatives(gold: str) -> tuple[tuple[str, ...], bool]:
     """The normalised gold answers any of which is right, and whether others may be right as well."""
     text = normalise(gold)
-    open_ended = bool(_NOTE.search(text))
-    text = trim(_NOTE.sub("", text))
-    match = _OR.search(text)
-    if match and match.start():
-        return ((text[: match.start()].strip(), open_ended), (trim(match[1]), open_ended))
-    return ((text, open_ended),)
+    return remarks.forms(remarks.without_note(text)), remarks.has_note(text)
 
 
-def _any(golds: Sequence[tuple[str, bool]], prediction: str, settings: Settings) -> Verdict:
-    prediction = trim(_NOTE.sub("", normalise(prediction)))
-    match = _OR.search(prediction)
-    verdicts = [_texts(gold, prediction, settings) for gold, _ in golds]
-    if match and match.start() and not any(verdicts):
-        both = (prediction[: match.start()].strip(), trim(match[1]))
-        verdicts += [every([_texts(gold, text, settings) for text in both]) for gold, _ in golds]
+def _any(golds: tuple[tuple[str, ...], bool], prediction: str, settings: Settings) -> Verdict:
+    prediction = remarks.without_note(normalise(prediction))
+    verdicts = [_remarked(gold, prediction, settings) for gold in golds[0]]
+    both = remarks.forms(prediction)
+    if len(both) > 1 and not any(verdicts):
+        verdicts += [every([_texts(gold, text, settings) for text in both]) for gold in golds[0]]
     best = next((v for kind in ("equal", "unknown", "unequal") for v in verdicts if v.kind == kind), verdicts[0])
-    if best.kind == "unequal" and golds[0][1]:
+    if best.kind == "unequal" and golds[1]:
         return unknown("the gold answer says that others are right as well")
     return best
+
+
+def _remarked(gold: str, prediction: str, settings: Settings) -> Verdict:
+    """Two normalised answers; what a remark behind one of them says counts only if both have one."""
+    verdict = _texts(gold, prediction, settings)
+    if verdict.kind != "unknown" or ")" not in (gold[-1:], prediction[-1:]):
+        return verdict
+    plain = [remarks.answer(gold), remarks.answer(prediction)]
+    if (plain[0] is None) == (plain[1] is None):
+        return verdict
+    return _texts(plain[0] or gold, plain[1] or prediction, settings)
 
 
 def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
@@ -185,6 +187,8 @@ def values(gold: Value, prediction: Value, precision: int | None = None) -> Verd
         return _items(gold, prediction, precision)
     if isinstance(gold, Text) or isinstance(prediction, Text):
         return _words(gold, prediction, precision)
+    if isinstance(gold, Family) or isinstance(prediction, Family):
+        return families.compare(gold, prediction, lambda a, b: values(a, b, precision))
     if isinstance(gold, Region | Relation) or isinstance(prediction, Region | Relation):
         return _ranges(gold, prediction)
     if isinstance(gold, Ratio | Time) or isinstance(prediction, Ratio | Time):
@@ -276,11 +280,13 @@ def _items(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     assert isinstance(items, Items)
     if isinstance(other, Region) and items.region:
         return _ranges(*((items.region, other) if items is gold else (other, items.region)))
+    if isinstance(other, Formula) and items.formula:
+        return arithmetic.formulas(*((items.formula, other) if items is gold else (other, items.formula)))
     if len(items.values) == 1 and items.kind == "set":
         return values(*((items.values[0], other) if items is gold else (other, items.values[0])), precision)
     if isinstance(other, Text):
         return unknown(OPEN + "the prediction is text" if items is gold else OPEN + "the gold answer is text")
-    if items is gold and items.kind == "list" and any(values(v, other, precision) for v in items.values):
+    if items is gold and items.kind in ("list", "or") and any(values(v, other, precision) for v in items.values):
         return unequal("only a part of the gold answer")
     return unequal(f"one answer, and {len(items.values)}")
 
@@ -288,6 +294,10 @@ def _items(gold: Value, prediction: Value, precision: int | None) -> Verdict:
 def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict:
     a, b = gold.values, prediction.values
     kinds = {gold.kind, prediction.kind}
+    if "or" in kinds and kinds & {"parts", "tuple"}:
+        return unequal("one or the other, and one after the other")
+    if kinds == {"set", "tuple"} and len(a if gold.kind == "set" else b) == 1:  # {(1, 2)}
+        return values(*((a[0], prediction) if gold.kind == "set" else (gold, b[0])), precision)
     if gold.kind == "set" or prediction.kind == "set":
         a, b = _distinct(a), _distinct(b)
     if len(a) != len(b):
@@ -307,7 +317,7 @@ def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict
     if _unlike(gold.values) != _unlike(prediction.values):  # x = 2, y = 1 is no 1, 2
         return every([values(x, y, precision) for x, y in zip(_by_name(a), _by_name(b), strict=True)])
     found = _matched(a, b, precision)
-    if found and (gold.kind == "maybe" or prediction.kind == "maybe"):
+    if found and "maybe" in kinds:
         return unknown("equal but for the order")
     return found
 
@@ -443,7 +453,8 @@ def _ratios(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if len(ratio.trees) != 2 or not isinstance(other, Formula):
         return unequal("one is a ratio")
     quotient = Formula(("/", *ratio.trees))
-    return arithmetic.formulas(*((quotient, other) if ratio is gold else (other, quotient)), precision)
+    found = arithmetic.formulas(*((quotient, other) if ratio is gold else (other, quotient)), precision)
+    return unknown("a ratio or a time of the day") if found and ratio.clock is not None else found
 
 
 def _proportional(gold: Ratio, prediction: Ratio) -> Verdict:
