@@ -282,7 +282,7 @@ def _items(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         return _ranges(*((items.region, other) if items is gold else (other, items.region)))
     if isinstance(other, Formula) and items.formula:
         return arithmetic.formulas(*((items.formula, other) if items is gold else (other, items.formula)))
-    if len(items.values) == 1 and items.kind == "set":
+    if len(items.values) == 1 and items.kind == "set" and not isinstance(items.values[0], Nothing):
         return values(*((items.values[0], other) if items is gold else (other, items.values[0])), precision)
     if isinstance(other, Text):
         return unknown(OPEN + "the prediction is text" if items is gold else OPEN + "the gold answer is text")
@@ -309,9 +309,10 @@ def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict
         return every(values(x, y, precision) for x, y in zip(a, b, strict=True))
     ordered = every([values(x, y, precision) for x, y in zip(a, b, strict=True)])
     if ordered and gold.region and prediction.region and not _ranges(gold.region, prediction.region):
-        low, high = (numeric.real(v.tree) for v in a if isinstance(v, Formula))
-        if low is not None and high is not None and low < high:  # (1, 2) is no [1, 2]; a point is no interval
+        if _ascending(gold.region, closed=False):  # (1, 2) is no [1, 2]; a point is no interval
             return unequal("one is open where the other is closed")
+    if ordered and _ascending(gold.region or prediction.region) and None in (gold.region, prediction.region):
+        return unknown("an interval or a list in square brackets")
     if ordered or "tuple" in kinds or gold.kind == "parts":
         return ordered
     if _unlike(gold.values) != _unlike(prediction.values):  # x = 2, y = 1 is no 1, 2
@@ -320,6 +321,14 @@ def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict
     if found and "maybe" in kinds:
         return unknown("equal but for the order")
     return found
+
+
+def _ascending(region: Region | None, closed: bool = True) -> bool:
+    """Whether a pair can only be an interval's ends; closed: in square brackets."""
+    if region is None or closed and not region.parts[0].low_closed:
+        return False
+    ends = [numeric.real(end.tree) for end in (region.parts[0].low, region.parts[0].high) if end]
+    return len(ends) == 2 and None not in ends and ends[0] < ends[1]
 
 
 def _by_name(items: tuple[Value, ...]) -> tuple[Value, ...]:
@@ -374,14 +383,11 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         if text.formula and not isinstance(other, Text):
             pair = (text.formula, other) if text is gold else (other, text.formula)
             return values(*pair, precision)
-        if isinstance(other, Region) and text.text in ("R", "ℝ"):
-            pair = (Region((relations.EVERYTHING,)), other)
-            return _ranges(*pair)
         if re.search(r"[\d\\^=]", text.text) or len(text.text.split()) > 3:
             return unknown(OPEN + f"{text.text[:60]!r} is not understood ({text.why or 'text'})")
         return unequal("one is a word")
     a, b = _plain(gold.text), _plain(prediction.text)
-    if a == b:
+    if a == b or _turned(a) == _turned(b):
         return equal("the same words")
     if re.sub("[ -]", "", a) == re.sub("[ -]", "", b):
         return equal("the same words but for spaces and hyphens")
@@ -392,6 +398,15 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if max(len(a.split()), len(b.split())) > 3 or re.search(r"[\u4e00-\u9fff]{4}", a + b):
         return unknown("different words, which may still mean the same")
     return unequal("different words")
+
+
+def _turned(text: str) -> list[str]:
+    """AB ∥ CD is CD ∥ AB, and BA ∥ CD."""
+    sides = re.split("[∥⊥≅~]", text)
+    if len(sides) != 2:
+        return [text]
+    segments = ["".join(sorted(side)) if len(side.strip()) == 2 else side.strip() for side in sides]
+    return [re.sub("[^∥⊥≅~]", "", text), *sorted(segments)]
 
 
 _SYNONYMS = {"是": "yes", "否": "no", "对": "true", "错": "false", "正确": "true", "错误": "false", "correct": "true",
@@ -408,6 +423,10 @@ def _plain(text: str) -> str:
 
 
 def _ranges(gold: Value, prediction: Value) -> Verdict:
+    if ("v", "R") in (getattr(gold, "tree", None), getattr(prediction, "tree", None)):  # the real numbers
+        gold, prediction = (
+            Region((relations.EVERYTHING,)) if isinstance(v, Formula) else v for v in (gold, prediction)
+        )
     if isinstance(gold, Region) and isinstance(prediction, Region):
         if gold.variable and prediction.variable and gold.variable != prediction.variable:
             return unequal("of different variables")
@@ -444,7 +463,8 @@ def _ratios(gold: Value, prediction: Value, precision: int | None) -> Verdict:
             return unequal("one is a time of the day")
         if abs(times[0] - times[1]) == 12 * 3600:
             halves = [isinstance(side, Time) and side.half for side in (gold, prediction)]
-            if halves[0] != halves[1]:
+            hour = times[halves.index(False)] // 3600 if halves[0] != halves[1] else 24
+            if hour <= 12:
                 return equal("the same time, a.m. or p.m. left out")
             return unequal("twelve hours apart")
         return equal("the same time") if times[0] == times[1] else unequal("different times")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from mmprm_jax.answers import exact, syntax
+from mmprm_jax.answers import exact, relations, syntax
 from mmprm_jax.answers.arithmetic import formulas
 from mmprm_jax.answers.syntax import Tree
-from mmprm_jax.answers.values import Equation, Family, Formula, Items, Quantity, Region, Value
+from mmprm_jax.answers.values import Equation, Family, Formula, Items, Quantity, Region, Relation, Value
 from mmprm_jax.answers.verdict import Verdict, unequal, unknown
 
 PARAMETERS = frozenset("nkm")
@@ -17,10 +17,14 @@ PARAMETERS = frozenset("nkm")
 def of(value: Value, name: str, every: bool) -> Value:
     """The value as a family, or the values in it as one each; without the name it is what it is."""
     if isinstance(value, Items):
+        if value.region and all(name in syntax.variables(tree) for tree in _trees(value.region)):
+            return Family(value.region, name, every)  # (kπ, kπ + 1); (kπ, 0) is a point
         return dataclasses.replace(value, values=tuple(of(v, name, every) for v in value.values))
     if isinstance(value, Equation):
         plain = value.name is not None and len(value.name) == 1  # a_n = 2n is one sequence, no set
         return dataclasses.replace(value, right=of(value.right, name, every)) if plain and value.name != name else value
+    if isinstance(value, Relation):
+        value = relations.between(value, name) or value
     if isinstance(value, Formula | Quantity | Region) and any(name in syntax.variables(tree) for tree in _trees(value)):
         return Family(value, name, every)
     return value

@@ -89,6 +89,7 @@ def normalise(text: str) -> str:
         return text
     text = _unicode(text[:MAX_LENGTH])[:MAX_LENGTH]
     text = _BOLD.sub(r"\2", text.replace("`", "")).replace("****", "")
+    text = re.sub(r"^\s*(?:#{1,6} +(?=\S)|\*([^*\n]+)\*\s*$)", lambda m: m[1] or "", text)
     text = _mathematics(text.replace("\\$", _MARK)).replace(_MARK, "$")
     for old, new in (
         ("\\\\", "\n"),
@@ -165,7 +166,7 @@ def _thousands(text: str) -> str:
     """1,234 -> 1234 outside brackets; 1{,}234, 1,\\!234 and 1\\,234 anywhere."""
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\[,; ])(?=\d{3}(?!\d))", "", text)
     if "," not in text:
-        return text
+        return text.replace(" ", "") if re.fullmatch(r"\d{1,3}(?: \d{3})* 000(?: \d{3})*", text.strip()) else text
     depth, found, end = 0, [], 0
     for match in re.finditer(r"[(\[{⦃]|[)\]}⦄]|(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,]|\.\d+,)", text):
         if match[0] in "([{⦃":
@@ -178,20 +179,35 @@ def _thousands(text: str) -> str:
     return "".join(found) + text[end:]
 
 
+_BODY = r"([^\\]*(?:\\(?!end)[^\\]*)*)"
+_ARRAY = re.compile(rf"\\left\s*([(\[|])\s*\\begin\{{array\}}\{{[clr]*\}}{_BODY}\\end\{{array\}}\s*\\right\s*[)\]|]")
+_MATRIX = re.compile(rf"\\begin\{{([pbv]matrix)\}}{_BODY}\\end\{{\1\}}")
+
+
 def _environments(text: str) -> str:
     """A vector becomes a tuple, a matrix a tuple of its rows, cases and aligned lines become parts."""
     if "\\begin" not in text:
         return text
     text = re.sub(r"(?:\\left\s*)?⦃\s*(?=\\begin)", " ", text)
+    text = _ARRAY.sub(_as_matrix, text)
     text = re.sub(r"\\(begin|end)\s*\{(cases|array|aligned|align\*?|gathered|split)\}(?:\{[clr|]*\})?", " ", text)
+    return _MATRIX.sub(_matrix, text)
 
-    def vector(match: re.Match[str]) -> str:
-        rows = [row.replace("&", ",") for row in match[2].strip().split("\n") if row.strip()]
-        if len(rows) > 1 and any("," in row for row in rows):
-            rows = [f"({row})" for row in rows]
-        return f"({','.join(rows)})"
 
-    return re.sub(r"\\begin\{([pb]matrix)\}([^\\]*(?:\\(?!end)[^\\]*)*)\\end\{\1\}", vector, text)
+def _as_matrix(match: re.Match[str]) -> str:
+    kind = "vmatrix" if match[1] == "|" else "pmatrix"
+    return rf"\begin{{{kind}}}{match[2]}\end{{{kind}}}"
+
+
+def _matrix(match: re.Match[str]) -> str:
+    rows = [row.split("&") for row in match[2].strip().split("\n") if row.strip()]
+    if match[1] == "vmatrix":
+        if [len(row) for row in rows] != [2, 2]:
+            return match[0]
+        (a, b), (c, d) = rows
+        return f"(({a})*({d})-({b})*({c}))"
+    lines = [",".join(row) for row in rows]
+    return f"({','.join(f'({line})' for line in lines) if len(rows) > 1 and len(rows[0]) > 1 else ','.join(lines)})"
 
 
 def _commands(text: str, depth: int = 0) -> str:
@@ -221,7 +237,8 @@ def _commands(text: str, depth: int = 0) -> str:
             found.append(content if content.isdigit() else f" {content} ")
         elif name in _CONTENT:
             i, content = _braced(text, i)
-            found.append(_VECTORS.get(content, "") or _commands(content, depth + 1))
+            arrow = "→" if name == "vec" and re.fullmatch("[A-Z]{2}", content) else ""
+            found.append(_VECTORS.get(content, "") or arrow + _commands(content, depth + 1))
         elif name in ("overrightarrow", "overline", "overset"):
             i, content = _braced(text, i)
             content = _VECTORS.get(content, "") or _commands(content, depth + 1).strip()

@@ -8,7 +8,9 @@ _UNITS = "zero one two three four five six seven eight nine ten eleven twelve th
 _UNITS += "seventeen eighteen nineteen".split()
 _TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True))
 _ENGLISH = {word: i for i, word in enumerate(_UNITS)} | _TENS
-_ENGLISH |= {f"{ten}{sign}{one}": n + i for ten, n in _TENS.items() for i, one in enumerate(_UNITS[1:10], 1) for sign in "- "}
+_ENGLISH |= {
+    f"{ten}{sign}{one}": n + i for ten, n in _TENS.items() for i, one in enumerate(_UNITS[1:10], 1) for sign in "- "
+}
 _DIGITS = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
 _PLACES = {"十": 10, "百": 100, "千": 1000}
 _CHINESE = "[零〇一二两三四五六七八九十百千]{1,7}"

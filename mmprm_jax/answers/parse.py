@@ -12,7 +12,19 @@ from typing import Literal
 from mmprm_jax.answers import families, numerals, relations, syntax, units
 from mmprm_jax.answers.normalise import trim
 from mmprm_jax.answers.split import split, surrounded
-from mmprm_jax.answers.values import Equation, Family, Formula, Items, Nothing, Quantity, Ratio, Region, Text, Time, Value
+from mmprm_jax.answers.values import (
+    Equation,
+    Family,
+    Formula,
+    Items,
+    Nothing,
+    Quantity,
+    Ratio,
+    Region,
+    Text,
+    Time,
+    Value,
+)
 
 MAX_ITEMS = 50
 
@@ -28,7 +40,7 @@ _HAS_NONE = re.compile(
     r"null set|(?:there (?:is|are) )?no (?:real |such |integer |positive ){0,3}(?:solutions?|roots?|numbers?|values?)"
     r"(?: exists?)?"
     r"|(?:the )?(?:equation|system|inequality)s? (?:has|have) no (?:real )?(?:solutions?|roots?)"
-    r"|(?:原|该|此)?(?:方程|不等式)组?无(?:实数)?[解根]"
+    r"|(?:原|该|此)?(?:方程|不等式)组?无(?:实数)?[解根]|没有(?:实数)?[解根]"
 )
 _WHERE = re.compile(
     r"\s*[,;(]?\s*(?:where\s+|for\s+)?\(?(?:([a-z])\s*(?:∈\s*([ZN])(_?\{?[+*]\}?|\^\{?[+*]\}?)?|is an(?:y)? integer|[为是]整数)"
@@ -42,11 +54,13 @@ _ALL = frozenset(
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?(?:answers?|result|value)(?: is| are| =|:)+:?\s*"
     r"|answer\s*[:.]\s*|答案\s*[是为:]*\s*|答\s*:\s*|(?:it|this) (?:is|equals) |≈|approximately |approx\.? |about "
-    r"|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
+    r"|the (?:point|vector|set|interval|ordered pair) (?=[(\[⦃])|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
     re.IGNORECASE,
 )
 _CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(a\.?m\.?|p\.?m\.?|o'clock)?", re.IGNORECASE)
-_HOURS = re.compile(r"(\d{1,2})\s*(?:[时点]\s*(?:([0-5]?\d)\s*分)?|(?:o'clock\s*)?(a\.?m\.?|p\.?m\.?))", re.IGNORECASE)
+_HOURS = re.compile(
+    r"(\d{1,2})\s*(?:[时点]\s*(?:([0-5]?\d)\s*分)?|(?:o'clock\s*)?(a\.?m\.?|p\.?m\.?)|o'clock)", re.IGNORECASE
+)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -55,6 +69,7 @@ def read(text: str) -> Value:
     text = lead(text)
     if _NUMBER.fullmatch(text):
         return _number(text)
+    text = re.sub(r"^(?:minus|negative) (?=[\d\\])", "-", text)
     if text[:1] == "]" or text[-1:] == "[":  # ]1, 3[ is (1, 3)
         text = _OUTWARD.sub(lambda m: m[1].replace("]", "(") + m[2] + m[3].replace("[", ")"), text)
     where = _WHERE.search(text)
@@ -293,8 +308,10 @@ def _brackets(text: str) -> Value | None:
     if text[0] in "⦃{":
         if "|" in inner or ":" in inner and text[0] == "⦃":
             value = read(re.split(r"[|:]", inner, maxsplit=1)[1].strip())
-            endless = isinstance(value, Equation) and isinstance(value.right, Family)
-            return value if endless or isinstance(value, Region) or families.is_region(value) else None
+            if isinstance(value, Region):
+                return dataclasses.replace(value, variable=None)  # whatever its name
+            endless = value.right if isinstance(value, Equation) else value
+            return endless if isinstance(endless, Family) else None
         parts = split(inner, ",")
         if text[0] == "{" and len(parts) < 2:
             return item(inner) if inner else None
@@ -346,6 +363,8 @@ def _formula_or_quantity(text: str) -> Value | None:
         if any(len(word) > 1 for word in words):
             return None
     formula, quantity = _formula(text), _quantity(text)
+    if formula and text.count("°") > 1:
+        return formula  # 60° + k 360°
     if quantity is None or formula is None:
         return quantity or formula
     assert isinstance(formula, Formula)
@@ -358,6 +377,7 @@ _LETTER = re.compile(r"(?<![A-Za-z\\_∠→])[A-Za-zΩμ°'$€£¢\u4e00-\u9fff
 _MULTIPLE = re.compile(
     rf"([-+]?\d+(?:\.\d+)?)\s*({'|'.join(sorted(units.MULTIPLES, key=len, reverse=True))})(.*)", re.S
 )
+_UNIT_BEHIND = re.compile(r"(.{1,80}?)\s*\(\s*([^()\d ]{2,20}(?:\^\{?\d\}?)?)\s*\)", re.S)  # 12 (cm)
 _PRICE = re.compile(r"(-?)([$¥€£]|US\$|RMB)\s*(.+)", re.S)
 _COMPOUND = re.compile(r"(\d+(?:\.\d+)?)\s*([^\d\s.]+)\s*(?:and\s*)?")
 
@@ -376,6 +396,9 @@ def _quantity(text: str) -> Quantity | None:
         rest = multiple[3].strip()
         unit = (units.parse_unit(rest) or units.parse_noun(rest)) if rest else units.parse_noun("个")
         return Quantity(number, unit) if unit else None
+    behind = _UNIT_BEHIND.fullmatch(text)
+    if behind and (unit := units.parse_unit(behind[2])) and isinstance(number := _formula(behind[1]), Formula):
+        return Quantity(number, unit)
     if (words := numerals.leading(text)) and (unit := units.parse_unit(words[1]) or units.counter(words[1])):
         return Quantity(_number(words[0]), unit)
     found = _LETTER.finditer(text)

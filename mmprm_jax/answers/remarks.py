@@ -19,7 +19,9 @@ _REJECTED = re.compile(
     re.I,
 )
 _ALSO = re.compile(r"\b(?:also|or|too|another|both|only|not unique)\b|也|或|又|另", re.I)
-_ITSELF = re.compile(r"\b(?:is|are|was|it|this|that|the|answer|we|so|and|be|to|an?|must|solution|root)\b|这|此|该|答案|[\W_]", re.I)
+_ITSELF = re.compile(
+    r"\b(?:is|are|was|it|this|that|the|answer|we|so|and|be|to|an?|must|solution|root)\b|这|此|该|答案|[\W_]", re.I
+)
 _SEVERAL = re.compile(r"[±∓,;\n]| or | and |或|和|、")
 
 

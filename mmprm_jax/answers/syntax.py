@@ -306,7 +306,11 @@ def linear(tree: Tree, names: str) -> list[Tree] | None:
         return parts and [negative(part) for part in parts]
     if kind == "+":
         left, right = linear(tree[1], names), linear(tree[2], names)
-        return [a if b == ZERO else b if a == ZERO else ("+", a, b) for a, b in zip(left, right, strict=True)] if left and right else None
+        return (
+            [a if b == ZERO else b if a == ZERO else ("+", a, b) for a, b in zip(left, right, strict=True)]
+            if left and right
+            else None
+        )
     if kind not in ("*", "/"):
         return None
     first, second = tree[1:]
