@@ -17,8 +17,8 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mmprm_jax.answers import extract
 from mmprm_jax.answers import official_latex as latex
-from mmprm_jax.answers.committed import find_answer, last_boxed
 from mmprm_jax.answers.official_olympiad import olympiadbench
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 
@@ -36,23 +36,13 @@ def _gold(row: Mapping[str, Any]) -> str:
     return str(row["gold"])
 
 
-def extract(response: str) -> str | None:
-    """The answer that a response commits to: ``<answer>``, a box, "The answer is", a few bare words. None: none."""
-    end = response.rfind("</answer>")
-    start = response.rfind("<answer>", 0, max(end, 0))
-    if start < 0:
-        return find_answer(response)
-    inside = response[start + len("<answer>") : end].strip()
-    return find_answer(inside) or inside or None
-
-
 def _plain(text: str) -> str:
     """An answer without its typesetting."""
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", "°", text.replace("\\%", "%").replace("\\$", ""))
     text = text.replace("\\pi", "π").replace("**", "").strip().strip("$").strip()
-    boxed = last_boxed(text)
-    return boxed[2] if boxed and boxed[0] == 0 else re.sub(r"[.。]$", "", text).strip()
+    boxed = extract.committed(text) if text.startswith("\\boxed") else None
+    return boxed.text if boxed else re.sub(r"[.。]$", "", text).strip()
 
 
 # MathVista
@@ -99,7 +89,7 @@ def mathvista(row: Mapping[str, Any]) -> Verdict:
     if lettered and (lettered[1], lettered[2]) in zip(_LETTERS, options, strict=False):
         response = lettered[1]
     quoted = re.search(r'The answer is "(.*)"\.', response)
-    found = response if response in options else quoted[1] if quoted else extract(response)
+    found = response if response in options else quoted[1] if quoted else extract.answer(response)
     if found is None:
         return unknown("no answer could be extracted by rules")
     if options:
@@ -150,7 +140,7 @@ def mathverse(row: Mapping[str, Any]) -> Verdict:
     response = _response(row).strip()
     if not response:
         return unequal("no answer")
-    found = response if response == gold else extract(response)
+    found = response if response == gold else extract.answer(response)
     if found is None:
         return unknown("no answer could be extracted by rules")
     if found == gold or _bare(_plain(found)) == _bare(_plain(gold)):
@@ -182,7 +172,7 @@ def mm_k12(row: Mapping[str, Any]) -> Verdict:
     gold, response = _gold(row), _response(row).strip()
     if not response:
         return unequal("no answer")
-    found = response if _bare(response) == _bare(gold) else extract(response)
+    found = response if _bare(response) == _bare(gold) else extract.answer(response)
     if found is None:
         return unknown("no answer could be extracted by rules")
     if _bare(found) == _bare(gold) or _bare(_plain(found)) == _bare(_plain(gold)):

@@ -9,7 +9,7 @@ from pathlib import Path
 import mpmath
 import pytest
 
-from mmprm_jax.answers import official, official_latex
+from mmprm_jax.answers import extract, official_latex
 from mmprm_jax.answers.official import MODES, levenshtein
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "benchmarks"
@@ -289,7 +289,7 @@ def test_threads_do_not_disturb_each_other():
 
 
 def test_extraction_takes_the_last_commitment():
-    assert official.extract("<answer>1</answer> no <answer> 2 </answer>") == "2"
-    assert official.extract("\\boxed{1} then \\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
-    assert official.extract("The answer is 3. But no, the answer is 4.") == "4"
-    assert official.extract("A long text.\nIt commits to nothing.") is None
+    assert extract.answer("<answer>1</answer> no <answer> 2 </answer>") == "2"
+    assert extract.answer("\\boxed{1} then \\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
+    assert extract.answer("The answer is 3. But no, the answer is 4.") == "4"
+    assert extract.answer("A long text.\nIt commits to nothing.") is None
