@@ -15,7 +15,7 @@ PHRASE = re.compile(  # what says that an answer follows
     r"(?:final answers?(?:\s{1,9}(?:is|are))?\s{0,9}[:：]|final answers? (?:is|are)\b"
     r"|\b(?:the|our|correct) (?:correct )?(?:answers?|option|choice) (?:is|are|should be)\b"
     r"|(?:^|(?<=[\s.,;:(*†#]))(?:final )?answer\s{0,9}(?:is\s{0,9})?(?:\*\*)?\s{0,9}[:：]"
-    r"|^#{1,6} ?(?:final )?answers?\s{0,9}$|####"
+    r"|^#{1,6} ?(?:final )?answers?\s{0,9}$|^####(?=[^\n]{1,60}\s{0,9}\Z)"
     r"|(?:最终|正确)?(?:答案|结果)(?:应该)?[为是]|(?:最终|正确)?答案\s{0,9}[:：]"
     r"|故选|因此选|所以选|应选|故答案[为是]|^[^\w\n]{0,9}答\s{0,9}[:：])"
     r"\s{0,9}(?:\*\*)?\s{0,9}[:：]?",

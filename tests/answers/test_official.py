@@ -161,7 +161,10 @@ def test_mathvision_rules(gold, prediction, wanted):
         (dict(gold="14", question_type="free-form"), "\\boxed{14.0}", "equal"),
         (dict(gold="14", question_type="free-form"), "\\boxed{15}", "unequal"),
         (dict(gold="\\frac{1}{2}", question_type="free-form"), "The answer is 0.5.", "equal"),
-        (dict(gold="14 cm", question_type="free-form"), "\\boxed{14}", "unknown"),
+        (dict(gold="14 cm", question_type="free-form"), "\\boxed{14}", "equal"),
+        (dict(gold="x=2", question_type="free-form"), "\\boxed{2}", "equal"),
+        (dict(gold="5 cm", question_type="free-form"), "\\boxed{5\\text{ m}}", "unequal"),
+        (dict(gold="B", question_type="multi-choice", options={"A": "0.3", "B": "0.4"}), "Answer: 2/5", "equal"),
         (dict(gold="the left one", question_type="free-form"), "\\boxed{the one on the left}", "unknown"),
         (dict(gold="14", question_type="free-form"), "I have read it.\nI do not know.", "unknown"),
         (dict(gold="14", question_type="free-form"), "", "unequal"),
@@ -174,9 +177,10 @@ def test_mathverse_rules(row, prediction, wanted):
 @pytest.mark.parametrize(
     "gold, prediction, wanted",
     [("$$36$$", "\\boxed{36}", "equal"), ("8\n4", "<answer>8\n4</answer>", "equal"), ("$\\frac12$", "0.5", "equal"),
-     ("36", "37", "unequal"), ("1.5", "$1\\frac{1}{2}$", "equal"), ("8\n4", "\\boxed{8, 4}", "unknown"),
+     ("36", "37", "unequal"), ("1.5", "$1\\frac{1}{2}$", "equal"), ("8\n4", "\\boxed{8, 4}", "equal"),
      ("60°", "<answer>$60^\\circ$</answer>", "equal"),
-     ("60°", "61°", "unequal")],
+     ("60°", "61°", "unequal"), ("[2,+\\infty)", "so $x \\ge 2$.\nAnswer: $x\\ge 2$", "equal"), ("5 cm", "50 mm", "equal"),
+     ("x>2", "\\boxed{x \\ge 2}", "unequal"), ("the left one", "\\boxed{the one on the left}", "unknown")],
 )  # fmt: skip
 def test_mm_k12_rules(gold, prediction, wanted):
     assert MODES["mm_k12"]({"gold": gold, "prediction": prediction}).kind == wanted
