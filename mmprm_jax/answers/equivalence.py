@@ -151,7 +151,7 @@ def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
     """Two normalised answers."""
     if gold == prediction and gold:
         return equal("the same text")
-    if gold.casefold() == prediction.casefold() and gold.replace(" ", "").isalpha():
+    if len(gold) > 2 and gold.casefold() == prediction.casefold() and gold.replace(" ", "").isalpha():
         return equal("the same words")
     plain = dataclasses.replace(settings, options=())
     chosen = choice.compare(gold, prediction, dict(settings.options), lambda a, b: _texts(a, b, plain))
@@ -251,6 +251,8 @@ def _equations(gold: Value, prediction: Value, precision: int | None) -> Verdict
         return _words(gold, prediction, precision)
     pair = (equation.right, other) if equation is gold else (other, equation.right)
     found = values(*pair, precision)
+    if found and isinstance(equation.right, Formula) and equation.right.tree[0] == "v":
+        return unknown("one of two things that are said to be equal")  # AB = CD
     if found and not equation.name and equation.left is not None and not _says_a_value(equation):
         return unknown("the value that an equation's right side has")
     return found
@@ -302,6 +304,9 @@ def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict
         a, b = _distinct(a), _distinct(b)
     if len(a) != len(b):
         return unequal(f"{len(a)} things, and {len(b)}")
+    unlike = _unlike(gold.values) != _unlike(prediction.values)
+    if unlike and len(a) > 1 and kinds & {"set", "or"}:
+        return unequal("values of different things, and of one")  # a = 1, b = 2 is no {1, 2}
     a, b = (_by_name(a), b) if prediction.kind == "tuple" else (a, _by_name(b) if gold.kind == "tuple" else b)
     if kinds == {"set", "tuple"}:
         return unequal("a set, and an ordered tuple")
@@ -315,10 +320,10 @@ def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict
         return unknown("an interval or a list in square brackets")
     if ordered or "tuple" in kinds or gold.kind == "parts":
         return ordered
-    if _unlike(gold.values) != _unlike(prediction.values):  # x = 2, y = 1 is no 1, 2
+    if unlike:  # x = 2, y = 1 is no 1, 2
         return every([values(x, y, precision) for x, y in zip(_by_name(a), _by_name(b), strict=True)])
     found = _matched(a, b, precision)
-    if found and "maybe" in kinds:
+    if found and ("maybe" in kinds or "parts" in kinds):
         return unknown("equal but for the order")
     return found
 

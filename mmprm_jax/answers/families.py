@@ -22,7 +22,8 @@ def of(value: Value, name: str, every: bool) -> Value:
         return dataclasses.replace(value, values=tuple(of(v, name, every) for v in value.values))
     if isinstance(value, Equation):
         plain = value.name is not None and len(value.name) == 1  # a_n = 2n is one sequence, no set
-        return dataclasses.replace(value, right=of(value.right, name, every)) if plain and value.name != name else value
+        endless = plain and value.name != name or not every
+        return dataclasses.replace(value, right=of(value.right, name, every)) if endless else value
     if isinstance(value, Relation):
         value = relations.between(value, name) or value
     if isinstance(value, Formula | Quantity | Region) and any(name in syntax.variables(tree) for tree in _trees(value)):

@@ -152,8 +152,8 @@ def _mathematics(text: str) -> str:
     """Without ``$``, ``\\(``, ``\\[``. A formula that directly follows another one, or a gap, is a part of its own."""
     text = text.replace("\\(", "$").replace("\\)", "$")
     text = re.sub(r"(?<!\\)\\[\[\]]", "$", text)
-    if "$" not in text:
-        return text
+    if "$" not in text or text.count("$") == 1 and re.search(r"\$\d", text):
+        return text  # the dollar of a price
     pieces = _DOLLARS.split(text)
     found = pieces[0]
     for i, piece in enumerate(pieces[1:], 1):
