@@ -240,7 +240,8 @@ def run() -> None:
         except (UserError, OSError) as error:
             sys.exit(f"mmprm: {error}")
         except KeyboardInterrupt:
-            sys.exit("mmprm: interrupted; the same command goes on from here")
+            again = argv[1] in ("verify", "fit", "bench")  # these keep nothing to go on from
+            sys.exit(f"mmprm: interrupted; the same command {'begins again' if again else 'goes on from here'}")
 
     app.run(main, argv=argv)
 

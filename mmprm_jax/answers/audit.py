@@ -81,6 +81,8 @@ def check(rows: list[Row | None], mode: str) -> list[Verdict | str]:
     for row in rows:
         try:
             found.append(rules(row) if row is not None else "")
+        except KeyError as error:
+            found.append(f"a row needs the key {error} in mode {mode}")
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, UserError) as error:
             found.append(f"{error}" if str(error) else type(error).__name__)
     return found

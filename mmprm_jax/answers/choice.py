@@ -15,6 +15,7 @@ _HEDGED = re.compile(r"\b[A-K]\b\)?\s*(?:or|/|或)\s*\(?\b[A-K]\b")
 _LEADING = re.compile(
     r"\(\s*([A-Ka-k])\s*\)\s*[.:,]?\s*(?=\S)|([A-K])\s*[.):](?!\d*$)\s*(?=\S)|([A-K])\s*,?\s*(?=[\d\\(-])|([A-K])\s*(?=[\u4e00-\u9fff])"
 )
+_POINT = re.compile(r"[A-K]\([^()]*,")  # A(1, 2)
 _NAMED = re.compile(
     r"(?:i choose |choose |option|choice|答案|故)?(?:option|choice|选[项择]?|answer)?\s*:?\s*\(?([A-K])\)?"
     r"(?:\.|\s+is (?:the )?(?:correct|right|answer)(?: answer| option| choice)?)?",
@@ -48,7 +49,7 @@ def chosen(text: str) -> Chosen | None:
     if _HEDGED.search(text):
         return Chosen(frozenset(re.findall(r"\b[A-K]\b", text)))
     match = _LEADING.match(text)
-    if match:
+    if match and not _POINT.match(text):
         rest = text[match.end() :]
         others = re.findall(r"(?:^|[\s,;])\(?([A-K])[.)](?=\s|$)", rest)
         letter = next(group for group in match.groups() if group).upper()

@@ -12,12 +12,13 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 
-from mmprm_jax.answers import arithmetic, choice, extract, numeric, relations, units
+from mmprm_jax.answers import arithmetic, choice, extract, families, numeric, relations, remarks, units
 from mmprm_jax.answers.arithmetic import OPEN, every
-from mmprm_jax.answers.normalise import MAX_LENGTH, normalise, trim
+from mmprm_jax.answers.normalise import MAX_LENGTH, normalise
 from mmprm_jax.answers.parse import read
 from mmprm_jax.answers.values import (
     Equation,
+    Family,
     Formula,
     Items,
     Nothing,
@@ -37,10 +38,6 @@ _STRANGE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]
 _MAX_REASON = 300  # characters; parts within parts have long ones
 _BESIDE = re.compile(r" ?([^\w\s.]) ?")
 _MAX_MATCHED = 30  # items of a list without order
-_NOTE = re.compile(
-    r"\s*\(\s*(?:the answer is |answers? (?:are|is) )?(?:not unique|答案不唯一|不唯一)[^()]*\)\s*$", re.I
-)
-_OR = re.compile(r"\s*\(\s*(?:or|或)\s*(?:fill in\s*)?(.*)\)\s*$", re.I | re.S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,35 +118,40 @@ def _compact(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _alternatives(gold: str) -> tuple[tuple[str, bool], ...]:
+def _alternatives(gold: str) -> tuple[tuple[str, ...], bool]:
     """The normalised gold answers any of which is right, and whether others may be right as well."""
     text = normalise(gold)
-    open_ended = bool(_NOTE.search(text))
-    text = trim(_NOTE.sub("", text))
-    match = _OR.search(text)
-    if match and match.start():
-        return ((text[: match.start()].strip(), open_ended), (trim(match[1]), open_ended))
-    return ((text, open_ended),)
+    return remarks.forms(remarks.without_note(text)), remarks.has_note(text)
 
 
-def _any(golds: Sequence[tuple[str, bool]], prediction: str, settings: Settings) -> Verdict:
-    prediction = trim(_NOTE.sub("", normalise(prediction)))
-    match = _OR.search(prediction)
-    verdicts = [_texts(gold, prediction, settings) for gold, _ in golds]
-    if match and match.start() and not any(verdicts):
-        both = (prediction[: match.start()].strip(), trim(match[1]))
-        verdicts += [every([_texts(gold, text, settings) for text in both]) for gold, _ in golds]
+def _any(golds: tuple[tuple[str, ...], bool], prediction: str, settings: Settings) -> Verdict:
+    prediction = remarks.without_note(normalise(prediction))
+    verdicts = [_remarked(gold, prediction, settings) for gold in golds[0]]
+    both = remarks.forms(prediction)
+    if len(both) > 1 and not any(verdicts):
+        verdicts += [every([_texts(gold, text, settings) for text in both]) for gold in golds[0]]
     best = next((v for kind in ("equal", "unknown", "unequal") for v in verdicts if v.kind == kind), verdicts[0])
-    if best.kind == "unequal" and golds[0][1]:
+    if best.kind == "unequal" and golds[1]:
         return unknown("the gold answer says that others are right as well")
     return best
+
+
+def _remarked(gold: str, prediction: str, settings: Settings) -> Verdict:
+    """Two normalised answers; what a remark behind one of them says counts only if both have one."""
+    verdict = _texts(gold, prediction, settings)
+    if verdict.kind != "unknown" or ")" not in (gold[-1:], prediction[-1:]):
+        return verdict
+    plain = [remarks.answer(gold), remarks.answer(prediction)]
+    if (plain[0] is None) == (plain[1] is None):
+        return verdict
+    return _texts(plain[0] or gold, plain[1] or prediction, settings)
 
 
 def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
     """Two normalised answers."""
     if gold == prediction and gold:
         return equal("the same text")
-    if gold.casefold() == prediction.casefold() and gold.replace(" ", "").isalpha():
+    if len(gold) > 2 and gold.casefold() == prediction.casefold() and gold.replace(" ", "").isalpha():
         return equal("the same words")
     plain = dataclasses.replace(settings, options=())
     chosen = choice.compare(gold, prediction, dict(settings.options), lambda a, b: _texts(a, b, plain))
@@ -185,6 +187,8 @@ def values(gold: Value, prediction: Value, precision: int | None = None) -> Verd
         return _items(gold, prediction, precision)
     if isinstance(gold, Text) or isinstance(prediction, Text):
         return _words(gold, prediction, precision)
+    if isinstance(gold, Family) or isinstance(prediction, Family):
+        return families.compare(gold, prediction, lambda a, b: values(a, b, precision))
     if isinstance(gold, Region | Relation) or isinstance(prediction, Region | Relation):
         return _ranges(gold, prediction)
     if isinstance(gold, Ratio | Time) or isinstance(prediction, Ratio | Time):
@@ -247,6 +251,8 @@ def _equations(gold: Value, prediction: Value, precision: int | None) -> Verdict
         return _words(gold, prediction, precision)
     pair = (equation.right, other) if equation is gold else (other, equation.right)
     found = values(*pair, precision)
+    if found and isinstance(equation.right, Formula) and equation.right.tree[0] == "v":
+        return unknown("one of two things that are said to be equal")  # AB = CD
     if found and not equation.name and equation.left is not None and not _says_a_value(equation):
         return unknown("the value that an equation's right side has")
     return found
@@ -276,11 +282,13 @@ def _items(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     assert isinstance(items, Items)
     if isinstance(other, Region) and items.region:
         return _ranges(*((items.region, other) if items is gold else (other, items.region)))
-    if len(items.values) == 1 and items.kind == "set":
+    if isinstance(other, Formula) and items.formula:
+        return arithmetic.formulas(*((items.formula, other) if items is gold else (other, items.formula)))
+    if len(items.values) == 1 and items.kind == "set" and not isinstance(items.values[0], Nothing):
         return values(*((items.values[0], other) if items is gold else (other, items.values[0])), precision)
     if isinstance(other, Text):
         return unknown(OPEN + "the prediction is text" if items is gold else OPEN + "the gold answer is text")
-    if items is gold and items.kind == "list" and any(values(v, other, precision) for v in items.values):
+    if items is gold and items.kind in ("list", "or") and any(values(v, other, precision) for v in items.values):
         return unequal("only a part of the gold answer")
     return unequal(f"one answer, and {len(items.values)}")
 
@@ -288,10 +296,17 @@ def _items(gold: Value, prediction: Value, precision: int | None) -> Verdict:
 def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict:
     a, b = gold.values, prediction.values
     kinds = {gold.kind, prediction.kind}
+    if "or" in kinds and kinds & {"parts", "tuple"}:
+        return unequal("one or the other, and one after the other")
+    if kinds == {"set", "tuple"} and len(a if gold.kind == "set" else b) == 1:  # {(1, 2)}
+        return values(*((a[0], prediction) if gold.kind == "set" else (gold, b[0])), precision)
     if gold.kind == "set" or prediction.kind == "set":
         a, b = _distinct(a), _distinct(b)
     if len(a) != len(b):
         return unequal(f"{len(a)} things, and {len(b)}")
+    unlike = _unlike(gold.values) != _unlike(prediction.values)
+    if unlike and len(a) > 1 and kinds & {"set", "or"}:
+        return unequal("values of different things, and of one")  # a = 1, b = 2 is no {1, 2}
     a, b = (_by_name(a), b) if prediction.kind == "tuple" else (a, _by_name(b) if gold.kind == "tuple" else b)
     if kinds == {"set", "tuple"}:
         return unequal("a set, and an ordered tuple")
@@ -299,17 +314,26 @@ def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict
         return every(values(x, y, precision) for x, y in zip(a, b, strict=True))
     ordered = every([values(x, y, precision) for x, y in zip(a, b, strict=True)])
     if ordered and gold.region and prediction.region and not _ranges(gold.region, prediction.region):
-        low, high = (numeric.real(v.tree) for v in a if isinstance(v, Formula))
-        if low is not None and high is not None and low < high:  # (1, 2) is no [1, 2]; a point is no interval
+        if _ascending(gold.region, closed=False):  # (1, 2) is no [1, 2]; a point is no interval
             return unequal("one is open where the other is closed")
+    if ordered and _ascending(gold.region or prediction.region) and None in (gold.region, prediction.region):
+        return unknown("an interval or a list in square brackets")
     if ordered or "tuple" in kinds or gold.kind == "parts":
         return ordered
-    if _unlike(gold.values) != _unlike(prediction.values):  # x = 2, y = 1 is no 1, 2
+    if unlike:  # x = 2, y = 1 is no 1, 2
         return every([values(x, y, precision) for x, y in zip(_by_name(a), _by_name(b), strict=True)])
     found = _matched(a, b, precision)
-    if found and (gold.kind == "maybe" or prediction.kind == "maybe"):
+    if found and ("maybe" in kinds or "parts" in kinds):
         return unknown("equal but for the order")
     return found
+
+
+def _ascending(region: Region | None, closed: bool = True) -> bool:
+    """Whether a pair can only be an interval's ends; closed: in square brackets."""
+    if region is None or closed and not region.parts[0].low_closed:
+        return False
+    ends = [numeric.real(end.tree) for end in (region.parts[0].low, region.parts[0].high) if end]
+    return len(ends) == 2 and None not in ends and ends[0] < ends[1]
 
 
 def _by_name(items: tuple[Value, ...]) -> tuple[Value, ...]:
@@ -364,14 +388,11 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         if text.formula and not isinstance(other, Text):
             pair = (text.formula, other) if text is gold else (other, text.formula)
             return values(*pair, precision)
-        if isinstance(other, Region) and text.text in ("R", "ℝ"):
-            pair = (Region((relations.EVERYTHING,)), other)
-            return _ranges(*pair)
         if re.search(r"[\d\\^=]", text.text) or len(text.text.split()) > 3:
             return unknown(OPEN + f"{text.text[:60]!r} is not understood ({text.why or 'text'})")
         return unequal("one is a word")
     a, b = _plain(gold.text), _plain(prediction.text)
-    if a == b:
+    if a == b or _turned(a) == _turned(b):
         return equal("the same words")
     if re.sub("[ -]", "", a) == re.sub("[ -]", "", b):
         return equal("the same words but for spaces and hyphens")
@@ -382,6 +403,15 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if max(len(a.split()), len(b.split())) > 3 or re.search(r"[\u4e00-\u9fff]{4}", a + b):
         return unknown("different words, which may still mean the same")
     return unequal("different words")
+
+
+def _turned(text: str) -> list[str]:
+    """AB ∥ CD is CD ∥ AB, and BA ∥ CD."""
+    sides = re.split("[∥⊥≅~]", text)
+    if len(sides) != 2:
+        return [text]
+    segments = ["".join(sorted(side)) if len(side.strip()) == 2 else side.strip() for side in sides]
+    return [re.sub("[^∥⊥≅~]", "", text), *sorted(segments)]
 
 
 _SYNONYMS = {"是": "yes", "否": "no", "对": "true", "错": "false", "正确": "true", "错误": "false", "correct": "true",
@@ -398,6 +428,10 @@ def _plain(text: str) -> str:
 
 
 def _ranges(gold: Value, prediction: Value) -> Verdict:
+    if ("v", "R") in (getattr(gold, "tree", None), getattr(prediction, "tree", None)):  # the real numbers
+        gold, prediction = (
+            Region((relations.EVERYTHING,)) if isinstance(v, Formula) else v for v in (gold, prediction)
+        )
     if isinstance(gold, Region) and isinstance(prediction, Region):
         if gold.variable and prediction.variable and gold.variable != prediction.variable:
             return unequal("of different variables")
@@ -434,7 +468,8 @@ def _ratios(gold: Value, prediction: Value, precision: int | None) -> Verdict:
             return unequal("one is a time of the day")
         if abs(times[0] - times[1]) == 12 * 3600:
             halves = [isinstance(side, Time) and side.half for side in (gold, prediction)]
-            if halves[0] != halves[1]:
+            hour = times[halves.index(False)] // 3600 if halves[0] != halves[1] else 24
+            if hour <= 12:
                 return equal("the same time, a.m. or p.m. left out")
             return unequal("twelve hours apart")
         return equal("the same time") if times[0] == times[1] else unequal("different times")
@@ -443,7 +478,8 @@ def _ratios(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if len(ratio.trees) != 2 or not isinstance(other, Formula):
         return unequal("one is a ratio")
     quotient = Formula(("/", *ratio.trees))
-    return arithmetic.formulas(*((quotient, other) if ratio is gold else (other, quotient)), precision)
+    found = arithmetic.formulas(*((quotient, other) if ratio is gold else (other, quotient)), precision)
+    return unknown("a ratio or a time of the day") if found and ratio.clock is not None else found
 
 
 def _proportional(gold: Ratio, prediction: Ratio) -> Verdict:

@@ -8,12 +8,14 @@ import re
 
 MAX_RESPONSE = 2**20  # characters; of a longer one only the end is read
 _MAX_BOXES = 64
+_BARE_WORDS = 12  # a response of so few words is an answer and nothing else
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?=\{)|\\boxed\s{1,9}(?=[^\s{])")
-_PHRASE = re.compile(
+PHRASE = re.compile(  # what says that an answer follows
     r"(?:final answers?(?:\s{1,9}(?:is|are))?\s{0,9}[:：]|final answers? (?:is|are)\b"
-    r"|(?:the|correct) (?:correct )?(?:answers?|option|choice) (?:is|are)\b"
-    r"|^[^\w\n]{0,9}(?:final )?answer\s{0,9}(?:\*\*)?\s{0,9}[:：]|^#{1,6} ?(?:final )?answers?\s{0,9}$"
+    r"|\b(?:the|our|correct) (?:correct )?(?:answers?|option|choice) (?:is|are|should be)\b"
+    r"|(?:^|(?<=[\s.,;:(*†#]))(?:final )?answer\s{0,9}(?:is\s{0,9})?(?:\*\*)?\s{0,9}[:：]"
+    r"|^#{1,6} ?(?:final )?answers?\s{0,9}$|^####(?=[^\n]{1,60}\s{0,9}\Z)"
     r"|(?:最终|正确)?(?:答案|结果)(?:应该)?[为是]|(?:最终|正确)?答案\s{0,9}[:：]"
     r"|故选|因此选|所以选|应选|故答案[为是]|^[^\w\n]{0,9}答\s{0,9}[:：])"
     r"\s{0,9}(?:\*\*)?\s{0,9}[:：]?",
@@ -32,7 +34,7 @@ class Extracted:
     """``text``: the last committed answer. ``earlier``: different ones that were committed in the same way before."""
 
     text: str
-    how: str  # tag, box, phrase, line
+    how: str  # tag, box, phrase
     earlier: tuple[str, ...] = ()
 
 
@@ -49,20 +51,29 @@ def committed(response: str) -> Extracted | None:
     if boxes:
         last = boxes[-1]
         return Extracted(last, "box", tuple(dict.fromkeys(box for box in boxes[:-1] if box != last)))
-    found = _last(_PHRASE, response)
+    found = _last(PHRASE, response)
     if found and (text := _rest(response[found.end() :])):
         return Extracted(text, "phrase")
     return None
 
 
-def final(response: str) -> Extracted | None:
-    """As ``committed``; without a marked answer what follows the last "therefore", else the last line."""
+def answer(response: str) -> str | None:
+    """The committed answer, or a response of a few bare words, without full stop, emphasis and dollars. None: none."""
     found = committed(response)
-    if found or not response.strip():
-        return found
-    response = response[-MAX_RESPONSE:]
-    line = response.rstrip().rsplit("\n", 1)[-1].strip()
-    return Extracted(concluded(line) or line, "line")
+    if found:
+        return _bare(found.text) or None
+    whole = response[-MAX_RESPONSE:].strip()
+    is_bare = "\n" not in whole and "boxed{" not in whole and len(whole[:1000].split()) <= _BARE_WORDS
+    return _bare(whole) or None if is_bare and len(whole) <= 1000 else None
+
+
+def _bare(text: str) -> str:
+    text = text.strip().strip("*").strip()
+    if text.endswith((".", "。")) and not text.endswith("..."):
+        text = text[:-1].rstrip()
+    if len(text) > 2 and text[0] == text[-1] == "$" and text.count("$") == 2:
+        text = text[1:-1].strip()
+    return text.strip("*").strip()
 
 
 def concluded(text: str) -> str | None:

@@ -1,7 +1,7 @@
 """One spelling for what people write in many: Unicode, Chinese punctuation, Markdown and LaTeX's typography.
 
 What is left is plain text in a small alphabet: ``+ - * / ^ _ ! = < > ≤ ≥ ≠ ± ∪ ∩ ∈ ∞ ° % : , ; ( ) [ ] { } ⦃ ⦄ | √ ∠ △
-∅ →``, Greek letters, words, digits and the LaTeX commands that carry meaning. ``⦃ ⦄`` are a set's braces, ``{ }`` those
+∅ → ı ȷ ĸ`` (unit vectors), Greek letters, words, digits and the LaTeX commands that carry meaning. ``⦃ ⦄`` are a set's braces, ``{ }`` those
 of LaTeX, a line feed ends a part of an answer that has several. Every pass is linear or works on at most MAX_LENGTH.
 """
 
@@ -55,6 +55,7 @@ _SPACE = frozenset("quad qquad space thinspace enspace hfill".split())
 _CONTENT = frozenset(  # of these only what is in the braces counts
     "mathbf mathit mathsf mathbb mathcal boldsymbol bm hat widehat bar vec emph underline tilde pmb".split()
 )
+_VECTORS = {"i": "ı", "j": "ȷ", "k": "ĸ", "\\imath": "ı", "\\jmath": "ȷ"}  # \vec{i}
 _WORDS = frozenset("text mathrm textbf textit textrm textsf mbox hbox operatorname unit si textup".split())
 _TWO = {"quantity", "qty", "SI"}  # {18}{cm}
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
@@ -65,12 +66,18 @@ _MAX_NESTED = 9  # \text in \text
 _MARK = "\uf8ff"  # a private character: the dollar of a price
 
 
-_REPEATING = re.compile(r"(?<![\d.])(\d{1,9})\.(\d{0,9})(?:\\overline|\\dot)\s*\{?(\d{1,9})\}?(?![\d\\])")
+_REPEATING = re.compile(
+    r"(?<![\d.])(\d{1,9})\.(\d{0,9})(?:\\dot\s*\{?(\d)\}?(\d{0,6})\\dot\s*\{?(\d)\}?(?![\d\\])"
+    r"|(?:\\overline|\\dot)\s*\{?(\d{1,9})\}?(?![\d\\])|(\d{1,6}?)\7{2,}\.\.\.|\((\d{1,9})\))"
+)
 
 
 def _fraction(repeating: re.Match[str]) -> str:
-    """0.1\\overline{6} is (15/90)."""
-    whole, fixed, period = repeating.groups()
+    """0.1\\overline{6}, 0.1\\dot{6} and 0.1666... are (15/90)."""
+    whole, fixed = repeating.groups()[:2]
+    if fixed and repeating[8]:
+        return repeating[0]  # 0.1(6) may be a product
+    period = "".join(group for group in repeating.groups()[2:] if group)
     top = int(whole + fixed + period) - int(whole + fixed)
     return f"({top}/{'9' * len(period)}{'0' * len(fixed)})"
 
@@ -82,6 +89,7 @@ def normalise(text: str) -> str:
         return text
     text = _unicode(text[:MAX_LENGTH])[:MAX_LENGTH]
     text = _BOLD.sub(r"\2", text.replace("`", "")).replace("****", "")
+    text = re.sub(r"^\s*(?:#{1,6} +(?=\S)|\*([^*\n]+)\*\s*$)", lambda m: m[1] or "", text)
     text = _mathematics(text.replace("\\$", _MARK)).replace(_MARK, "$")
     for old, new in (
         ("\\\\", "\n"),
@@ -95,7 +103,7 @@ def normalise(text: str) -> str:
         text = text.replace(old, new)
     text = _thousands(text)
     text = re.sub(r"\\[,;:! ]|~(?=\d)", lambda m: " " if m[0] != "\\!" else "", text)
-    text = _REPEATING.sub(_fraction, _environments(text))
+    text = _REPEATING.sub(_fraction, re.sub(r"\\[cl]?dots(?![a-z])", "...", _environments(text)))
     text = _commands(text)
     text = _DEGREE.sub("°", text)
     text = text.replace("≤=", "≤").replace("<=", "≤").replace(">=", "≥").replace("!=", "≠").replace("+-", "±")
@@ -104,6 +112,8 @@ def normalise(text: str) -> str:
     text = re.sub(r"(?<=\d)\s*又\s*(?=[\d\\])", " ", text)  # 2又1/2
     text = re.sub(r"\b(?:positive )?infinity\b", "∞", text) if "infinity" in text else text
     text = _CHOOSE.sub(_count, text) if "_" in text and "^" in text else text
+    if "'" in text:
+        text = re.sub(r"\^\s*(?:\{\s*('+)\s*\}|('))", r"\1\2", text)  # ^{\prime}
     text = re.sub(r"[^\S\n]+", " ", text)
     return trim(re.sub(r" ?\n\s*", "\n", text))
 
@@ -142,8 +152,8 @@ def _mathematics(text: str) -> str:
     """Without ``$``, ``\\(``, ``\\[``. A formula that directly follows another one, or a gap, is a part of its own."""
     text = text.replace("\\(", "$").replace("\\)", "$")
     text = re.sub(r"(?<!\\)\\[\[\]]", "$", text)
-    if "$" not in text:
-        return text
+    if "$" not in text or text.count("$") == 1 and re.search(r"\$\d", text):
+        return text  # the dollar of a price
     pieces = _DOLLARS.split(text)
     found = pieces[0]
     for i, piece in enumerate(pieces[1:], 1):
@@ -156,7 +166,7 @@ def _thousands(text: str) -> str:
     """1,234 -> 1234 outside brackets; 1{,}234, 1,\\!234 and 1\\,234 anywhere."""
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\[,; ])(?=\d{3}(?!\d))", "", text)
     if "," not in text:
-        return text
+        return text.replace(" ", "") if re.fullmatch(r"\d{1,3}(?: \d{3})* 000(?: \d{3})*", text.strip()) else text
     depth, found, end = 0, [], 0
     for match in re.finditer(r"[(\[{⦃]|[)\]}⦄]|(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,]|\.\d+,)", text):
         if match[0] in "([{⦃":
@@ -169,20 +179,35 @@ def _thousands(text: str) -> str:
     return "".join(found) + text[end:]
 
 
+_BODY = r"([^\\]*(?:\\(?!end)[^\\]*)*)"
+_ARRAY = re.compile(rf"\\left\s*([(\[|])\s*\\begin\{{array\}}\{{[clr]*\}}{_BODY}\\end\{{array\}}\s*\\right\s*[)\]|]")
+_MATRIX = re.compile(rf"\\begin\{{([pbv]matrix)\}}{_BODY}\\end\{{\1\}}")
+
+
 def _environments(text: str) -> str:
     """A vector becomes a tuple, a matrix a tuple of its rows, cases and aligned lines become parts."""
     if "\\begin" not in text:
         return text
     text = re.sub(r"(?:\\left\s*)?⦃\s*(?=\\begin)", " ", text)
+    text = _ARRAY.sub(_as_matrix, text)
     text = re.sub(r"\\(begin|end)\s*\{(cases|array|aligned|align\*?|gathered|split)\}(?:\{[clr|]*\})?", " ", text)
+    return _MATRIX.sub(_matrix, text)
 
-    def vector(match: re.Match[str]) -> str:
-        rows = [row.replace("&", ",") for row in match[2].strip().split("\n") if row.strip()]
-        if len(rows) > 1 and any("," in row for row in rows):
-            rows = [f"({row})" for row in rows]
-        return f"({','.join(rows)})"
 
-    return re.sub(r"\\begin\{([pb]matrix)\}([^\\]*(?:\\(?!end)[^\\]*)*)\\end\{\1\}", vector, text)
+def _as_matrix(match: re.Match[str]) -> str:
+    kind = "vmatrix" if match[1] == "|" else "pmatrix"
+    return rf"\begin{{{kind}}}{match[2]}\end{{{kind}}}"
+
+
+def _matrix(match: re.Match[str]) -> str:
+    rows = [row.split("&") for row in match[2].strip().split("\n") if row.strip()]
+    if match[1] == "vmatrix":
+        if [len(row) for row in rows] != [2, 2]:
+            return match[0]
+        (a, b), (c, d) = rows
+        return f"(({a})*({d})-({b})*({c}))"
+    lines = [",".join(row) for row in rows]
+    return f"({','.join(f'({line})' for line in lines) if len(rows) > 1 and len(rows[0]) > 1 else ','.join(lines)})"
 
 
 def _commands(text: str, depth: int = 0) -> str:
@@ -212,10 +237,11 @@ def _commands(text: str, depth: int = 0) -> str:
             found.append(content if content.isdigit() else f" {content} ")
         elif name in _CONTENT:
             i, content = _braced(text, i)
-            found.append(_commands(content, depth + 1))
+            arrow = "→" if name == "vec" and re.fullmatch("[A-Z]{2}", content) else ""
+            found.append(_VECTORS.get(content, "") or arrow + _commands(content, depth + 1))
         elif name in ("overrightarrow", "overline", "overset"):
             i, content = _braced(text, i)
-            content = _commands(content, depth + 1).strip()
+            content = _VECTORS.get(content, "") or _commands(content, depth + 1).strip()
             found.append(f"{'→' if name == 'overrightarrow' else ''}{content} " if len(content) > 1 else content)
         else:
             found.append(match[0])

@@ -31,8 +31,8 @@ class Huge(Undecided):
     """A number with more digits than can be counted: larger than every other one that is computed."""
 
 
-def _context() -> Any:
-    """mpmath's precision is a setting of its context: one for each thread."""
+def context() -> Any:
+    """This thread's arithmetic: an mpmath context changes its precision while it computes."""
     if not hasattr(_local, "mp"):
         _local.mp = mpmath.MPContext()
         _local.mp.dps = DIGITS
@@ -41,7 +41,7 @@ def _context() -> Any:
 
 def point(name: str, number: int) -> Any:
     """The value of a variable at a probe. A function of the two alone."""
-    mp = _context()
+    mp = context()
     if number == POINTS - 1:
         return mp.mpf(2 + hashlib.blake2b(name.encode(), digest_size=1).digest()[0] % 7)
     digest = hashlib.blake2b(f"{name}/{number}".encode(errors="replace"), digest_size=8).digest()
@@ -51,7 +51,7 @@ def point(name: str, number: int) -> Any:
 
 def evaluate(tree: Tree, at: Mapping[str, Any]) -> Any:
     """The value of a tree as a number of mpmath. Raises Undecided."""
-    mp, kind = _context(), tree[0]
+    mp, kind = context(), tree[0]
     if kind == "n":
         return mp.mpf(tree[1].numerator) / tree[1].denominator
     if kind == "v":
@@ -121,7 +121,7 @@ def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers"]
     """What the probes say of a = b. "integers": they agree there and only there."""
     if nodes(a) > MAX_NODES or nodes(b) > MAX_NODES:
         return "open"
-    mp, names = _context(), variables(a) | variables(b)
+    mp, names = context(), variables(a) | variables(b)
     agreed = integers = differ = 0
     for number in range(POINTS if names else 1):
         at = {name: point(name, number) for name in names}
@@ -153,7 +153,7 @@ def real(tree: Tree) -> Any:
         found = evaluate(tree, {})
     except Undecided:
         return None
-    mp = _context()
+    mp = context()
     return None if mp.im(found) and abs(mp.im(found)) > mp.mpf(10) ** -_AGREE else mp.re(found)
 
 
@@ -161,7 +161,7 @@ def ratio(a: Tree, b: Tree) -> Literal["positive", "negative", "none"] | None:
     """The sign of the constant c in a = c b; "none": there is no such c. None: not enough probes have a value."""
     if nodes(a) > MAX_NODES or nodes(b) > MAX_NODES:
         return None
-    mp, names, found = _context(), variables(a) | variables(b), []
+    mp, names, found = context(), variables(a) | variables(b), []
     for number in range(POINTS):
         at = {name: point(name, number) for name in names}
         try:
@@ -183,6 +183,6 @@ def within(gold: Tree, prediction: Tree, decimals: int) -> bool | None:
     a, b = real(gold), real(prediction)
     if a is None or b is None or not 0 <= decimals <= DIGITS // 2:
         return None
-    mp = _context()
+    mp = context()
     slack = mp.mpf(10) ** -_AGREE * max(1, abs(a))  # what is exactly a half must not depend on the last bit
     return bool(abs(a - b) <= mp.mpf(10) ** -decimals / 2 + slack)

@@ -3,7 +3,7 @@ answer is right for training is another question.
 
 A mode takes a row ``{gold, prediction, options?, precision?, answer_type?, question_type?, unit?, error?}``; the
 prediction is the whole response or the bare answer. Where the official rule asks a language model to extract or to
-compare, our rules try first, and "unknown" says that only a judge could tell.
+compare, our rules (``equivalence``) try first, and "unknown" says that only a judge could tell.
 
 Sources: ``extract_answer.py`` and ``calculate_score.py`` of MathVista, ``score_answer_s2.py`` of MathVerse,
 ``evaluate.py`` and ``utils.py`` of MATH-V, ``auto_scoring_judge.py`` and ``judge.py`` of OlympiadBench.
@@ -17,8 +17,9 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mmprm_jax.answers import extract
 from mmprm_jax.answers import official_latex as latex
-from mmprm_jax.answers.committed import find_answer, last_boxed
+from mmprm_jax.answers.equivalence import compare, settings_of
 from mmprm_jax.answers.official_olympiad import olympiadbench
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 
@@ -36,14 +37,9 @@ def _gold(row: Mapping[str, Any]) -> str:
     return str(row["gold"])
 
 
-def extract(response: str) -> str | None:
-    """The answer that a response commits to: ``<answer>``, a box, "The answer is", a few bare words. None: none."""
-    end = response.rfind("</answer>")
-    start = response.rfind("<answer>", 0, max(end, 0))
-    if start < 0:
-        return find_answer(response)
-    inside = response[start + len("<answer>") : end].strip()
-    return find_answer(inside) or inside or None
+def _options(row: Mapping[str, Any]) -> list[str]:
+    given = row.get("options") or ()
+    return [str(option) for option in (given.values() if isinstance(given, Mapping) else given)]
 
 
 def _plain(text: str) -> str:
@@ -51,8 +47,8 @@ def _plain(text: str) -> str:
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", "°", text.replace("\\%", "%").replace("\\$", ""))
     text = text.replace("\\pi", "π").replace("**", "").strip().strip("$").strip()
-    boxed = last_boxed(text)
-    return boxed[2] if boxed and boxed[0] == 0 else re.sub(r"[.。]$", "", text).strip()
+    boxed = extract.committed(text) if text.startswith("\\boxed") else None
+    return boxed.text if boxed else re.sub(r"[.。]$", "", text).strip()
 
 
 # MathVista
@@ -91,7 +87,7 @@ def _one_number(text: str) -> str | None:
 
 def mathvista(row: Mapping[str, Any]) -> Verdict:
     """Choices: the letter's text, or the nearest in edits; integers truncated; floats rounded to ``precision``."""
-    gold, response, options = _gold(row), _response(row).strip(), [str(o) for o in row.get("options") or ()]
+    gold, response, options = _gold(row), _response(row).strip(), _options(row)
     kind = row.get("answer_type")
     if not response:
         return unequal("no answer")  # officially the choice nearest to nothing
@@ -99,7 +95,7 @@ def mathvista(row: Mapping[str, Any]) -> Verdict:
     if lettered and (lettered[1], lettered[2]) in zip(_LETTERS, options, strict=False):
         response = lettered[1]
     quoted = re.search(r'The answer is "(.*)"\.', response)
-    found = response if response in options else quoted[1] if quoted else extract(response)
+    found = response if response in options else quoted[1] if quoted else extract.answer(response)
     if found is None:
         return unknown("no answer could be extracted by rules")
     if options:
@@ -145,12 +141,12 @@ def _bare(text: str) -> str:
 
 
 def mathverse(row: Mapping[str, Any]) -> Verdict:
-    """Equal texts, letters and numbers are told here; everything else is for the judge."""
-    gold, options = _gold(row).strip(), [str(o) for o in row.get("options") or ()]
+    """Letters, equal texts and numbers, then our own rules; officially all of it is for the judge."""
+    gold, options = _gold(row).strip(), _options(row)
     response = _response(row).strip()
     if not response:
         return unequal("no answer")
-    found = response if response == gold else extract(response)
+    found = response if response == gold else extract.answer(response)
     if found is None:
         return unknown("no answer could be extracted by rules")
     if found == gold or _bare(_plain(found)) == _bare(_plain(gold)):
@@ -158,36 +154,36 @@ def mathverse(row: Mapping[str, Any]) -> Verdict:
     if row.get("question_type") == "multi-choice" or options:
         letter = _letter(_plain(found), options)
         if letter is None:
-            return unknown(f"{found!r:.60} names no choice")
+            return compare(gold, found, settings_of(options))
         return _same(letter, _letter(_plain(gold), options) or gold)
-    return _compared(_plain(found), _plain(gold))
+    return _compared(found, gold, options)
 
 
-def _compared(found: str, gold: str) -> Verdict:
-    """Two answers as numbers without units; unknown when either is none."""
-    if found.endswith("°") and gold.endswith("°"):
-        found, gold = found[:-1], gold[:-1]
+def _compared(found: str, gold: str, options: Sequence[str] = ()) -> Verdict:
+    """Two answers as numbers without units, then by our own rules."""
+    plain = [_plain(text) for text in (found, gold)]
+    if all(text.endswith("°") for text in plain):
+        plain = [text[:-1] for text in plain]
     try:
-        a, b = (latex.value(latex.parse(text, mixed=True)) for text in (found, gold))
+        a, b = (latex.value(latex.parse(text, mixed=True)) for text in plain)
     except (latex.NotMaths, latex.TooBig):
-        return unknown(f"{found!r:.60} and {gold!r:.60} need a judge")
-    same = abs(a - b) <= 1e-12 * max(1, abs(b))
-    return (
-        equal(f"{found!r:.60} has the value of {gold!r:.60}") if same else unequal(f"{found!r:.60} has another value")
-    )
+        return compare(gold, found, settings_of(options))
+    if abs(a - b) <= 1e-12 * max(1, abs(b)):
+        return equal(f"{found!r:.60} has the value of {gold!r:.60}")
+    return unequal(f"{found!r:.60} has another value")
 
 
 def mm_k12(row: Mapping[str, Any]) -> Verdict:
-    """MM-PRM's rule is a judge; equal texts and numbers are told here."""
+    """MM-PRM's rule is a judge; our own rules come before it."""
     gold, response = _gold(row), _response(row).strip()
     if not response:
         return unequal("no answer")
-    found = response if _bare(response) == _bare(gold) else extract(response)
+    found = response if _bare(response) == _bare(gold) else extract.answer(response)
     if found is None:
         return unknown("no answer could be extracted by rules")
     if _bare(found) == _bare(gold) or _bare(_plain(found)) == _bare(_plain(gold)):
         return equal(f"{found!r:.60}")
-    return _compared(_plain(found), _plain(gold))
+    return _compared(found, gold)
 
 
 # MathVision
@@ -285,7 +281,7 @@ def _vision_equal(gold: str, answer: str) -> bool:
 
 def mathvision(row: Mapping[str, Any]) -> Verdict:
     """The letter or the option's value, as text or as a number to two decimals."""
-    gold, options = _gold(row), [str(o) for o in row.get("options") or ()]
+    gold, options = _gold(row), _options(row)
     golds = [gold]
     if options and len(gold) == 1 and gold in _LETTERS[: len(options)]:
         golds.append(options[_LETTERS.index(gold)])

@@ -1,5 +1,7 @@
 """LaTeX arithmetic as the official scorings compute it, without evaluating code: a small grammar over mpmath.
 
+Its readings are the official ones, not those of ``syntax``: log is ln, AB is A times B, 6:4 is 1.5, 1 1/2 is 1/2.
+
 Numbers, symbols, ``+ - * / ^ !``, ``\\frac``, ``\\sqrt[n]{}``, π, e, trigonometry and logarithms, implicit products.
 Time and memory are bounded by the limits on length, nesting, digits, exponents and factorials.
 """
@@ -7,17 +9,16 @@ Time and memory are bounded by the limits on length, nesting, digits, exponents 
 from __future__ import annotations
 
 import re
-import threading
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import mpmath
 
+from mmprm_jax.answers.numeric import context
+
 MAX_LENGTH, MAX_TOKENS, MAX_DEPTH, MAX_DIGITS = 2000, 300, 40, 50
 MAX_EXPONENT, MAX_FACTORIAL = 2000, 500
-DIGITS = 60  # of the arithmetic
-
 Node = tuple  # (operator, operands …)
 
 
@@ -261,24 +262,13 @@ def symbols(node: Node) -> set[str]:
     return found
 
 
-_LOCAL = threading.local()
-
-
-def _context() -> Any:
-    """This thread's arithmetic: an mpmath context changes its precision while it computes."""
-    if not hasattr(_LOCAL, "context"):
-        _LOCAL.context = mpmath.MPContext()
-        _LOCAL.context.dps = DIGITS
-    return _LOCAL.context
-
-
 def value(node: Node, at: Mapping[str, Any] | None = None) -> Any:
     """The value of a tree, real or complex (mpmath). ``at``: numbers for its unknowns.
 
     Raises NotMaths where it has none (an unknown without a number, a division by zero), TooBig beyond the limits.
     """
     try:
-        return _value(_context(), node, at or {})
+        return _value(context(), node, at or {})
     except (ValueError, ZeroDivisionError, OverflowError, mpmath.libmp.NoConvergence) as error:
         if isinstance(error, (NotMaths, TooBig)):
             raise
@@ -324,6 +314,6 @@ def _power(mp: Any, base: Any, exponent: Any) -> Any:
 
 def probes(names: set[str], count: int = 5) -> list[dict[str, Any]]:
     """Numbers for unknowns, between 0.6 and 2.6: the same ones for the same names, always."""
-    mp = _context()
+    mp = context()
     return [{n: mp.mpf(600_001 + zlib.crc32(f"{n} {i}".encode()) % 2_000_000) / 10**6 for n in names}
             for i in range(count)]  # fmt: skip

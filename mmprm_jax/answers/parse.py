@@ -9,10 +9,22 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal
 
-from mmprm_jax.answers import relations, syntax, units
+from mmprm_jax.answers import families, numerals, relations, syntax, units
 from mmprm_jax.answers.normalise import trim
 from mmprm_jax.answers.split import split, surrounded
-from mmprm_jax.answers.values import Equation, Formula, Items, Nothing, Quantity, Ratio, Region, Text, Time, Value
+from mmprm_jax.answers.values import (
+    Equation,
+    Family,
+    Formula,
+    Items,
+    Nothing,
+    Quantity,
+    Ratio,
+    Region,
+    Text,
+    Time,
+    Value,
+)
 
 MAX_ITEMS = 50
 
@@ -28,29 +40,27 @@ _HAS_NONE = re.compile(
     r"null set|(?:there (?:is|are) )?no (?:real |such |integer |positive ){0,3}(?:solutions?|roots?|numbers?|values?)"
     r"(?: exists?)?"
     r"|(?:the )?(?:equation|system|inequality)s? (?:has|have) no (?:real )?(?:solutions?|roots?)"
-    r"|(?:原|该|此)?(?:方程|不等式)组?无(?:实数)?[解根]"
+    r"|(?:原|该|此)?(?:方程|不等式)组?无(?:实数)?[解根]|没有(?:实数)?[解根]"
 )
-_WHERE = re.compile(r"\s*[,;(]?\s*(?:where\s+)?\(?([a-z])\s*∈\s*[ZN](?:_?\{?[+*]\}?|\^\{?[+*]\}?)?\)?$")
+_WHERE = re.compile(
+    r"\s*[,;(]?\s*(?:where\s+|for\s+)?\(?(?:([a-z])\s*(?:∈\s*([ZN])(_?\{?[+*]\}?|\^\{?[+*]\}?)?|is an(?:y)? integer|[为是]整数)"
+    r"|(?:any |every |some |all )?integers? ([a-z]))\)?$"
+)
+_OUTWARD = re.compile(r"([\[\]])([^\[\](),;]*[,;][^\[\](),;]*)([\[\]])")
 _ALL = frozenset(
     ["all real numbers", "all reals", "any real number", "all real number", "全体实数", "一切实数", "任意实数", "x∈R",
      "x ∈ R", "the set of all real numbers", "every real number", "(-∞,∞)"]
 )  # fmt: skip
-_WORDS = {
-    word: str(i)
-    for words in (
-        "zero one two three four five six seven eight nine ten eleven twelve",
-        "零 一 二 三 四 五 六 七 八 九",
-    )
-    for i, word in enumerate(words.split())
-} | {"两": "2", "九": "9", "十": "10"}
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?(?:answers?|result|value)(?: is| are| =|:)+:?\s*"
     r"|answer\s*[:.]\s*|答案\s*[是为:]*\s*|答\s*:\s*|(?:it|this) (?:is|equals) |≈|approximately |approx\.? |about "
-    r"|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
+    r"|the (?:point|vector|set|interval|ordered pair) (?=[(\[⦃])|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
     re.IGNORECASE,
 )
 _CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(a\.?m\.?|p\.?m\.?|o'clock)?", re.IGNORECASE)
-_HOURS = re.compile(r"(\d{1,2})\s*(?:[时点]\s*(?:([0-5]?\d)\s*分)?|(?:o'clock\s*)?(a\.?m\.?|p\.?m\.?))", re.IGNORECASE)
+_HOURS = re.compile(
+    r"(\d{1,2})\s*(?:[时点]\s*(?:([0-5]?\d)\s*分)?|(?:o'clock\s*)?(a\.?m\.?|p\.?m\.?)|o'clock)", re.IGNORECASE
+)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -59,9 +69,13 @@ def read(text: str) -> Value:
     text = lead(text)
     if _NUMBER.fullmatch(text):
         return _number(text)
+    text = re.sub(r"^(?:minus|negative) (?=[\d\\])", "-", text)
+    if text[:1] == "]" or text[-1:] == "[":  # ]1, 3[ is (1, 3)
+        text = _OUTWARD.sub(lambda m: m[1].replace("]", "(") + m[2] + m[3].replace("[", ")"), text)
     where = _WHERE.search(text)
-    if where and where[1] in text[: where.start()]:
-        text = text[: where.start()]  # kπ, k ∈ Z
+    if where and (name := where[1] or where[4]) in text[: where.start()]:
+        value = read(text[: where.start()])  # kπ, k ∈ Z
+        return families.of(value, name, every=where[2] != "N" and not where[3])
     whole = _phrase(text)
     if whole is not None:
         return whole
@@ -88,7 +102,7 @@ def lead(text: str) -> str:
 
 
 def _flat(value: Value, kind: str) -> tuple[Value, ...]:
-    return value.values if isinstance(value, Items) and value.kind == "list" and kind == "list" else (value,)
+    return value.values if isinstance(value, Items) and value.kind in ("list", "or") and kind == "list" else (value,)
 
 
 def _several(text: str) -> tuple[list[str], Literal["parts", "maybe", "list", "or", "and", ""]]:
@@ -136,7 +150,8 @@ def _joined(values: list[Value], word: str) -> Value:
         joined = relations.union(values) if word == "or" else relations.intersection(values)
         if joined:
             return joined
-    return Items("list", tuple(v for value in values for v in _flat(value, "list")))
+    kind: Literal["or", "list"] = "or" if word == "or" else "list"
+    return Items(kind, tuple(v for value in values for v in _flat(value, "list")))
 
 
 def _phrase(text: str) -> Value | None:
@@ -145,9 +160,8 @@ def _phrase(text: str) -> Value | None:
         return Nothing()
     if text in _ALL or folded in _ALL:
         return Region((relations.EVERYTHING,), None)
-    if folded in _WORDS:
-        return _number(_WORDS[folded])
-    return None
+    found = numerals.number(text)
+    return _formula(found) if found else None
 
 
 def item(text: str) -> Value:
@@ -159,12 +173,27 @@ def item(text: str) -> Value:
         return Text(text, why="too long for a formula")
     if "±" in text or "∓" in text:
         plus, minus = text.replace("±", "+").replace("∓", "-"), text.replace("±", "-").replace("∓", "+")
-        return Items("list", (item(plus), item(minus)))
+        return Items("or", (item(plus), item(minus)))
+    if re.search("[ıȷĸ]", text):
+        return _vector(text)
     for rule in _RULES:
         found = rule(text)
         if found is not None:
             return found
     return _word(text)
+
+
+def _vector(text: str) -> Value:
+    """2ı - 3ȷ is (2, -3); i, j and k that stand for anything else are letters in bold."""
+    other = item(text.translate(str.maketrans("ıȷĸ", "ijk")))
+    formula = _formula(text)
+    if not isinstance(formula, Formula) or text.replace(" ", "") == "ı" or not re.search("[ȷĸ]", text):
+        return other
+    names = "ıȷĸ" if "ĸ" in text else "ıȷ"
+    parts = syntax.linear(formula.tree, names)
+    if parts is None or parts[0] != syntax.ZERO:
+        return other
+    return Items("tuple", tuple(map(Formula, parts[1:])), formula=other if isinstance(other, Formula) else None)
 
 
 def _number(text: str) -> Formula:
@@ -252,6 +281,12 @@ def _equation(parts: list[str]) -> Value | None:
     if called:
         return Equation(f"{called[1]}({called[2]})", ("v", called[0]), right)
     if not isinstance(formula, Formula):
+        if isinstance(right, Items) and right.kind == "tuple" and surrounded(left):  # (a, b) = (1, 2)
+            names = _brackets(left)
+            same = isinstance(names, Items) and names.kind == "tuple" and len(names.values) == len(right.values)
+            if same and all(isinstance(name, Formula) and name.tree[0] == "v" for name in names.values):
+                pairs = zip(names.values, right.values, strict=True)
+                return Items("tuple", tuple(Equation(name.tree[1], name.tree, value) for name, value in pairs))
         letters = re.fullmatch(r"[A-Za-z△∠⊙\u4e00-\u9fff][\w△∠ {}'-]*", left)
         return Equation(left.casefold(), None, right) if letters else None
     return Equation(formula.tree[1] if formula.tree[0] == "v" else None, formula.tree, right)
@@ -273,7 +308,10 @@ def _brackets(text: str) -> Value | None:
     if text[0] in "⦃{":
         if "|" in inner or ":" in inner and text[0] == "⦃":
             value = read(re.split(r"[|:]", inner, maxsplit=1)[1].strip())
-            return value if isinstance(value, Region) else None
+            if isinstance(value, Region):
+                return dataclasses.replace(value, variable=None)  # whatever its name
+            endless = value.right if isinstance(value, Equation) else value
+            return endless if isinstance(endless, Family) else None
         parts = split(inner, ",")
         if text[0] == "{" and len(parts) < 2:
             return item(inner) if inner else None
@@ -325,6 +363,8 @@ def _formula_or_quantity(text: str) -> Value | None:
         if any(len(word) > 1 for word in words):
             return None
     formula, quantity = _formula(text), _quantity(text)
+    if formula and text.count("°") > 1:
+        return formula  # 60° + k 360°
     if quantity is None or formula is None:
         return quantity or formula
     assert isinstance(formula, Formula)
@@ -337,6 +377,7 @@ _LETTER = re.compile(r"(?<![A-Za-z\\_∠→])[A-Za-zΩμ°'$€£¢\u4e00-\u9fff
 _MULTIPLE = re.compile(
     rf"([-+]?\d+(?:\.\d+)?)\s*({'|'.join(sorted(units.MULTIPLES, key=len, reverse=True))})(.*)", re.S
 )
+_UNIT_BEHIND = re.compile(r"(.{1,80}?)\s*\(\s*([^()\d ]{2,20}(?:\^\{?\d\}?)?)\s*\)", re.S)  # 12 (cm)
 _PRICE = re.compile(r"(-?)([$¥€£]|US\$|RMB)\s*(.+)", re.S)
 _COMPOUND = re.compile(r"(\d+(?:\.\d+)?)\s*([^\d\s.]+)\s*(?:and\s*)?")
 
@@ -355,6 +396,11 @@ def _quantity(text: str) -> Quantity | None:
         rest = multiple[3].strip()
         unit = (units.parse_unit(rest) or units.parse_noun(rest)) if rest else units.parse_noun("个")
         return Quantity(number, unit) if unit else None
+    behind = _UNIT_BEHIND.fullmatch(text)
+    if behind and (unit := units.parse_unit(behind[2])) and isinstance(number := _formula(behind[1]), Formula):
+        return Quantity(number, unit)
+    if (words := numerals.leading(text)) and (unit := units.parse_unit(words[1]) or units.counter(words[1])):
+        return Quantity(_number(words[0]), unit)
     found = _LETTER.finditer(text)
     for match in [m for _, m in zip(range(6), found, strict=False)]:
         number = _formula(text[: match.start()]) if match.start() else None

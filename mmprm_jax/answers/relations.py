@@ -65,6 +65,17 @@ def _interval(low: Formula | None, high: Formula | None, low_closed: bool, high_
     return Interval(low, high, low_closed and low is not None, high_closed and high is not None)
 
 
+def between(relation: Relation, parameter: str) -> Region | None:
+    """a < x < b of which only the ends depend on the parameter, as an interval; None: anything else."""
+    if len(relation.trees) != 3 or "≠" in relation.ops:
+        return None
+    low, middle, high = relation.trees
+    if middle[0] != "v" or middle[1] == parameter or (syntax.variables(low) | syntax.variables(high)) != {parameter}:
+        return None
+    closed = [op == "≤" for op in relation.ops]
+    return Region((Interval(Formula(low), Formula(high), *closed),), middle[1])
+
+
 def unbounded(region: Region) -> bool:
     return any(part.low is None or part.high is None for part in region.parts)
 

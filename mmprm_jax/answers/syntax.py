@@ -26,7 +26,7 @@ _TOKEN = re.compile(
     (?P<mixed>\d{1,9}\s+\d{1,9}\s*/\s*\d{1,9}(?![\d.])|\d{1,9}\s*\\frac\s*(?:\{\s*\d{1,9}\s*\}\s*\{\s*\d{1,9}\s*\}|\d\d))
     |(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE](?:[+-]\d{1,3}|[2-9]|\d\d{1,2})(?![\d.]))?(?!\.\d))
     |(?P<command>\\[A-Za-z]+)
-    |(?P<name>∠\s*(?:[A-Z]['′]?){1,3}(?!['A-Za-z])|∠\s*\d|→?(?:[A-Z]'*(?:_\d|_\{\d\})?){2,}(?![a-z'])|[A-Za-z]+|[α-ωΑ-Ω]|∞|√)
+    |(?P<name>∠\s*(?:[A-Z]['′]?){1,3}(?!['A-Za-z])|∠\s*\d|→?(?:[A-Z]'*(?:_\d|_\{\d\})?){2,}(?![a-z'])|[A-Za-z]+|[α-ωΑ-Ωıȷĸ∞√])
     |(?P<sign>[-+*/^_!'°%()\[\]{}|,])
     )""",
     re.VERBOSE,
@@ -289,6 +289,46 @@ def _mixed(text: str) -> tuple[int, int, int]:
     if len(numbers) == 2:  # 1\frac12
         numbers = [numbers[0], *divmod(numbers[1], 10)]
     return numbers[0], numbers[1], numbers[2]
+
+
+ZERO: Tree = ("n", Fraction(0))
+
+
+def linear(tree: Tree, names: str) -> list[Tree] | None:
+    """A sum as what is in it without any of the names and the factor of each one; None: it is not linear in them."""
+    kind = tree[0]
+    if kind == "v" and tree[1] in names:
+        return [ZERO, *(("n", Fraction(name == tree[1])) for name in names)]
+    if not variables(tree) & set(names):
+        return [tree, *[ZERO] * len(names)]
+    if kind == "-":
+        parts = linear(tree[1], names)
+        return parts and [negative(part) for part in parts]
+    if kind == "+":
+        left, right = linear(tree[1], names), linear(tree[2], names)
+        return (
+            [a if b == ZERO else b if a == ZERO else ("+", a, b) for a, b in zip(left, right, strict=True)]
+            if left and right
+            else None
+        )
+    if kind not in ("*", "/"):
+        return None
+    first, second = tree[1:]
+    if kind == "*" and variables(second) & set(names):
+        first, second = second, first
+    parts = None if variables(second) & set(names) else linear(first, names)
+    return parts and [part if part == ZERO else (kind, part, second) for part in parts]
+
+
+def negative(tree: Tree) -> Tree:
+    return tree if tree == ZERO else ("-", tree)
+
+
+def replaced(tree: Tree, name: str, by: Tree) -> Tree:
+    """A tree with another one in a variable's place."""
+    if tree == ("v", name):
+        return by
+    return tuple(replaced(t, name, by) if isinstance(t, tuple) else t for t in tree)
 
 
 def variables(tree: Tree) -> frozenset[str]:

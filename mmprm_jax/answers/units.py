@@ -69,6 +69,7 @@ DEGREE = Unit("°", Fraction(1, 180), (("angle", 1),), half_turns=True)
 for _name in ("°", "degree", "deg", "度"):
     _UNITS[_name] = DEGREE
 _UNITS["'"] = dataclasses.replace(DEGREE, name="'", factor=Fraction(1, 180 * 60))
+_UNITS["''"] = dataclasses.replace(DEGREE, name="''", factor=Fraction(1, 180 * 3600))
 MULTIPLES = {"百": 10**2, "千": 10**3, "万": 10**4, "百万": 10**6, "亿": 10**8, "million": 10**6, "billion": 10**9,
              "thousand": 10**3, "hundred": 10**2}  # fmt: skip
 COUNTERS = frozenset("个只本人名位条张件次种辆台支块棵根颗页道题户组份岁层步倍对间头双把")
@@ -116,10 +117,14 @@ _NOUN = re.compile(r"(?:[A-Za-z][a-z-]{2,}|[A-Z]{3,})(?: [A-Za-z][A-Za-z-]*){0,3
 _NO_NOUNS = frozenset("or and to if when for is are not no between from than where with".split())
 
 
+def counter(text: str) -> Unit | None:
+    """A Chinese counter: 个."""
+    return Unit("", Fraction(1), ()) if text in COUNTERS else None
+
+
 def parse_noun(text: str) -> Unit | None:
     """Things that are counted: apples, 个, students per class."""
     text = text.strip()
     if not _NOUN.fullmatch(text) or _NO_NOUNS & set(text.casefold().split()):
         return None
-    name = text.casefold()
-    return Unit("" if name in COUNTERS else name.removesuffix("s"), Fraction(1), ())
+    return counter(text) or Unit(text.casefold().removesuffix("s"), Fraction(1), ())

@@ -67,12 +67,22 @@ class Equation:
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """Several things. ``kind``: tuple (ordered, in brackets), set (no order, no repetition), list (no order), parts
-    (ordered: the blanks of a question), maybe (whether the order counts is not known)."""
+    """Several things. ``kind``: tuple (ordered, in brackets), set (no order, no repetition), list (no order), or (a
+    list of alternatives), parts (ordered: the blanks of a question), maybe (whether the order counts is not known)."""
 
-    kind: Literal["tuple", "set", "list", "parts", "maybe"]
+    kind: Literal["tuple", "set", "list", "or", "parts", "maybe"]
     values: tuple[Value, ...]
     region: Region | None = None  # another reading of a pair: (1, 2)
+    formula: Formula | None = None  # another reading of a sum of unit vectors: 2i + 3j
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A value for each of infinitely many whole numbers, the variable ``parameter``: kπ with k ∈ Z."""
+
+    value: Formula | Quantity | Region
+    parameter: str
+    every: bool  # of all whole numbers, not only those from 0 or 1 on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,4 +113,4 @@ class Text:
     why: str = ""
 
 
-Value = Formula | Quantity | Region | Relation | Equation | Items | Ratio | Time | Nothing | Text
+Value = Family | Formula | Quantity | Region | Relation | Equation | Items | Ratio | Time | Nothing | Text

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from mmprm_jax.answers.committed import MARKER, find_answer
+from mmprm_jax.answers import extract
 from mmprm_jax.data.prompts import final_answer, split_segments
 
 LONG = 400  # characters; a paragraph longer than this is cut into sentences
@@ -20,14 +20,14 @@ _SENTENCE = re.compile(r"(?<=[.!?。！？])\s+(?=[A-Z\u4e00-\u9fff\\$])|(?<=[�
 def restructure(solution: str, answer: str | None = None) -> str | None:
     """The solution as ``<step>…</step>…<answer>…</answer>``; None when no final answer is found in it.
 
-    answer: the final answer where the data set says it; otherwise ``find_answer``. A solution in that format already
+    answer: the final answer where the data set says it; otherwise ``extract.answer``. A solution in that format already
     is returned as it is. The result always parses: its segments are the whole text.
     """
     segments = split_segments(solution)
     if segments and final_answer(segments) and _packed("".join(segments)) == _packed(solution):
         return "".join(segments)
     solution = _TAGS.sub("", solution.replace("\r\n", "\n").replace("\r", "\n")).strip()
-    answer = _TAGS.sub("", answer).strip() if answer else find_answer(solution)
+    answer = _TAGS.sub("", answer).strip() if answer else extract.answer(solution)
     if not answer:
         return None
     steps = [step for step in split_steps(solution) if not _only_answer(step, answer)]
@@ -40,7 +40,7 @@ def _packed(text: str) -> str:
 
 def _only_answer(step: str, answer: str) -> bool:
     """Whether a step says nothing beside the answer, which has its own place."""
-    rest = MARKER.sub("", step)
+    rest = extract.PHRASE.sub("", step)
     rest = re.sub(r"\\f?boxed\b|[\s$*.。{}#†]|\\[()\[\]]", "", rest)
     return rest in ("", re.sub(r"[\s$*.。{}#†]|\\[()\[\]]", "", answer))
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 
@@ -85,14 +86,53 @@ def test_what_the_user_can_mend(tmp_path):
     assert read(tmp_path / "pairs.jsonl") == ROWS
 
 
-def test_official_modes(monkeypatch):
-    def exact(row):
-        return equal("same") if row["answer"] == row["prediction"] else unequal("not the same")
+GOLDEN = Path(__file__).parent.parent / "golden"
+SAID = ["so \\boxed{{{}}}", "So the final answer is {}."]
 
-    monkeypatch.setitem(sys.modules, "mmprm_jax.answers.official", types.SimpleNamespace(MODES={"exact": exact}))
-    rows = [{"answer": "1", "prediction": "1"}, {"answer": "1", "prediction": "1.0"}, {"prediction": "1"}]
-    assert audit.check(rows, "exact") == [equal("same"), unequal("not the same"), "'answer'"]
-    with pytest.raises(UserError, match="--mode=nothing: no such mode; there are default, exact"):
+
+def real_rows(mode):
+    """Rows of a benchmark, each with a right response and an empty one, and some of which nothing can be told."""
+    if mode in ("mathvista", "mathvision"):
+        name = {"mathvista": "mathvista_testmini", "mathvision": "mathvision_test"}[mode]
+        found = read(GOLDEN / f"benchmarks/{name}.jsonl")[:12]
+        keys = {"mathvista": ("precision", "answer_type", "question_type"), "mathvision": ()}[mode]
+        rows = [{"gold": r["answer"], "options": r.get("options") or r.get("choices"), **{k: r[k] for k in keys}}
+                for r in found]  # fmt: skip
+    else:
+        golds = json.loads((GOLDEN / "answers/mm_k12_golds.json").read_text())
+        rows = [{"gold": gold.strip("$. ")} for gold in golds if len(gold) < 20 and "\n" not in gold and "(" not in gold][:12]
+    rows = [{**row, "prediction": said.format(row["gold"])} for row in rows for said in SAID]
+    return [*rows, *({**row, "prediction": None} for row in rows[::2])]
+
+
+@pytest.mark.parametrize("mode", ["mathvista", "mathverse", "mathvision", "olympiadbench", "mm_k12"])
+def test_official_modes_by_the_command(mode, tmp_path):
+    rows = real_rows(mode)
+    source = write(tmp_path / "rows.jsonl", [*rows, {"prediction": "1"}])
+    command = [sys.executable, "-m", "mmprm_jax.main", "verify", source, "--jobs=1", f"--mode={mode}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    *found, bad = [json.loads(line) for line in done.stdout.splitlines()]
+    wrong = [row for row in found if row["verdict"] != ("unequal" if row["prediction"] is None else "equal")]
+    assert wrong == [] and len(found) == len(rows) and bad["error"] == f"a row needs the key 'gold' in mode {mode}"
+    assert done.returncode == 1 and f"(mode {mode}, verifier" in done.stderr
+
+
+INTERRUPTED = """
+import sys
+from mmprm_jax import main
+def stop(path): raise KeyboardInterrupt
+main._verify, sys.argv = stop, ["mmprm", "verify", "rows.jsonl"]
+main.run()
+"""
+
+
+def test_an_interruption_does_not_promise_to_go_on():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.strip() == "mmprm: interrupted; the same command begins again"
+
+
+def test_unknown_modes_are_told():
+    with pytest.raises(UserError, match="--mode=nothing: no such mode; there are default, mathverse, mathvision, "):
         audit.mode_of("nothing")
 
 
@@ -151,6 +191,14 @@ def test_a_judge_in_the_audit(server, tmp_path):
         audit.verify_file(write(tmp_path / "p.jsonl", ROWS + [BAD[0]]), str(tmp_path / "o.jsonl"), jobs=1, judge=judge)
     verdicts = [row.get("verdict") for row in read(tmp_path / "o.jsonl")]
     assert verdicts == [*VERDICTS[:5], "equal", "unequal", "unequal", None]
+
+
+def test_a_judge_in_an_official_mode(server, tmp_path):
+    server.replies["\\boxed{the one on the left}"] = "EQUAL"
+    rows = [{"gold": "the left one", "prediction": "\\boxed{the one on the left}"}, {"gold": "5", "prediction": "6"}]
+    with Judge(server.url, "m") as judge:
+        audit.verify_file(write(tmp_path / "p.jsonl", rows), str(tmp_path / "o.jsonl"), "mathverse", 1, judge)
+    assert [row["verdict"] for row in read(tmp_path / "o.jsonl")] == ["equal", "unequal"] and len(server.seen) == 1
 
 
 def test_a_judge_that_refuses(server):

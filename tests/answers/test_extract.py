@@ -2,12 +2,12 @@
 
 import pytest
 
-from mmprm_jax.answers.extract import committed, concluded, final
+from mmprm_jax.answers.extract import answer, committed, concluded
 from mmprm_jax.answers.heavy import decide
 
 
 @pytest.mark.parametrize(
-    "response, answer, how",
+    "response, text, how",
     [
         ("<step>1+1=2</step><answer>2</answer>", "2", "tag"),
         ("<answer>1</answer> no, <answer> 2 </answer>", "2", "tag"),
@@ -24,16 +24,31 @@ from mmprm_jax.answers.heavy import decide
         ("因此，答案是 12。", "12", "phrase"),
         ("最终答案：$x>2$", "$x>2$", "phrase"),
         ("综上，故选 B。", "B", "phrase"),
-        ("Add them.\n\nThe sum is\n18", "18", "line"),
-        ("Add them.\nTherefore x is 18.", "18.", "line"),
-        ("<answer>5", "<answer>5", "line"),  # never closed
-        ("\\boxed{5", "\\boxed{5", "line"),
     ],
 )
-def test_the_last_committed_answer(response, answer, how):
-    found = final(response)
-    assert (found.text, found.how) == (answer, how)
-    assert (committed(response) is None) == (how == "line")
+def test_the_last_committed_answer(response, text, how):
+    found = committed(response)
+    assert (found.text, found.how) == (text, how)
+
+
+@pytest.mark.parametrize(
+    "response, text",
+    [
+        ("Therefore, the answer is $3.5$. I checked it.", "3.5"),
+        ("So x is found. Answer: **12 cm**.", "12 cm"),
+        ("We add.\n#### 2", "2"),
+        ("our answer should be B.", "B"),
+        ("145°.", "145°"),
+        ("and so on...", "and so on..."),
+        ("word " * 13, None),
+        ("Add them.\nThe sum is 18.", None),
+        ("\\boxed{5", None),
+        ("<answer> </answer>", None),
+        ("<answer>It is:\n3</answer>", "It is:\n3"),
+    ],
+)
+def test_an_answer_without_its_typesetting(response, text):
+    assert answer(response) == text
 
 
 def test_different_boxes_are_told():
@@ -42,7 +57,7 @@ def test_different_boxes_are_told():
 
 
 def test_nothing_is_committed():
-    assert committed("") is None and final("") is None and final(" \n ") is None
+    assert committed("") is None and answer("") is None and answer(" \n ") is None
     assert concluded("we add them") is None
     assert concluded("Hence, the value is -1") == "-1"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import mpmath
 import pytest
 
-from mmprm_jax.answers import official, official_latex
+from mmprm_jax.answers import extract, official_latex
 from mmprm_jax.answers.official import MODES, levenshtein
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "benchmarks"
@@ -161,7 +161,10 @@ def test_mathvision_rules(gold, prediction, wanted):
         (dict(gold="14", question_type="free-form"), "\\boxed{14.0}", "equal"),
         (dict(gold="14", question_type="free-form"), "\\boxed{15}", "unequal"),
         (dict(gold="\\frac{1}{2}", question_type="free-form"), "The answer is 0.5.", "equal"),
-        (dict(gold="14 cm", question_type="free-form"), "\\boxed{14}", "unknown"),
+        (dict(gold="14 cm", question_type="free-form"), "\\boxed{14}", "equal"),
+        (dict(gold="x=2", question_type="free-form"), "\\boxed{2}", "equal"),
+        (dict(gold="5 cm", question_type="free-form"), "\\boxed{5\\text{ m}}", "unequal"),
+        (dict(gold="B", question_type="multi-choice", options={"A": "0.3", "B": "0.4"}), "Answer: 2/5", "equal"),
         (dict(gold="the left one", question_type="free-form"), "\\boxed{the one on the left}", "unknown"),
         (dict(gold="14", question_type="free-form"), "I have read it.\nI do not know.", "unknown"),
         (dict(gold="14", question_type="free-form"), "", "unequal"),
@@ -174,9 +177,10 @@ def test_mathverse_rules(row, prediction, wanted):
 @pytest.mark.parametrize(
     "gold, prediction, wanted",
     [("$$36$$", "\\boxed{36}", "equal"), ("8\n4", "<answer>8\n4</answer>", "equal"), ("$\\frac12$", "0.5", "equal"),
-     ("36", "37", "unequal"), ("1.5", "$1\\frac{1}{2}$", "equal"), ("8\n4", "\\boxed{8, 4}", "unknown"),
+     ("36", "37", "unequal"), ("1.5", "$1\\frac{1}{2}$", "equal"), ("8\n4", "\\boxed{8, 4}", "equal"),
      ("60°", "<answer>$60^\\circ$</answer>", "equal"),
-     ("60°", "61°", "unequal")],
+     ("60°", "61°", "unequal"), ("[2,+\\infty)", "so $x \\ge 2$.\nAnswer: $x\\ge 2$", "equal"), ("5 cm", "50 mm", "equal"),
+     ("x>2", "\\boxed{x \\ge 2}", "unequal"), ("the left one", "\\boxed{the one on the left}", "unknown")],
 )  # fmt: skip
 def test_mm_k12_rules(gold, prediction, wanted):
     assert MODES["mm_k12"]({"gold": gold, "prediction": prediction}).kind == wanted
@@ -289,7 +293,7 @@ def test_threads_do_not_disturb_each_other():
 
 
 def test_extraction_takes_the_last_commitment():
-    assert official.extract("<answer>1</answer> no <answer> 2 </answer>") == "2"
-    assert official.extract("\\boxed{1} then \\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
-    assert official.extract("The answer is 3. But no, the answer is 4.") == "4"
-    assert official.extract("A long text.\nIt commits to nothing.") is None
+    assert extract.answer("<answer>1</answer> no <answer> 2 </answer>") == "2"
+    assert extract.answer("\\boxed{1} then \\boxed{\\frac{1}{2}}") == "\\frac{1}{2}"
+    assert extract.answer("The answer is 3. But no, the answer is 4.") == "4"
+    assert extract.answer("A long text.\nIt commits to nothing.") is None

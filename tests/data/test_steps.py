@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mmprm_jax.answers.committed import find_answer
+from mmprm_jax.answers import extract
 from mmprm_jax.data.prompts import final_answer, split_segments, step_text
 from mmprm_jax.data.steps import restructure, split_steps
 
@@ -67,5 +67,5 @@ def test_long_paragraphs_are_cut_into_sentences_and_formulas_are_not():
 def test_hostile_text_takes_no_time(text):
     start = time.process_time()
     restructure(text)
-    find_answer(text)
+    extract.answer(text)
     assert time.process_time() - start < 3

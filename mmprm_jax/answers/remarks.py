@@ -1,0 +1,62 @@
+"""What stands in brackets behind an answer: another form of it, a reason, what was rejected, what it is."""
+
+from __future__ import annotations
+
+import re
+
+from mmprm_jax.answers.normalise import trim
+
+_NOTE = re.compile(
+    r"\s*\(\s*(?:the answer is |answers? (?:are|is) )?(?:not unique|答案不唯一|不唯一)[^()]*\)\s*$", re.I
+)
+_OR = re.compile(r"\s*\(\s*(?:or|或)\s*(?:fill in\s*)?(.*)\)\s*$", re.I | re.S)
+_BEHIND = re.compile(r"(?s)(.*\S)\s*\((?=[^()]*[^\W\d_]{2})((?:[^()]|\([^()]*\)){3,160})\)$")
+_REASON = re.compile(r"(?:since|because|due to)\b|因为|由于", re.I)
+_IS = re.compile(r"the (?:[a-z-]+ ?){1,4}", re.I)
+_REJECTED = re.compile(
+    r"\b(?:reject(?:ed|ing|s)?|discard(?:ed|ing|s)?|extraneous|inadmissible|invalid|omit(?:ted|ting)?|not valid"
+    r"|(?:does|do) not satisfy|impossible)\b|不合题意|不符合?(?:题意)?|舍去?|增根",
+    re.I,
+)
+_ALSO = re.compile(r"\b(?:also|or|too|another|both|only|not unique)\b|也|或|又|另", re.I)
+_ITSELF = re.compile(
+    r"\b(?:is|are|was|it|this|that|the|answer|we|so|and|be|to|an?|must|solution|root)\b|这|此|该|答案|[\W_]", re.I
+)
+_SEVERAL = re.compile(r"[±∓,;\n]| or | and |或|和|、")
+
+
+def without_note(text: str) -> str:
+    """Without a remark that other answers are right as well."""
+    return trim(_NOTE.sub("", text))
+
+
+def has_note(text: str) -> bool:
+    return bool(_NOTE.search(text))
+
+
+def forms(text: str) -> tuple[str, ...]:
+    """A normalised answer, and the other form behind it: 5 (or 5.0)."""
+    match = _OR.search(text)
+    return (text[: match.start()].strip(), trim(match[1])) if match and match.start() else (text,)
+
+
+def answer(text: str) -> str | None:
+    """A normalised answer without the remark behind it, if that takes nothing from it and adds nothing to it."""
+    match = _BEHIND.fullmatch(text)
+    if not match:
+        return None
+    rest, remark = match[1], match[2].strip()
+    if _ALSO.search(remark):
+        return None
+    if _REASON.match(remark) or _IS.fullmatch(remark):
+        return rest
+    rejected = _REJECTED.search(remark)
+    if not rejected or not _ITSELF.sub("", _REJECTED.sub("", remark)) or _SEVERAL.search(_outside(rest)):
+        return None  # it is the answer that is rejected, or one of several answers
+    value = rest.rpartition("=")[2].strip()
+    return None if re.search(rf"(?<![\w.-]){re.escape(value)}(?![\w.])", remark) else rest
+
+
+def _outside(text: str) -> str:
+    """What is in no brackets."""
+    return re.sub(r"\([^()]*\)", "", text)
