@@ -12,17 +12,15 @@ from mmprm_jax.answers.verdict import Verdict
 
 GOLDEN = Path(__file__).parent.parent / "golden/answers"
 GIVEN = GOLDEN / "pairs.jsonl"  # a part of a set made to find the weak spots of well-known graders
-OURS = Path(__file__).with_name("more_pairs.jsonl")
+OURS = [Path(__file__).with_name(name) for name in ("more_pairs.jsonl", "blind_pairs.jsonl")]
 GOLDS = json.loads((GOLDEN / "mm_k12_golds.json").read_text(encoding="utf-8"))
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def rows(*paths):
+    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize(
-    "row", rows(GIVEN) + rows(OURS), ids=lambda row: f"{row['gold'][:30]}|{row['prediction'][:30]}"
-)
+@pytest.mark.parametrize("row", rows(GIVEN, *OURS), ids=lambda row: f"{row['gold'][:30]}|{row['prediction'][:30]}")
 def test_labelled_pairs(row):
     verdict = compare(
         row["gold"], row["prediction"], settings_of(row.get("options"), row.get("unit"), row.get("precision"))
@@ -34,9 +32,9 @@ def test_labelled_pairs(row):
 
 def test_most_of_what_differs_is_known_to_differ():
     """An unknown counts as not equal, but says less."""
-    different = [row for row in rows(GIVEN) + rows(OURS) if not row["equal"]]
+    different = [row for row in rows(GIVEN, *OURS) if not row["equal"]]
     verdicts = [compare(r["gold"], r["prediction"], settings_of(r.get("options"), r.get("unit"))) for r in different]
-    assert sum(verdict.kind == "unknown" for verdict in verdicts) <= 6 < len(different)
+    assert sum(verdict.kind == "unknown" for verdict in verdicts) <= 0.08 * len(different)
 
 
 @pytest.mark.parametrize(
