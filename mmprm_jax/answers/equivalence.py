@@ -151,7 +151,7 @@ def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
     """Two normalised answers."""
     if gold == prediction and gold:
         return equal("the same text")
-    if len(gold) > 2 and gold.casefold() == prediction.casefold() and gold.replace(" ", "").isalpha():
+    if gold.replace(" ", "").isalpha() and words.letters(gold, prediction):
         return equal("the same words")
     plain = dataclasses.replace(settings, options=())
     chosen = choice.compare(gold, prediction, dict(settings.options), lambda a, b: _texts(a, b, plain))
@@ -394,6 +394,8 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
             return unknown(OPEN + f"{text.text[:60]!r} is not understood ({text.why or 'text'})")
         return unequal("one is a word")
     a, b = words.plain(gold.text), words.plain(prediction.text)
+    if a == b and gold.text.casefold() == prediction.text.casefold() and not words.letters(gold.text, prediction.text):
+        return unequal("capital letters, and small ones")
     if a == b or words.turned(a) == words.turned(b):
         return equal("the same words")
     if re.sub("[ -]", "", a) == re.sub("[ -]", "", b):

