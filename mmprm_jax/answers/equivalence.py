@@ -12,7 +12,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 
-from mmprm_jax.answers import arithmetic, choice, extract, families, numeric, relations, remarks, units
+from mmprm_jax.answers import arithmetic, choice, extract, families, numeric, relations, remarks, units, words
 from mmprm_jax.answers.arithmetic import OPEN, every
 from mmprm_jax.answers.normalise import MAX_LENGTH, normalise
 from mmprm_jax.answers.parse import read
@@ -151,7 +151,7 @@ def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
     """Two normalised answers."""
     if gold == prediction and gold:
         return equal("the same text")
-    if len(gold) > 2 and gold.casefold() == prediction.casefold() and gold.replace(" ", "").isalpha():
+    if gold.replace(" ", "").isalpha() and words.letters(gold, prediction):
         return equal("the same words")
     plain = dataclasses.replace(settings, options=())
     chosen = choice.compare(gold, prediction, dict(settings.options), lambda a, b: _texts(a, b, plain))
@@ -194,7 +194,9 @@ def values(gold: Value, prediction: Value, precision: int | None = None) -> Verd
     if isinstance(gold, Ratio | Time) or isinstance(prediction, Ratio | Time):
         return _ratios(gold, prediction, precision)
     if isinstance(gold, Nothing) or isinstance(prediction, Nothing):
-        same = isinstance(gold, Nothing) and isinstance(prediction, Nothing)
+        same = all(
+            isinstance(v, Nothing) or isinstance(v, Formula) and v.tree == ("v", "φ") for v in (gold, prediction)
+        )
         return equal("both say that there is none") if same else unequal("one says that there is none")
     return _measures(gold, prediction, precision)
 
@@ -391,8 +393,10 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         if re.search(r"[\d\\^=]", text.text) or len(text.text.split()) > 3:
             return unknown(OPEN + f"{text.text[:60]!r} is not understood ({text.why or 'text'})")
         return unequal("one is a word")
-    a, b = _plain(gold.text), _plain(prediction.text)
-    if a == b or _turned(a) == _turned(b):
+    a, b = words.plain(gold.text), words.plain(prediction.text)
+    if a == b and gold.text.casefold() == prediction.text.casefold() and not words.letters(gold.text, prediction.text):
+        return unequal("capital letters, and small ones")
+    if a == b or words.turned(a) == words.turned(b):
         return equal("the same words")
     if re.sub("[ -]", "", a) == re.sub("[ -]", "", b):
         return equal("the same words but for spaces and hyphens")
@@ -403,28 +407,6 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if max(len(a.split()), len(b.split())) > 3 or re.search(r"[\u4e00-\u9fff]{4}", a + b):
         return unknown("different words, which may still mean the same")
     return unequal("different words")
-
-
-def _turned(text: str) -> list[str]:
-    """AB ∥ CD is CD ∥ AB, and BA ∥ CD."""
-    sides = re.split("[∥⊥≅~]", text)
-    if len(sides) != 2:
-        return [text]
-    segments = ["".join(sorted(side)) if len(side.strip()) == 2 else side.strip() for side in sides]
-    return [re.sub("[^∥⊥≅~]", "", text), *sorted(segments)]
-
-
-_SYNONYMS = {"是": "yes", "否": "no", "对": "true", "错": "false", "正确": "true", "错误": "false", "correct": "true",
-             "incorrect": "false", "wrong": "false", "right": "true", "√": "true", "不是": "no"}  # fmt: skip
-
-
-def _plain(text: str) -> str:
-    """Without case, articles, hyphens and punctuation between words."""
-    text = re.sub(r"^(?:a|an|the)\s+", "", re.sub(r"[\s\"]+|(?<=[a-z])-(?=[a-z])", " ", text.casefold()).strip())
-    text = re.sub(r"\s*([^\w\s])\s*", r"\1", text)
-    if re.fullmatch(r"[a-z ,]+", text):
-        text = " ".join(text.replace(",", " ").split())
-    return _SYNONYMS.get(text, text)
 
 
 def _ranges(gold: Value, prediction: Value) -> Verdict:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 
 from mmprm_jax.answers import exact, relations, syntax
-from mmprm_jax.answers.arithmetic import formulas
 from mmprm_jax.answers.syntax import Tree
 from mmprm_jax.answers.values import Equation, Family, Formula, Items, Quantity, Region, Relation, Value
 from mmprm_jax.answers.verdict import Verdict, unequal, unknown
@@ -87,15 +86,12 @@ def _family(value: Value, other: Value) -> Family | None:
 
 
 def _shifts(a: Tree, b: Tree, name: str) -> list[Tree]:
-    """What the whole number in b is, where b is to run through the values of a: k + c or c - k."""
+    """What the whole number in b is, where b may run through the values of a: k + c or c - k."""
     left, right = syntax.linear(a, name), syntax.linear(b, name)
     if not left or not right:
         return []
     found = []
     for sign in (("v", name), ("-", ("v", name))):
-        factor = right[1] if sign[0] == "v" else ("-", right[1])
-        if not formulas(Formula(left[1]), Formula(factor)):
-            continue
         try:
             steps = exact.rational(exact.value(("/", ("+", left[0], ("-", right[0])), right[1])))
         except exact.Open:

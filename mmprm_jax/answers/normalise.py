@@ -1,8 +1,9 @@
 """One spelling for what people write in many: Unicode, Chinese punctuation, Markdown and LaTeX's typography.
 
 What is left is plain text in a small alphabet: ``+ - * / ^ _ ! = < > ≤ ≥ ≠ ± ∪ ∩ ∈ ∞ ° % : , ; ( ) [ ] { } ⦃ ⦄ | √ ∠ △
-∅ → ı ȷ ĸ`` (unit vectors), Greek letters, words, digits and the LaTeX commands that carry meaning. ``⦃ ⦄`` are a set's braces, ``{ }`` those
-of LaTeX, a line feed ends a part of an answer that has several. Every pass is linear or works on at most MAX_LENGTH.
+∅ →``, the unit vectors ``ı ȷ ĸ``, Greek letters, words, digits and the LaTeX commands that carry meaning. ``⦃ ⦄`` are a
+set's braces, ``{ }`` those of LaTeX, a line feed ends a part of an answer that has several. Every pass is linear or
+works on at most MAX_LENGTH.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def normalise(text: str) -> str:
         return text
     text = _unicode(text[:MAX_LENGTH])[:MAX_LENGTH]
     text = _BOLD.sub(r"\2", text.replace("`", "")).replace("****", "")
-    text = re.sub(r"^\s*(?:#{1,6} +(?=\S)|\*([^*\n]+)\*\s*$)", lambda m: m[1] or "", text)
+    text = re.sub(r"^\s*(?:#{1,6} +(?=\S)|\*{1,3}([^*\n]+)\*{1,3}\s*$)", lambda m: m[1] or "", text)
     text = _mathematics(text.replace("\\$", _MARK)).replace(_MARK, "$")
     for old, new in (
         ("\\\\", "\n"),
@@ -113,6 +114,7 @@ def normalise(text: str) -> str:
     text = re.sub(r"\b(?:positive )?infinity\b", "∞", text) if "infinity" in text else text
     text = _CHOOSE.sub(_count, text) if "_" in text and "^" in text else text
     if "'" in text:
+        text = re.sub(r"('\s*\d+(?:\.\d+)?)\"", r"\1''", text)  # 30°15'20"
         text = re.sub(r"\^\s*(?:\{\s*('+)\s*\}|('))", r"\1\2", text)  # ^{\prime}
     text = re.sub(r"[^\S\n]+", " ", text)
     return trim(re.sub(r" ?\n\s*", "\n", text))
@@ -233,7 +235,7 @@ def _commands(text: str, depth: int = 0) -> str:
             found += [content, " ", _commands(more, depth + 1)]
         elif name in _WORDS:
             i, content = _braced(text, i)
-            content = _commands(content, depth + 1)
+            content = _commands(content.replace("~", " "), depth + 1)
             found.append(content if content.isdigit() else f" {content} ")
         elif name in _CONTENT:
             i, content = _braced(text, i)

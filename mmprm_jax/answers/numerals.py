@@ -26,7 +26,7 @@ def number(text: str) -> str | None:
         found = _chinese(text)
         return None if found is None else str(found)
     if parts := _PARTS.fullmatch(text):
-        bottom, top = _chinese(parts[1]), _chinese(parts[2])
+        bottom, top = 100 if parts[1] == "百" else _chinese(parts[1]), _chinese(parts[2])
         return f"({top}/{bottom})" if top is not None and bottom else None
     return None
 

@@ -43,8 +43,13 @@ _HAS_NONE = re.compile(
     r"|(?:原|该|此)?(?:方程|不等式)组?无(?:实数)?[解根]|没有(?:实数)?[解根]"
 )
 _WHERE = re.compile(
-    r"\s*[,;(]?\s*(?:where\s+|for\s+)?\(?(?:([a-z])\s*(?:∈\s*([ZN])(_?\{?[+*]\}?|\^\{?[+*]\}?)?|is an(?:y)? integer|[为是]整数)"
+    r"\s*[,;(]?\s*(?:where\s+|for\s+)?\(?(?:([a-z])\s*(?:∈\s*([ZN])(_?\{?[+*]\}?|\^\{?[+*]\}?)?|is an(?:y)? integer"
+    r"|[为是]整数)"
     r"|(?:any |every |some |all )?integers? ([a-z]))\)?$"
+)
+_NAMED = re.compile(  # the sum is 40
+    r"(?:the )?(?!.*\b(?:no|not|none|neither|nor|if|when|which)\b)"
+    r"([A-Za-z][a-z ]{1,30}[a-z]) (?:is|are|equals) (?=[-\d\\(√])(.+)"
 )
 _OUTWARD = re.compile(r"([\[\]])([^\[\](),;]*[,;][^\[\](),;]*)([\[\]])")
 _ALL = frozenset(
@@ -54,7 +59,8 @@ _ALL = frozenset(
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?(?:answers?|result|value)(?: is| are| =|:)+:?\s*"
     r"|answer\s*[:.]\s*|答案\s*[是为:]*\s*|答\s*:\s*|(?:it|this) (?:is|equals) |≈|approximately |approx\.? |about "
-    r"|the (?:point|vector|set|interval|ordered pair) (?=[(\[⦃])|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
+    r"|the (?:point|vector|set|interval|ordered pair) (?=[(\[⦃])"
+    r"|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
     re.IGNORECASE,
 )
 _CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(a\.?m\.?|p\.?m\.?|o'clock)?", re.IGNORECASE)
@@ -69,6 +75,7 @@ def read(text: str) -> Value:
     text = lead(text)
     if _NUMBER.fullmatch(text):
         return _number(text)
+    text = re.sub(r"^l\s*:\s*(?=[^:]*=)", "", text)  # the line l
     text = re.sub(r"^(?:minus|negative) (?=[\d\\])", "-", text)
     if text[:1] == "]" or text[-1:] == "[":  # ]1, 3[ is (1, 3)
         text = _OUTWARD.sub(lambda m: m[1].replace("]", "(") + m[2] + m[3].replace("[", ")"), text)
@@ -171,6 +178,14 @@ def item(text: str) -> Value:
         return _number(text)
     if len(text) > syntax.MAX_LENGTH:
         return Text(text, why="too long for a formula")
+    named = _NAMED.fullmatch(text)
+    if named:
+        return Equation(named[1].casefold(), None, item(named[2]))
+    if text[:1] == "+" and surrounded(text[1:]):
+        return item(text[1:])
+    if text[:1] == "-" and surrounded(text[1:]) and isinstance(point := _brackets(text[1:]), Items):
+        if point.kind == "tuple" and all(isinstance(v, Formula) for v in point.values):
+            return Items("tuple", tuple(Formula(("-", v.tree)) for v in point.values))  # -(1, 2)
     if "±" in text or "∓" in text:
         plus, minus = text.replace("±", "+").replace("∓", "-"), text.replace("±", "-").replace("∓", "+")
         return Items("or", (item(plus), item(minus)))
@@ -308,6 +323,8 @@ def _brackets(text: str) -> Value | None:
     if text[0] in "⦃{":
         if "|" in inner or ":" in inner and text[0] == "⦃":
             value = read(re.split(r"[|:]", inner, maxsplit=1)[1].strip())
+            if isinstance(value, Items) and value.kind == "list" and all(isinstance(v, Region) for v in value.values):
+                value = relations.intersection(value.values)
             if isinstance(value, Region):
                 return dataclasses.replace(value, variable=None)  # whatever its name
             endless = value.right if isinstance(value, Equation) else value

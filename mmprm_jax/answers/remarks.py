@@ -12,16 +12,16 @@ _NOTE = re.compile(
 _OR = re.compile(r"\s*\(\s*(?:or|或)\s*(?:fill in\s*)?(.*)\)\s*$", re.I | re.S)
 _BEHIND = re.compile(r"(?s)(.*\S)\s*\((?=[^()]*[^\W\d_]{2})((?:[^()]|\([^()]*\)){3,160})\)$")
 _REASON = re.compile(r"(?:since|because|due to)\b|因为|由于", re.I)
-_IS = re.compile(r"the (?:[a-z-]+ ?){1,4}", re.I)
+_IS = re.compile(
+    r"(?!.*\b(?:is|are|was|not?|wrong|incorrect|false|if|when)\b)the (?:[a-z-]+ ?){1,4}", re.I
+)  # no sentence
 _REJECTED = re.compile(
     r"\b(?:reject(?:ed|ing|s)?|discard(?:ed|ing|s)?|extraneous|inadmissible|invalid|omit(?:ted|ting)?|not valid"
     r"|(?:does|do) not satisfy|impossible)\b|不合题意|不符合?(?:题意)?|舍去?|增根",
     re.I,
 )
 _ALSO = re.compile(r"\b(?:also|or|too|another|both|only|not unique)\b|也|或|又|另", re.I)
-_ITSELF = re.compile(
-    r"\b(?:is|are|was|it|this|that|the|answer|we|so|and|be|to|an?|must|solution|root)\b|这|此|该|答案|[\W_]", re.I
-)
+_OTHER = re.compile(r"\d|\b(?:negative|positive|smaller|larger|first|second|zero|other)\b|[负正小大零]", re.I)
 _SEVERAL = re.compile(r"[±∓,;\n]| or | and |或|和|、")
 
 
@@ -50,9 +50,8 @@ def answer(text: str) -> str | None:
         return None
     if _REASON.match(remark) or _IS.fullmatch(remark):
         return rest
-    rejected = _REJECTED.search(remark)
-    if not rejected or not _ITSELF.sub("", _REJECTED.sub("", remark)) or _SEVERAL.search(_outside(rest)):
-        return None  # it is the answer that is rejected, or one of several answers
+    if not _REJECTED.search(remark) or not _OTHER.search(remark) or _SEVERAL.search(_outside(rest)):
+        return None  # it may be the answer that is rejected, or one of several answers
     value = rest.rpartition("=")[2].strip()
     return None if re.search(rf"(?<![\w.-]){re.escape(value)}(?![\w.])", remark) else rest
 

@@ -100,7 +100,8 @@ def real_rows(mode):
                 for r in found]  # fmt: skip
     else:
         golds = json.loads((GOLDEN / "answers/mm_k12_golds.json").read_text())
-        rows = [{"gold": gold.strip("$. ")} for gold in golds if len(gold) < 20 and "\n" not in gold and "(" not in gold][:12]
+        golds = [gold.strip("$. ") for gold in golds if len(gold) < 20 and "\n" not in gold and "(" not in gold]
+        rows = [{"gold": gold} for gold in golds[:12]]
     rows = [{**row, "prediction": said.format(row["gold"])} for row in rows for said in SAID]
     return [*rows, *({**row, "prediction": None} for row in rows[::2])]
 

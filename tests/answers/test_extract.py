@@ -38,6 +38,7 @@ def test_the_last_committed_answer(response, text, how):
         ("So x is found. Answer: **12 cm**.", "12 cm"),
         ("We add.\n#### 2", "2"),
         ("our answer should be B.", "B"),
+        ("#### Check\nIt is 3.\n#### End\nAll of it is\nright.", None),
         ("145°.", "145°"),
         ("and so on...", "and so on..."),
         ("word " * 13, None),

@@ -2,12 +2,13 @@
 
 import asyncio
 import os
+import sys
 import threading
 
 import hostile
 import pytest
 
-from mmprm_jax.answers import equivalence, normalise, parse, syntax
+from mmprm_jax.answers import equivalence, normalise, numeric, parse, syntax
 from mmprm_jax.answers.equivalence import compare
 from mmprm_jax.answers.heavy import decide
 from mmprm_jax.answers.verdict import Verdict
@@ -91,6 +92,24 @@ def test_threads_get_the_verdicts_of_one_thread():
     for thread in threads:
         thread.join()
     assert list(found.values()) == [expected] * 4
+
+
+def test_threads_do_not_change_each_others_precision():
+    tree, limit, found = syntax.parse("\\cot 1+\\sec 2"), sys.getswitchinterval(), set()  # mpmath adds digits in both
+    expected = numeric.evaluate(tree, {})
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [
+            threading.Thread(target=lambda: found.update(numeric.evaluate(tree, {}) for _ in range(200)))
+            for _ in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(limit)
+    assert found == {expected}  # to the last bit
 
 
 def test_verifier_from_threads_and_asyncio():

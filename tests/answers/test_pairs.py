@@ -12,17 +12,15 @@ from mmprm_jax.answers.verdict import Verdict
 
 GOLDEN = Path(__file__).parent.parent / "golden/answers"
 GIVEN = GOLDEN / "pairs.jsonl"  # a part of a set made to find the weak spots of well-known graders
-OURS = Path(__file__).with_name("more_pairs.jsonl")
+OURS = [Path(__file__).with_name(name) for name in ("more_pairs.jsonl", "blind_pairs.jsonl")]
 GOLDS = json.loads((GOLDEN / "mm_k12_golds.json").read_text(encoding="utf-8"))
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def rows(*paths):
+    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize(
-    "row", rows(GIVEN) + rows(OURS), ids=lambda row: f"{row['gold'][:30]}|{row['prediction'][:30]}"
-)
+@pytest.mark.parametrize("row", rows(GIVEN, *OURS), ids=lambda row: f"{row['gold'][:30]}|{row['prediction'][:30]}")
 def test_labelled_pairs(row):
     verdict = compare(
         row["gold"], row["prediction"], settings_of(row.get("options"), row.get("unit"), row.get("precision"))
@@ -34,9 +32,9 @@ def test_labelled_pairs(row):
 
 def test_most_of_what_differs_is_known_to_differ():
     """An unknown counts as not equal, but says less."""
-    different = [row for row in rows(GIVEN) + rows(OURS) if not row["equal"]]
+    different = [row for row in rows(GIVEN, *OURS) if not row["equal"]]
     verdicts = [compare(r["gold"], r["prediction"], settings_of(r.get("options"), r.get("unit"))) for r in different]
-    assert sum(verdict.kind == "unknown" for verdict in verdicts) <= 6 < len(different)
+    assert sum(verdict.kind == "unknown" for verdict in verdicts) <= 0.1 * len(different)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +55,40 @@ def test_most_of_what_differs_is_known_to_differ():
 )
 def test_what_cannot_be_told_is_unknown(gold, prediction):
     assert compare(gold, prediction).kind == "unknown"
+
+
+@pytest.mark.parametrize(
+    "gold, prediction",
+    [
+        ("5", "5 (since 6 is right, too)"),
+        ("\\pm 3", "\\pm 3 (the negative value is rejected)"),
+        ("2, -1", "2, -1 (x=-1 is rejected)"),
+        ("5", "5 (the answer is wrong)"),
+        ("5", "5 (the incorrect one)"),
+        ("5", "5 (the value is rejected)"),
+        ("5", "5 (it is rejected)"),
+        ("3x=12", "4 (x=4 is invalid)"),
+        ("5 (the radius of it)", "5 (the length of it)"),
+        ("x=2k+1, k\\in N", "x=2k+1, k\\in Z"),
+        ("x=2k, k\\in Z", "x=4k, k\\in Z"),
+        ("\\{1,2\\}", "a=1, b=2"),
+        ("1 or 2", "a=1, b=2"),
+        ("CD=AB", "AB"),
+        ("R", "r"),
+        ("AB", "ab"),
+        ("3, 5", "(1) 5; (2) 3"),
+        ("A", "A(1, 2)"),
+        ("1/6", "0.1(6)"),
+        ("(2,3)", "2\\vec{i}+3\\vec{j}+1"),
+        ("50", "三十二十"),
+        ("20", "二零"),
+        ("the maximum is 3", "the minimum is 3"),
+        ("\\$5", "€5"),
+        ("$5", "€5"),
+    ],
+)
+def test_what_looks_equal(gold, prediction):
+    assert not compare(gold, prediction) and not compare(prediction, gold)
 
 
 def test_options():
