@@ -45,8 +45,11 @@ class Loaded:
 
 
 def is_ours(path: str | os.PathLike) -> bool:
-    """Whether ``path`` is a model folder that ``convert`` wrote."""
-    return (epath.Path(path) / "hf" / hf.MANIFEST).exists()
+    """Whether ``path`` is a model folder that ``convert`` wrote. Raises UserError for a bucket that cannot be read."""
+    try:
+        return (epath.Path(path) / "hf" / hf.MANIFEST).exists()
+    except ImportError as error:
+        raise UserError(f"{path}: reading it needs pip install 'mmprm_jax[gcs]' ({error})") from None
 
 
 @functools.cache

@@ -527,8 +527,13 @@ def test_pickled_weights(released, tmp_path, folders, mesh):
 
 
 def test_neither_folder_nor_hub_id(tmp_path, mesh):
-    for name in (str(tmp_path / "missing"), "missing", "gs://bucket/model"):
+    for name in (str(tmp_path / "missing"), "missing"):
         refused(f"{name}: neither a folder nor a hub id", call=lambda name=name: PRM.from_pretrained(name, mesh))
+
+
+def test_a_bucket_without_what_reads_buckets(monkeypatch, mesh):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    refused("gs://bucket/model", "mmprm_jax[gcs]", call=lambda: PRM.from_pretrained("gs://bucket/model", mesh))
 
 
 def test_hub_id_offline(tmp_path, monkeypatch, mesh):
