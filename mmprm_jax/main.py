@@ -2,7 +2,7 @@
 
 ``mmprm <stage> --config=FILE[:ARG] --workdir=DIR [--config.key=value …]`` runs one stage, or with ``pipeline`` all.
 ``mmprm summary WORKDIR [WORKDIR …]`` compares finished runs, e.g. of several seeds.
-``mmprm bench train`` compares training steps with a loop of torch and transformers, ``mmprm bench rollout [CASE …]``
+``mmprm bench train [CASE]`` compares training steps with a loop of torch and transformers, ``mmprm bench rollout [CASE …]``
 the sampling engine with Hugging Face's generate, ``mmprm bench annotate``
 many trees at once with one after the other; both take ``--json=FILE``.
 ``mmprm fit --model=internvl2_5-8b --job=train_prm --topology=v5e-32 [key=value …] [--json=FILE]`` compiles a job ahead
@@ -114,7 +114,7 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         if argv[2] == "rollout":
             result = rollout.run(argv[3:], _PAIRS.value, _TOPOLOGIES.value)
         elif argv[2] == "train":
-            result = train.run(_PAIRS.value)
+            result = train.run(_PAIRS.value, train.named(*argv[3:] or ["tiny_vlm"]))
             print(train.describe(result))
         else:
             result = annotate.run()

@@ -1,4 +1,4 @@
-"""``mmprm bench train``: our packed training step against a plain loop of torch and transformers, on this CPU.
+"""``mmprm bench train [CASE]``: our packed training step against a plain loop of torch and transformers, on this CPU.
 
 Same model, weights, examples, batches, loss and optimizer. Ours packs the examples into rows, and compiles; the other
 pads them to the longest, as such loops do, of all or of a few at a time: whatever is fastest. A better loop, which
@@ -49,6 +49,12 @@ class Case:
     @property
     def cfg(self) -> VLMConfig:
         return dataclasses.replace(MODELS[self.model], remat=self.remat)
+
+
+CASES = {
+    "tiny_vlm": Case(),  # the model of configs/digits.py
+    "small_vlm": Case("small_vlm", rows=8, tokens=256, examples=6, median=75, shortest=30, steps=5),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +209,14 @@ def _agreement(ours: dict[str, float], theirs: dict[str, float]) -> float:
     return difference
 
 
-def run(pairs: int = 3, case: Case = Case()) -> dict[str, Any]:  # noqa: B008
+def named(name: str) -> Case:
+    """The case of that name. Raises UserError."""
+    if name not in CASES:
+        raise UserError(f"no case is called {name}; there are: {', '.join(CASES)}")
+    return CASES[name]
+
+
+def run(pairs: int, case: Case) -> dict[str, Any]:
     """Raises UserError when torch is missing, or the two do not train alike."""
     if "torch" not in common.versions():
         raise UserError("torch is missing: pip install 'mmprm_jax[bench]'")
@@ -236,7 +249,7 @@ def run(pairs: int = 3, case: Case = Case()) -> dict[str, Any]:  # noqa: B008
 def describe(found: dict[str, Any]) -> str:
     rates, case = found["tokens_per_s"], found["case"]
     return (
-        f"training steps of a tiny VLM, {case['rows']} rows of {case['tokens']} tokens"
+        f"training steps of {case['model']}, {case['rows']} rows of {case['tokens']} tokens"
         f" ({found['padding']:.1%} padding): {rates['mmprm_jax']:,.0f} tokens/s; torch and transformers, padded:"
         f" {rates['plain']:,.0f}, ratio {found['ratio']:.2f}; sorted by length first: {rates['by_length']:,.0f}, ratio"
         f" {found['ratio_by_length']:.2f}; loss and gradient norm of the first step agree to {found['agreement']:.0e}"

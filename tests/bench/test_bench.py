@@ -183,6 +183,12 @@ def test_train():
     json.dumps(found)
 
 
+def test_names_of_training_cases():
+    with pytest.raises(UserError, match="no case is called big_vlm; there are: tiny_vlm, small_vlm"):
+        train.named("big_vlm")
+    assert all(case.cfg.decoder.head_dim == size for case, size in zip(train.CASES.values(), (16, 64), strict=True))
+
+
 def test_trainings_that_differ():
     assert train._agreement({"loss": 1.0}, {"loss": 1.0}) == 0
     with pytest.raises(UserError, match="differ in their first step"):
