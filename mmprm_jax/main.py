@@ -2,9 +2,9 @@
 
 ``mmprm <stage> --config=FILE[:ARG] --workdir=DIR [--config.key=value …]`` runs one stage, or with ``pipeline`` all.
 ``mmprm summary WORKDIR [WORKDIR …]`` compares finished runs, e.g. of several seeds.
-``mmprm bench train [CASE]`` compares training steps with a loop of torch and transformers, ``mmprm bench rollout [CASE …]``
-the sampling engine with Hugging Face's generate, ``mmprm bench annotate``
-many trees at once with one after the other; both take ``--json=FILE``.
+``mmprm bench train [CASE]`` compares training steps with a loop of torch and transformers, ``mmprm bench rollout
+[CASE …]`` the sampling engine with Hugging Face's generate, ``mmprm bench annotate`` many trees at once with one after
+the other; all take ``--json=FILE``.
 ``mmprm fit --model=internvl2_5-8b --job=train_prm --topology=v5e-32 [key=value …] [--json=FILE]`` compiles a job ahead
 of time for chips that are not there: memory, FLOPs, traffic, the least time; exit code 1 when it does not fit.
 ``mmprm convert SOURCE TARGET [--prm] [--verify] [--dtype=…]`` takes a released checkpoint (a folder or a hub id) to
