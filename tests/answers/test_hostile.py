@@ -46,7 +46,7 @@ def run(items, tmp_path, monkeypatch):
 
 
 def test_hostile_texts_get_verdicts_in_time(tmp_path, monkeypatch):
-    verdicts = run(list(pairs(400)), tmp_path, monkeypatch)
+    verdicts = run(list(pairs(250)), tmp_path, monkeypatch)
     assert {verdict.kind for verdict in verdicts} >= {"unequal", "unknown"}
 
 

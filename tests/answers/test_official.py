@@ -256,7 +256,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("hostile", range(len(HOSTILE)))
+@pytest.mark.parametrize(
+    "hostile", [pytest.param(i, marks=[pytest.mark.slow] if i % 3 else []) for i in range(len(HOSTILE))]
+)
 def test_hostile_answers(mode, hostile):
     text = HOSTILE[hostile]
     rows = [

@@ -39,7 +39,7 @@ def verifier():
         yield verifier
 
 
-PAIRS = [("1/2", "0.5"), ("2", "3"), (None, "1"), ("X ", "x"), ("²", "2"), ("1", "1")]
+PAIRS = [("1/2", "0.5"), ("2", "3"), (None, "1"), ("Chord ", "chord"), ("²", "2"), ("1", "1")]
 VERDICTS = [True, False, False, True, False, True]
 
 
