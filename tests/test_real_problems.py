@@ -69,7 +69,7 @@ def test_real_problems_from_nothing(environment, problems, tmp_path):
     workdir = tmp_path / "run"
     out = mmprm(
         environment, "pipeline", SMALL, f"--workdir={workdir}", f"--config.data.folder={problems}", *SHORT,
-        "--config.sft.steps=400", "--config.train_prm.steps=30", "--config.data.vocab=1024",
+        "--config.sft.steps=200", "--config.train_prm.steps=30", "--config.data.vocab=1024",
     )  # fmt: skip
     assert "oracle" in out and (workdir / "report" / "index.html").exists()
     made = json.loads((workdir / "sft" / "input" / "0-sft.json").read_text())
