@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config[stage].optimizer.learning_rate = 4e-3
     config.annotate.update(max_new_tokens=128, slots=64, in_flight=32, cache_tokens=30_000)
     config.evaluate.update(
-        max_new_tokens=128, slots=64, cache_tokens=30_000, score_rows=64, calibration_problems=20,
+        max_new_tokens=128, slots=64, cache_tokens=30_000, score_rows=16, calibration_problems=20,
         calibration_rollouts=8,
     )  # fmt: skip
     if arg == "smoke":
