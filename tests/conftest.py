@@ -17,10 +17,15 @@ from mmprm_jax.models.config import VLMConfig
 jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)  # compiles 5 times as fast; the programs stay the same
-if "XLA_FLAGS" not in os.environ:  # XLA's older code for fused loops on CPUs compiles twice as fast again
-    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
-    jax.devices()  # reads it
-    del os.environ["XLA_FLAGS"]  # programs that tests start are as users run them
+
+
+def pytest_configure():
+    """Not when this file is imported: programs that tests start have devices of their own, and XLA as users have it."""
+    if "XLA_FLAGS" not in os.environ:  # XLA's older code for fused loops on CPUs compiles twice as fast again
+        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+        jax.devices()  # reads it
+        del os.environ["XLA_FLAGS"]
+
 
 IMAGE_TOKEN = 4
 TINY = VLMConfig.from_dict(
