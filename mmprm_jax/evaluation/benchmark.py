@@ -89,8 +89,8 @@ class BenchmarkRun(stages.Run):
         folder holds that of other problems."""
         if self._base.figures("evaluate") is None:
             raise UserError(f"{self.workdir}: its evaluation has not finished; run `mmprm evaluate` there first")
-        made_of = {"problems": training_files.checksum([self._file]), "rows": len(self._rows)}
-        made_of["modes"] = sorted({row["mode"] for row in self._rows.values()})
+        modes = sorted({row["mode"] for row in self._rows.values()})
+        made_of = {"problems": training_files.checksum([self._file]), "modes": modes}
         folder, note = self.folder("evaluate"), self.folder("evaluate") / "problems.json"
         if note.exists() and json.loads(note.read_text()) != made_of:
             raise UserError(f"{folder}: holds the evaluation of other problems, or by other rules; delete it")

@@ -77,6 +77,11 @@ def test_without_scoring_rows_the_verifier_decides(base, file):
         prepared(file, CHOICES, FLOAT)  # and not if it is asked for
 
 
+def test_what_only_a_judge_could_tell_counts_as_wrong(base, file):
+    run = benchmark.BenchmarkRun(base, file, "mm_k12")
+    assert not run.judged(candidate("1", "15 (students)", True)).correct and run.verdicts == {"unknown": 1}
+
+
 def test_one_mode_for_all(base, file):
     run = benchmark.BenchmarkRun(base, file, "olympiadbench")
     assert run.judged(candidate("2", "\\frac{3}{10}")).correct and not run.judged(candidate("2", "0.4")).correct
