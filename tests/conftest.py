@@ -1,6 +1,7 @@
 """Eight CPU devices, and a tiny vision-language model that many tests share."""
 
 import functools
+import json
 import math
 import os
 from pathlib import Path
@@ -9,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mmprm_jax import sharding
-from mmprm_jax.models import build
+from mmprm_jax.models import build, hf_config
 from mmprm_jax.models.config import VLMConfig
+from mmprm_jax.models.hf_layout import layout
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -153,3 +156,21 @@ def dry_run(capsys):
         return capsys.readouterr().out
 
     return shown
+
+
+def release(folder, golden, tokenizer):
+    """Writes a tiny policy in the released format there, InternLM2 with random weights and ``tokenizer``."""
+    folder.mkdir()
+    configs = [json.loads(p.read_text()) for p in sorted((golden / "models").glob("*/config.json"))]
+    config = next(
+        c for c in configs if hf_config.kind_of(c) == hf_config.CHAT and hf_config.decoder_kind(c) == "internlm2"
+    )
+    config["llm_config"] |= {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
+    rng, tensors = np.random.default_rng(0), {}
+    groups = layout(hf_config.from_hf_config(config), hf_config.kind_of(config), hf_config.decoder_kind(config))
+    for key, shape, _ in (tensor for group in groups for tensor in group.tensors()):
+        tensors[key] = (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer.save(folder)
+    return folder

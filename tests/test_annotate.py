@@ -19,14 +19,12 @@ import jax
 import numpy as np
 import pytest
 import toy_annotation as toy
+from conftest import release
 from etils import epath
 from PIL import Image
-from safetensors.numpy import save_file
 
 from mmprm_jax import annotate, records
 from mmprm_jax.metrics import read as read_metrics
-from mmprm_jax.models import hf_config
-from mmprm_jax.models.hf_layout import layout
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Problem, UserError
 from mmprm_jax.search.store import read_trees
@@ -487,22 +485,9 @@ def data_set(tmp_path_factory):
 def released(tmp_path_factory, golden):
     """A tiny checkpoint in the released format, random weights, sizes of the golden set."""
     folder = tmp_path_factory.mktemp("released") / "policy"
-    folder.mkdir()
     tokenizers = [p.parent for p in sorted((golden / "tokenizer").glob("*/tokenizer_config.json"))]
     (tokenizer,) = [t for t in map(Tokenizer.load, tokenizers[:1])]
-    configs = [json.loads(p.read_text()) for p in sorted((golden / "models").glob("*/config.json"))]
-    config = next(
-        c for c in configs if hf_config.kind_of(c) == hf_config.CHAT and hf_config.decoder_kind(c) == "internlm2"
-    )
-    config["llm_config"] |= {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
-    rng, tensors = np.random.default_rng(0), {}
-    groups = layout(hf_config.from_hf_config(config), hf_config.kind_of(config), hf_config.decoder_kind(config))
-    for key, shape, _ in (tensor for group in groups for tensor in group.tensors()):
-        tensors[key] = (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer.save(folder)
-    return folder
+    return release(folder, golden, tokenizer)
 
 
 def test_a_released_policy_annotates_any_problems(data_set, released, tmp_path):

@@ -8,12 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from conftest import release
+from safetensors.numpy import load_file
 
 from mmprm_jax import records
 from mmprm_jax.data.prompts import step_text
-from mmprm_jax.models import hf_config
-from mmprm_jax.models.hf_layout import layout
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Problem, ScoredCandidate, SFTExample
 
@@ -86,22 +85,9 @@ def test_real_problems_from_nothing(environment, problems, tmp_path):
 def released(tmp_path_factory, golden):
     """A tiny policy in the released format, random weights, with the InternLM2 tokenizer of the golden set."""
     folder = tmp_path_factory.mktemp("released") / "policy"
-    folder.mkdir()
     files = sorted((golden / "tokenizer").glob("*/tokenizer_config.json"))
     tokenizer = next(t for t in (Tokenizer.load(f.parent) for f in files) if t.bos)
-    configs = [json.loads(p.read_text()) for p in sorted((golden / "models").glob("*/config.json"))]
-    config = next(
-        c for c in configs if hf_config.kind_of(c) == hf_config.CHAT and hf_config.decoder_kind(c) == "internlm2"
-    )
-    config["llm_config"] |= {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
-    rng, tensors = np.random.default_rng(0), {}
-    groups = layout(hf_config.from_hf_config(config), hf_config.kind_of(config), hf_config.decoder_kind(config))
-    for key, shape, _ in (tensor for group in groups for tensor in group.tensors()):
-        tensors[key] = (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer.save(folder)
-    return folder
+    return release(folder, golden, tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,22 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"mmprm {command}", description=description, allow_abbrev=False)
 
 
+def _run_options(parser: argparse.ArgumentParser, state: str) -> None:
+    parser.add_argument("--config", required=True, help="the configuration of the run, FILE or FILE:ARG")
+    parser.add_argument("--workdir", required=True, help=f"the run: its {state} must have finished")
+
+
+def _run(args: argparse.Namespace, overrides: Sequence[str], cache_compilations: Callable[[str], None]) -> Any:
+    """The run that the options name."""
+    config = configs.load(args.config, overrides)
+    workdir = configs.guard_workdir(args.workdir, config)
+    cache_compilations(os.fspath(workdir / "compilation_cache"))
+
+    from mmprm_jax import stages
+
+    return stages.Run(config, workdir, configs.to_text(config))
+
+
 def _json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="a file for all figures")
 
@@ -201,8 +217,7 @@ def _f1(x: dict[str, Any]) -> str:
 def _sweep(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> None:
     rest, overrides = configs.split_args(argv)
     parser = _parser("sweep", "PRMs over a grid of settings, on one annotated set and one set of candidates.")
-    parser.add_argument("--config", required=True, help="the configuration of the run, FILE or FILE:ARG")
-    parser.add_argument("--workdir", required=True, help="the run: its annotation must have finished")
+    _run_options(parser, "annotation")
     parser.add_argument(
         "--grid",
         action="append",
@@ -212,15 +227,12 @@ def _sweep(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> No
     )
     args = parser.parse_args(rest)
 
-    from mmprm_jax import stages, sweep
+    from mmprm_jax import sweep
 
     grid = sweep.parse(args.grid)
-    config = configs.load(args.config, overrides)
     # every cell's settings are read before anything is trained
     settings = [(x, configs.load(args.config, [*overrides, *x.overrides])) for x in sweep.cells(grid)]
-    workdir = configs.guard_workdir(args.workdir, config)
-    cache_compilations(os.fspath(workdir / "compilation_cache"))
-    print(sweep.run(stages.Run(config, workdir, configs.to_text(config)), settings, grid))
+    print(sweep.run(_run(args, overrides, cache_compilations), settings, grid))
 
 
 # ------------------------------------------------------------------------------------------------- guide
@@ -229,20 +241,16 @@ def _sweep(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> No
 def _guide(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> None:
     rest, overrides = configs.split_args(argv)
     parser = _parser("guide", "Searches guided by the PRM on the test problems, against Best-of-N at equal tokens.")
-    parser.add_argument("--config", required=True, help="the configuration of the run, FILE or FILE:ARG")
-    parser.add_argument("--workdir", required=True, help="the run: its evaluation must have finished")
+    _run_options(parser, "evaluation")
     parser.add_argument("--search", default="beam,dvts,lookahead", metavar="NAME,…", help="default: all")
     _json_option(parser)
     args = parser.parse_args(rest)
 
-    config = configs.load(args.config, overrides)
-    workdir = configs.guard_workdir(args.workdir, config)
-    cache_compilations(os.fspath(workdir / "compilation_cache"))
+    run = _run(args, overrides, cache_compilations)
 
-    from mmprm_jax import stages
     from mmprm_jax.evaluation import guided
 
-    figures = guided.run(stages.Run(config, workdir, configs.to_text(config)), args.search.split(","))
+    figures = guided.run(run, args.search.split(","))
     _finish(figures, guided.format_table(figures), args.json, ())
 
 
@@ -253,21 +261,17 @@ def _benchmark(argv: Sequence[str], cache_compilations: Callable[[str], None]) -
     rest, overrides = configs.split_args(argv)
     parser = _parser("benchmark", "The policy and the PRM of a run on a benchmark's problems, officially scored.")
     parser.add_argument("file", help="problems as `mmprm prepare` writes them, their images beside them")
-    parser.add_argument("--config", required=True, help="the configuration of the run, FILE or FILE:ARG")
-    parser.add_argument("--workdir", required=True, help="the run: its evaluation must have finished")
+    _run_options(parser, "evaluation")
     parser.add_argument("--scoring", default="", metavar="NAME", help="an official mode, or verifier; default: by row")
     _json_option(parser)
     args = parser.parse_args(rest)
 
-    config = configs.load(args.config, overrides)
-    workdir = configs.guard_workdir(args.workdir, config)
-    cache_compilations(os.fspath(workdir / "compilation_cache"))
+    run = _run(args, overrides, cache_compilations)
 
-    from mmprm_jax import stages
     from mmprm_jax.evaluation import benchmark
     from mmprm_jax.report.report import format_table
 
-    figures = benchmark.run(stages.Run(config, workdir, configs.to_text(config)), args.file, args.scoring)
+    figures = benchmark.run(run, args.file, args.scoring)
     said = "".join(f", {count} {kind}" for kind, count in sorted(figures.get("scoring", {}).items()))
     _finish(figures, format_table(figures) + _groups(figures) + (f"official verdicts{said}\n" if said else ""),
             args.json, ())  # fmt: skip

@@ -243,7 +243,7 @@ def test_what_is_no_arithmetic(text):
 
 
 HOSTILE = [
-    "9^{9^{9^9}}", "9^{9^{9^{9^9}}}", "10^{10^{10^{10}}}", "__import__('os').system('touch /tmp/owned')",
+    "9^{9^{9^9}}", "9^{9^{9^{9^9}}}", "10^{10^{10^{10}}}", "__import__('os').system('touch owned')",
     "{" * 1_000_000,
     "(" * 1_000, "(" * 149 + "1" + ")" * 149, "\\sqrt" * 290 + "2",
     "\\frac{" * 900, "1" * 100_000, "1000000!", "5!!!!!!",
@@ -259,7 +259,8 @@ HOSTILE = [
 @pytest.mark.parametrize(
     "hostile", [pytest.param(i, marks=[pytest.mark.slow] if i % 3 else []) for i in range(len(HOSTILE))]
 )
-def test_hostile_answers(mode, hostile):
+def test_hostile_answers(mode, hostile, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = HOSTILE[hostile]
     rows = [
         {"gold": "3", "prediction": text, "answer_type": "integer"},
@@ -270,7 +271,7 @@ def test_hostile_answers(mode, hostile):
     start = time.process_time()
     for row in rows:
         assert MODES[mode](row).kind in ("equal", "unequal", "unknown")
-    assert time.process_time() - start < 5 and not Path("/tmp/owned").exists()
+    assert time.process_time() - start < 5 and not Path("owned").exists()
 
 
 def test_threads_do_not_disturb_each_other():
