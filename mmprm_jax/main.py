@@ -109,18 +109,7 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         _verify(argv[2])
         return
     if argv[1:2] == ["bench"] and argv[2:3] in (["rollout"], ["annotate"], ["train"]):
-        from mmprm_jax.bench import annotate, common, rollout, train
-
-        if argv[2] == "rollout":
-            result = rollout.run(argv[3:], _PAIRS.value, _TOPOLOGIES.value)
-        elif argv[2] == "train":
-            result = train.run(_PAIRS.value, train.named(*argv[3:] or ["tiny_vlm"]))
-            print(train.describe(result))
-        else:
-            result = annotate.run()
-            print(annotate.table(result))
-        if _JSON.value:
-            common.write_json(_JSON.value, result)
+        _bench(argv[2], argv[3:])
         return
     if argv[1:2] == ["fit"]:
         _fit(argv[2:])
@@ -147,6 +136,22 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         stages.pipeline(run)
     else:
         stages.run_stage(run, argv[1])
+
+
+def _bench(name: str, cases: Sequence[str]) -> None:
+    """``mmprm bench``."""
+    from mmprm_jax.bench import annotate, common, rollout, train
+
+    if name == "rollout":
+        result = rollout.run(cases, _PAIRS.value, _TOPOLOGIES.value)
+    elif name == "train":
+        result = train.run(_PAIRS.value, train.named(" ".join(cases) or "tiny_vlm"))
+        print(train.describe(result))
+    else:
+        result = annotate.run()
+        print(annotate.table(result))
+    if _JSON.value:
+        common.write_json(_JSON.value, result)
 
 
 def _fit(items: Sequence[str]) -> None:
