@@ -165,11 +165,15 @@ def main():
         collect = sampler.collect
 
         def told():
-            sampler.collect, answers = collect, collect()
-            print("answers", flush=True)
-            return answers
+            sampler.collect = collect
+            print("answers", flush=True)  # those of the first call are saved by now
+            return collect()
 
-        sampler.collect = told
+        def first():
+            sampler.collect = told
+            return collect()
+
+        sampler.collect = first
         failed = annotate.run(folder, todo, sampler, settings(), config(mode=options.mode), writes=writes, **share)
         print("end", annotate.finish(folder, todo, failed, False), flush=True)
 
