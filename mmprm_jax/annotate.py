@@ -13,9 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
@@ -24,6 +22,7 @@ from ml_collections import ConfigDict
 from mmprm_jax import records
 from mmprm_jax.answers.workers import Verifier
 from mmprm_jax.metrics import Metrics, progress
+from mmprm_jax.processes import is_first, wait_for_all
 from mmprm_jax.records import Failure, Problem, Sampler, Tree, UserError
 from mmprm_jax.rollout.remote import RemoteSampler
 from mmprm_jax.rollout.rollouts import LocalSampler, Verify
@@ -33,22 +32,16 @@ from mmprm_jax.search.store import Recalling, Store, each_tree, missing
 from mmprm_jax.training.preemption import Preemption
 
 _SECONDS = 10.0  # between two rows of metrics
-_LONG = 30 * 24 * 3600 * 1000  # ms; a process that dies is noticed sooner
 
 
 def told_by_the_first(verify: Verify) -> Verify:
     """Verdicts of the first process, for all of them: a time-out could differ."""
 
     def verdicts(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
-        mine = verify(pairs) if jax.process_index() == 0 else [False] * len(pairs)
+        mine = verify(pairs) if is_first() else [False] * len(pairs)
         return multihost_utils.broadcast_one_to_all(np.array(mine, np.int32)).astype(bool).tolist()
 
     return verdicts
-
-
-def wait_for_all(name: str) -> None:
-    """Waits for all processes, however long they take: a collective operation may give up after half a minute."""
-    ocp.multihost.get_barrier_sync_fn()(key=f"annotate_{name}", timeout_ms=_LONG)
 
 
 class _Gauge:
@@ -87,7 +80,7 @@ def run(
     """
     store = Store(folder, problems, config.trees_per_shard, worker, workers, config.checkpoint_seconds, writes)
     if workers == 1:  # of several processes in lockstep, the first one must not go on before all have read
-        wait_for_all("read")
+        wait_for_all("annotate: read")
     store.mend()
     share, shown = store.done + len(store.todo), writes and worker == 0
     forest = SEARCHES[config.mode](settings, config.in_flight)
@@ -127,7 +120,7 @@ def finish(folder: epath.Path, problems: Sequence[Problem], failed: dict[int, st
 
     Raises UserError, in every process, when trees failed and are not to be skipped.
     """
-    wait_for_all("grown")
+    wait_for_all("annotate: grown")
     count = int(np.sum(multihost_utils.process_allgather(np.int32(len(failed)))))
     if count and not skip:
         first = next((f", such as that of {problems[i].id}: {reason}" for i, reason in sorted(failed.items())), "")
@@ -147,7 +140,7 @@ def finish(folder: epath.Path, problems: Sequence[Problem], failed: dict[int, st
             yield tree
 
     left_out = list(missing(problems, counted()))
-    if jax.process_index() == 0:
+    if is_first():
         records.write(folder / "failed.jsonl", left_out)
         for path in folder.glob("*.part*"):
             path.unlink(missing_ok=True)

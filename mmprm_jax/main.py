@@ -26,6 +26,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -54,8 +55,8 @@ _MAX_TILES = flags.DEFINE_integer("max_tiles", 0, "score: tiles of one image; 0:
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "annotate, sft, train_prm: one of several processes; on TPU pods and under Slurm they find each other, elsewhere"
-    " the variables JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it",
+    "annotate, sft, train_prm, evaluate, pipeline: one of several processes; on TPU pods and under Slurm they find each"
+    " other, elsewhere the variables JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it",
 )
 _JSON = flags.DEFINE_string("json", None, "bench, fit: a file for the figures and what they were measured on")
 _PAIRS = flags.DEFINE_integer("pairs", 2, "bench rollout, bench train: runs of each side")
@@ -76,7 +77,6 @@ _USAGE = (
 
 def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
     # The numeric libraries take seconds to import: a wrong command line is told first.
-    from mmprm_jax import config as configs
     from mmprm_jax.records import UserError
 
     if argv[1:2] == ["summary"] and len(argv) > 2:
@@ -124,14 +124,9 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
             )
     if _DISTRIBUTED.value and argv[1] not in COMMANDS:
         raise UserError(f"--distributed is for {', '.join(COMMANDS)}; run mmprm {argv[1]} in one process")
-    config = configs.load(_CONFIG.value, overrides)
-    primary = not _DISTRIBUTED.value or _join_processes()
-    workdir = configs.guard_workdir(_WORKDIR.value, config, primary=primary)
-
-    _cache_compilations(os.fspath(workdir / "compilation_cache"))
+    run = _open(_CONFIG.value, overrides, _WORKDIR.value, _DISTRIBUTED.value)
     from mmprm_jax import stages
 
-    run = stages.Run(config, workdir, configs.to_text(config))
     if argv[1] == "pipeline":
         stages.pipeline(run)
     else:
@@ -187,18 +182,21 @@ def _verify(path: str) -> None:
         sys.exit(1)
 
 
-def _join_processes() -> bool:
-    """Meets the other processes; returns whether this is the first one. Raises UserError."""
-    import jax
+def _open(path: str, overrides: Sequence[str], folder: str, distributed: bool = False) -> Any:
+    """The ``stages.Run`` of a configuration in a work directory, when all its processes are there. Raises UserError."""
+    from mmprm_jax import config as configs
 
-    from mmprm_jax.records import UserError
+    config, primary = configs.load(path, overrides), True
+    if distributed:
+        from mmprm_jax import processes
 
-    count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-    try:
-        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"--distributed: the processes did not find each other ({error})") from None
-    return jax.process_index() == 0
+        primary = processes.meet()
+    workdir = configs.guard_workdir(folder, config, primary=primary)
+    _cache_compilations(os.fspath(workdir / "compilation_cache"))
+
+    from mmprm_jax import stages
+
+    return stages.Run(config, workdir, configs.to_text(config))
 
 
 def _cache_compilations(folder: str) -> None:
@@ -231,7 +229,7 @@ def run() -> None:
         if sys.argv[1:2] in (["bon"], ["detect"], ["sweep"], ["guide"], ["benchmark"]):
             from mmprm_jax.evaluation import cli
 
-            return cli.main(sys.argv[1:], _cache_compilations)
+            return cli.main(sys.argv[1:], _open)
         argv, overrides = configs.split_args(sys.argv)
     except UserError as error:
         sys.exit(f"mmprm: {error}")

@@ -63,6 +63,21 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
 
 
+def make_own_mesh(shape: Mapping[str, int]) -> Mesh:
+    """The mesh of this process's devices alone, for work that processes share without talking to each other.
+
+    Its axis ``tensor`` is that of ``shape``, ``fsdp`` the largest part of it that fits, ``data`` what is left. Raises
+    UserError if ``tensor`` does not fit.
+    """
+    devices = jax.local_devices()
+    tensor = len(devices) if shape["tensor"] == -1 else shape["tensor"]
+    if len(devices) % tensor:
+        raise UserError(f"mesh {dict(shape)}: tensor={tensor} does not divide the {len(devices)} devices of a process")
+    room = len(devices) // tensor
+    fsdp = room if shape["fsdp"] == -1 else math.gcd(shape["fsdp"], room)
+    return make_mesh({"data": room // fsdp, "fsdp": fsdp, "tensor": tensor}, devices)
+
+
 def fit_spec(shape: tuple[int, ...], axes: tuple[Any, ...], mesh: Any = None) -> P:
     """The PartitionSpec ``axes`` without the axes that do not divide their dimension of ``shape``."""
     sizes = dict((mesh or jax.sharding.get_abstract_mesh()).shape)

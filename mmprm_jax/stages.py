@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mmprm_jax import annotate as annotation
@@ -32,6 +31,7 @@ from mmprm_jax.models import build, lora
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
+from mmprm_jax.processes import is_first, wait_for_all
 from mmprm_jax.records import Candidate, Problem, SFTExample, StepExample, UserError
 from mmprm_jax.report import report as report_page
 from mmprm_jax.rollout.engine import Engine
@@ -41,7 +41,7 @@ from mmprm_jax.search import labels, paper
 from mmprm_jax.search.omegaprm import SEARCHES
 from mmprm_jax.search.settings import Settings
 from mmprm_jax.search.store import each_tree, read_trees
-from mmprm_jax.sharding import make_mesh, row_share
+from mmprm_jax.sharding import make_mesh, make_own_mesh, row_share
 from mmprm_jax.training import losses, optimizers, trainer
 from mmprm_jax.training.checkpoints import load_params, save_params
 from mmprm_jax.training.input import Batches, Tiles
@@ -63,6 +63,11 @@ class Run:
         self.sampled = workdir / "evaluate"  # what the policy sampled for the evaluation
         self.controls = True  # whether the evaluation has them
         self.verdicts: Mapping[str, int] = {}  # of official rules, see evaluation.benchmark
+
+    @functools.cached_property
+    def own_mesh(self) -> Any:
+        """Of this process's devices."""
+        return self.mesh if jax.process_count() == 1 else make_own_mesh(self.mesh_shape)
 
     def folder(self, stage: str) -> epath.Path:
         return self.workdir / stage
@@ -187,14 +192,15 @@ def data(run: Run) -> Figures:
     """
     if run.config.data.folder:
         figures: Figures = {"problems": {split: len(run.problems(split)) for split in digits.SPLITS}}
-        if not run.config.policy and not (run.data / "tokenizer.json").exists():
+        if is_first() and not run.config.policy and not (run.data / "tokenizer.json").exists():
             tokenizer = Tokenizer.train_bpe(texts(run), run.config.data.vocab)
             tokenizer.save(run.folder("data") / "tokenizer.json")
             figures["vocabulary"] = len(tokenizer)
         return figures
     settings = settings_of(digits.Settings, run.config.data, seed=run.config.seed)
     digits.check(settings)
-    digits.generate(run.data, settings)
+    if is_first():
+        digits.generate(run.data, settings)
     return {"problems": {split: getattr(settings, split) for split in digits.SPLITS}}
 
 
@@ -222,11 +228,10 @@ def training_set(
         "tokens_per_tile": cfg.tokens_per_tile, "tile": cfg.tile if cfg.vision else 0,
         "max_tiles": run.config.max_tiles, "max_length": c.max_length, "row_tiles": c.row_tiles, **settings,
     }  # fmt: skip
-    if jax.process_index() == 0 and not training_files.is_current(path, made_with):
+    if is_first() and not training_files.is_current(path, made_with):
         encoded = examples(encode.tile_count(images, cfg, run.config.max_tiles))
         training_files.write(path, kind, encoded, c.max_length, c.row_tiles, made_with)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"{path}")
+    wait_for_all(f"{path}: written")
     return TrainingSet(path, kind, images, made_with)
 
 
@@ -305,7 +310,7 @@ def annotate(run: Run) -> Figures:
         raise UserError("annotate.policy is empty; it names the model that the servers have")
     together = c.lockstep or jax.process_count() == 1
     share = (0, 1) if together else (jax.process_index(), jax.process_count())
-    mesh = run.mesh if together else make_mesh(run.mesh_shape, jax.local_devices())
+    mesh = run.mesh if together else run.own_mesh
 
     def make(verify: Verify) -> LocalSampler:
         policy = other_policy(run, c, mesh) if c.policy else run.policy(c, mesh)
@@ -318,7 +323,7 @@ def annotate(run: Run) -> Figures:
     with jax.set_mesh(mesh), source as sampler:
         failed = annotation.run(
             folder, problems, sampler, settings_of(Settings, c), c, worker=share[0], workers=share[1],
-            writes=not together or jax.process_index() == 0,
+            writes=not together or is_first(),
         )  # fmt: skip
     return annotation.finish(folder, problems, failed, c.skip_failed)
 
@@ -331,7 +336,7 @@ def train_prm(run: Run) -> Figures:
     start = prm_start(run, language)
     loss = losses.prm_loss(c.label, c.threshold, *language.classes)
     train(run, "train_prm", start, loss, [data])
-    if jax.process_index() == 0 and start.loaded is None:
+    if is_first() and start.loaded is None:
         language.tokenizer.save(folder / "tokenizer.json")
     found = labels.histogram(records.read(folder / "examples.jsonl", StepExample))
     return {"labels": found, "left_out": data.summary["left_out"]}
@@ -374,6 +379,8 @@ def step_examples(run: Run, language: Language) -> TrainingSet:
 
 def report(run: Run) -> Figures:
     """``report/metrics.json`` and the page ``report/index.html``."""
+    if not is_first():
+        return {}
     figures = {stage: run.figures(stage) for stage in STAGES if stage != "report"}
     missing = [stage for stage, found in figures.items() if found is None]
     if missing:
@@ -419,7 +426,9 @@ STAGES: dict[str, Callable[[Run], Figures]] = {
 
 def run_stage(run: Run, stage: str) -> None:
     """Runs one stage and writes its ``done.json``; a finished stage is left alone (the report is always made anew)."""
-    if run.figures(stage) is not None and stage != "report":
+    done = run.figures(stage) is not None and stage != "report"
+    wait_for_all(f"stage {stage}: begin")  # before one of them can be done with it
+    if done:
         logging.info("%s: already done", stage)
         return
     before = list(STAGES)[: list(STAGES).index(stage)]
@@ -432,13 +441,16 @@ def run_stage(run: Run, stage: str) -> None:
     run.folder(stage).mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     figures = STAGES[stage](run)
-    if jax.process_index() == 0:
+    if is_first():
         write_json(run.folder(stage) / "done.json", figures | {"seconds": round(time.monotonic() - started, 1)})
+    wait_for_all(f"stage {stage}: end")
 
 
 def pipeline(run: Run) -> None:
     """All stages, and the table of results."""
     for stage in STAGES:
         run_stage(run, stage)
+    if not is_first():
+        return
     print(report_page.format_table(json.loads((run.folder("report") / "metrics.json").read_text())))
     print(f"\nreport: {run.folder('report') / 'index.html'}")

@@ -19,6 +19,7 @@ from etils import epath
 from mmprm_jax import records, stages
 from mmprm_jax.answers.official import MODES
 from mmprm_jax.data import training_files
+from mmprm_jax.processes import is_first, wait_for_all
 from mmprm_jax.records import Candidate, Problem, UserError
 
 VERIFIER = "verifier"  # scoring by answers.equivalence, as in training
@@ -95,12 +96,14 @@ class BenchmarkRun(stages.Run):
         if note.exists() and json.loads(note.read_text()) != made_of:
             raise UserError(f"{folder}: holds the evaluation of other problems, or by other rules; delete it")
         folder.mkdir(parents=True, exist_ok=True)
-        for name in _FROM_DEV:
+        for name in _FROM_DEV if is_first() else ():
             if not (folder / name).exists():
                 temporary = folder / f"{name}.tmp"
                 temporary.write_bytes((self._base.folder("evaluate") / name).read_bytes())
                 temporary.replace(folder / name)
-        stages.write_json(note, made_of)
+        if is_first():
+            stages.write_json(note, made_of)
+        wait_for_all("benchmark: begun")
 
 
 def run(base: stages.Run, problems: str, scoring: str) -> Mapping[str, Any]:

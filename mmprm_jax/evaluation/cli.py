@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,17 +14,16 @@ from etils import epath
 from mmprm_jax import config as configs
 from mmprm_jax.records import UserError
 
+OpenRun = Callable[..., Any]  # (config, overrides, workdir, distributed=False) -> a stages.Run
 
-def main(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> None:
-    """Runs one of these commands. Raises UserError, also (at the end) if rows were bad.
 
-    cache_compilations: keeps compiled programs in a folder.
-    """
+def main(argv: Sequence[str], open_run: OpenRun) -> None:
+    """Runs one of these commands. Raises UserError, also (at the end) if rows were bad."""
     logging.set_verbosity(logging.WARNING)
     command, rest = argv[0], argv[1:]
     try:
         if command in ("sweep", "guide", "benchmark"):
-            {"sweep": _sweep, "guide": _guide, "benchmark": _benchmark}[command](rest, cache_compilations)
+            {"sweep": _sweep, "guide": _guide, "benchmark": _benchmark}[command](rest, open_run)
         else:
             {"bon": _bon, "detect": _detect}[command](rest)
     except OSError as error:
@@ -39,17 +37,6 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 def _run_options(parser: argparse.ArgumentParser, state: str) -> None:
     parser.add_argument("--config", required=True, help="the configuration of the run, FILE or FILE:ARG")
     parser.add_argument("--workdir", required=True, help=f"the run: its {state} must have finished")
-
-
-def _run(args: argparse.Namespace, overrides: Sequence[str], cache_compilations: Callable[[str], None]) -> Any:
-    """The run that the options name."""
-    config = configs.load(args.config, overrides)
-    workdir = configs.guard_workdir(args.workdir, config)
-    cache_compilations(os.fspath(workdir / "compilation_cache"))
-
-    from mmprm_jax import stages
-
-    return stages.Run(config, workdir, configs.to_text(config))
 
 
 def _json_option(parser: argparse.ArgumentParser) -> None:
@@ -214,7 +201,7 @@ def _f1(x: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------- sweep
 
 
-def _sweep(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> None:
+def _sweep(argv: Sequence[str], open_run: OpenRun) -> None:
     rest, overrides = configs.split_args(argv)
     parser = _parser("sweep", "PRMs over a grid of settings, on one annotated set and one set of candidates.")
     _run_options(parser, "annotation")
@@ -232,13 +219,13 @@ def _sweep(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> No
     grid = sweep.parse(args.grid)
     # every cell's settings are read before anything is trained
     settings = [(x, configs.load(args.config, [*overrides, *x.overrides])) for x in sweep.cells(grid)]
-    print(sweep.run(_run(args, overrides, cache_compilations), settings, grid))
+    print(sweep.run(open_run(args.config, overrides, args.workdir), settings, grid))
 
 
 # ------------------------------------------------------------------------------------------------- guide
 
 
-def _guide(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> None:
+def _guide(argv: Sequence[str], open_run: OpenRun) -> None:
     rest, overrides = configs.split_args(argv)
     parser = _parser("guide", "Searches guided by the PRM on the test problems, against Best-of-N at equal tokens.")
     _run_options(parser, "evaluation")
@@ -246,7 +233,7 @@ def _guide(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> No
     _json_option(parser)
     args = parser.parse_args(rest)
 
-    run = _run(args, overrides, cache_compilations)
+    run = open_run(args.config, overrides, args.workdir)
 
     from mmprm_jax.evaluation import guided
 
@@ -257,21 +244,25 @@ def _guide(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> No
 # ------------------------------------------------------------------------------------------------- benchmark
 
 
-def _benchmark(argv: Sequence[str], cache_compilations: Callable[[str], None]) -> None:
+def _benchmark(argv: Sequence[str], open_run: OpenRun) -> None:
     rest, overrides = configs.split_args(argv)
     parser = _parser("benchmark", "The policy and the PRM of a run on a benchmark's problems, officially scored.")
     parser.add_argument("file", help="problems as `mmprm prepare` writes them, their images beside them")
     _run_options(parser, "evaluation")
+    parser.add_argument("--distributed", action="store_true", help="one of several processes, as in mmprm evaluate")
     parser.add_argument("--scoring", default="", metavar="NAME", help="an official mode, or verifier; default: by row")
     _json_option(parser)
     args = parser.parse_args(rest)
 
-    run = _run(args, overrides, cache_compilations)
+    run = open_run(args.config, overrides, args.workdir, args.distributed)
 
+    from mmprm_jax import processes
     from mmprm_jax.evaluation import benchmark
     from mmprm_jax.report.report import format_table
 
     figures = benchmark.run(run, args.file, args.scoring)
+    if not processes.is_first():
+        return
     said = "".join(f", {count} {kind}" for kind, count in sorted(figures.get("scoring", {}).items()))
     _finish(figures, format_table(figures) + _groups(figures) + (f"official verdicts{said}\n" if said else ""),
             args.json, ())  # fmt: skip

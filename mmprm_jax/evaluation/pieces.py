@@ -1,4 +1,4 @@
-"""Files that are made piece by piece, and of which an interruption loses little."""
+"""Files that are made piece by piece, by one or several processes, and of which an interruption loses little."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 from etils import epath
 
 from mmprm_jax import records
+from mmprm_jax.processes import is_first, wait_for_all
 from mmprm_jax.records import UserError
 from mmprm_jax.training.preemption import Preemption
 
@@ -17,8 +19,9 @@ from mmprm_jax.training.preemption import Preemption
 class Pieces:
     """Context manager that keeps finished pieces of work beside ``path`` until ``finish`` writes the file itself.
 
-    ``path.parts/<i>.jsonl`` hold lines {"key", "value"}, each file written whole. They are saved every ``seconds``,
-    when the process is asked to end (it then does, with 143) and on the way out of the context, whatever the reason.
+    ``path.parts/<process>-<i>.jsonl`` hold lines {"key", "value"}, each file written whole. They are saved every
+    ``seconds``, when the process is asked to end (it then does, with 143; several processes, whose pieces differ, go on
+    until they are killed) and on the way out of the context, whatever the reason.
     """
 
     def __init__(self, path: epath.Path, preemption: Preemption, seconds: float = 30.0):
@@ -26,8 +29,13 @@ class Pieces:
         self._preemption, self._seconds = preemption, seconds
         self._unsaved: dict[str, Any] = {}
         self.done: dict[str, Any] = {}  # the value of each finished piece, as JSON has it
-        self._files = sorted(self._folder.glob("*.jsonl")) if self._folder.exists() else []
-        for file in self._files:
+        self._mine = f"{jax.process_index():03d}"
+        self._saves = sum(file.name.startswith(f"{self._mine}-") for file in self._read())
+
+    def _read(self) -> list[epath.Path]:
+        """Takes over what all processes have saved. Returns the files. Raises UserError."""
+        files = sorted(self._folder.glob("*.jsonl")) if self._folder.exists() else []
+        for file in files:
             try:
                 rows = [json.loads(line) for line in file.read_text().split("\n") if line]
                 self.done |= {row["key"]: row["value"] for row in rows}
@@ -35,6 +43,7 @@ class Pieces:
                 raise UserError(
                     f"{file}: not what an interrupted run leaves; delete it, its work is done anew"
                 ) from None
+        return files
 
     def __enter__(self) -> Pieces:
         self._saved = time.monotonic()
@@ -46,26 +55,33 @@ class Pieces:
     def add(self, key: str, value: Any) -> None:
         """Takes a finished piece; value: anything that JSON holds. Raises Preempted, with everything saved."""
         self.done[key] = self._unsaved[key] = value
-        if self._preemption.reached(len(self.done)):
+        if jax.process_count() == 1 and self._preemption.reached(len(self.done)):
             self._save()
             self._preemption.stop(f"{self.path.name}: stopped as asked, {len(self.done)} pieces of it are saved")
         if time.monotonic() - self._saved > self._seconds:
             self._save()
 
     def finish(self, rows: Iterable[Any]) -> None:
-        """Writes the records of the whole file; the pieces are no longer needed."""
-        records.write(self.path, rows)
-        self._unsaved.clear()
-        if self._folder.exists():
-            self._folder.rmtree()
+        """Writes the records of the whole file, when all processes have come here; the pieces are no longer needed.
+
+        rows: made of ``done``, one by one; by then it has the pieces of all processes.
+        """
+        self._save()
+        wait_for_all(f"{self.path}: made")
+        if is_first():
+            self._read()
+            records.write(self.path, rows)
+            if self._folder.exists():
+                self._folder.rmtree()
+        wait_for_all(f"{self.path}: written")
 
     def _save(self) -> None:
         if self._unsaved:
             self._folder.mkdir(parents=True, exist_ok=True)
-            file = self._folder / f"{len(self._files):06d}.jsonl"
+            file = self._folder / f"{self._mine}-{self._saves:06d}.jsonl"
             temporary = self._folder / f"{file.name}.tmp"
             temporary.write_text("".join(json.dumps({"key": k, "value": v}) + "\n" for k, v in self._unsaved.items()))
             temporary.replace(file)
-            self._files.append(file)
+            self._saves += 1
             self._unsaved.clear()
         self._saved = time.monotonic()

@@ -2,7 +2,8 @@
 
 Files in its folder: {dev,test}_candidates.jsonl, test_greedy.jsonl, test_steps.jsonl (Monte Carlo estimates, for the
 calibration), test_shuffled_candidates.jsonl, and {dev,test,blank_image,shuffled_image}_scored.jsonl. A file that is
-there is read; one that an interruption left unfinished goes on piece by piece.
+there is read; one that an interruption left unfinished goes on piece by piece. Several processes share the problems,
+each with the policy and the PRM on its own devices.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from mmprm_jax import annotate as annotation
@@ -26,6 +28,7 @@ from mmprm_jax.evaluation.score import Scorer, Solutions
 from mmprm_jax.metrics import progress
 from mmprm_jax.models import build
 from mmprm_jax.models import tokenizer as tok
+from mmprm_jax.processes import is_first, share
 from mmprm_jax.records import Candidate, Problem, Request, Rollout, ScoredCandidate, StepExample, UserError
 from mmprm_jax.rollout.rollouts import LocalSampler
 from mmprm_jax.training.preemption import Preemption
@@ -60,7 +63,7 @@ class Policy:
     def _sampler(self) -> LocalSampler:
         run, c = self._run, self._run.config.evaluate
         verify = self._open.enter_context(annotation.verifier(c))
-        return run.policy(c, run.mesh).sampler(run, c, run.mesh, "evaluate", c.n, verify)
+        return run.policy(c, run.own_mesh).sampler(run, c, run.own_mesh, "evaluate", c.n, verify)
 
     def sampler(
         self, purpose: str, greedy: bool = False, shown: Mapping[str, Problem] | None = None, by_step: bool = False
@@ -95,8 +98,10 @@ def candidates_of(pieces: Pieces, problems: Sequence[Problem], n: int, make: Mak
     """``n`` solutions of each problem: what the file of ``pieces`` holds, or else sampled and written there."""
     path = pieces.path
     if not path.exists():
-        requests = [Request(p, (), n) for p in problems if p.id not in pieces.done]
-        with pieces, progress(len(problems), title, "problem", len(problems) - len(requests)) as bar:
+        mine = share(problems)
+        requests = [Request(p, (), n) for p in mine if p.id not in pieces.done]
+        bar = progress(len(mine), title, "problem", len(mine) - len(requests), enabled=is_first())
+        with pieces, bar:
             if requests:
                 for request, group in make().answers(requests):
                     found = [_candidate(request.problem, rollout, logprob) for rollout, logprob in group]
@@ -124,9 +129,10 @@ def step_values(
     """
     if not pieces.path.exists():
         firsts = [(p, candidates[p.id][0].segments) for p in problems if candidates[p.id]]
-        requests = [Request(p, segments[:j], n) for p, segments in firsts for j in range(1, len(segments))]
+        requests = share([Request(p, segments[:j], n) for p, segments in firsts for j in range(1, len(segments))])
         left = [r for r in requests if _step_key(r) not in pieces.done]
-        with pieces, progress(len(requests), "estimate test", "prefix", len(requests) - len(left)) as bar:
+        bar = progress(len(requests), "estimate test", "prefix", len(requests) - len(left), enabled=is_first())
+        with pieces, bar:
             if left:
                 for request, group in make().answers(left):
                     pieces.add(_step_key(request), sum(r.correct for r, _ in group))
@@ -226,11 +232,11 @@ class TrainedPRM:
     @functools.cached_property
     def scorer(self) -> Scorer:
         run, language, c = self._run, self.language, self._run.config.evaluate
-        graphdef, _ = build.abstract(language.cfg, language.image_token, run.mesh)
-        params = run.load("train_prm", language, run.mesh, c.dtype)
+        graphdef, _ = build.abstract(language.cfg, language.image_token, run.own_mesh)
+        params = run.load("train_prm", language, run.own_mesh, c.dtype)
         scaling = language.cfg.decoder.rope_scaling
         return Scorer(
-            graphdef, params, run.mesh, language.classes, problems=max(1, c.score_rows // 4), solutions=4,
+            graphdef, params, run.own_mesh, language.classes, problems=max(1, c.score_rows // 4), solutions=4,
             longest=scaling.max_position if scaling else 0,
         )  # fmt: skip
 
@@ -260,7 +266,7 @@ def score(run: Run, sampled: Sampled, preemption: Preemption) -> dict[str, Score
 
     results: dict[str, Scored] = {}
     names = [name for name, (split, _) in SETS.items() if run.controls or name == split]
-    with progress(len(names), "score", "set") as bar:
+    with progress(len(names), "score", "set", enabled=is_first()) as bar:
         for name in names:
             split, seen = SETS[name]
             pieces = Pieces(run.folder("evaluate") / f"{name}_scored.jsonl", preemption)
@@ -279,7 +285,7 @@ def _score_file(
     """Scores problems in chunks of about ``rows`` candidates; a chunk is always scored whole, whatever was finished."""
     size = max(1, rows // max(1, max(map(len, groups), default=1)))
     with pieces:
-        for start in range(0, len(groups), size):
+        for start in share(range(0, len(groups), size)):
             if str(start) not in pieces.done:
                 chunk = range(start, min(start + size, len(groups)))
                 pieces.add(str(start), scorer().score([solutions(i) for i in chunk]))
@@ -320,7 +326,7 @@ def values(run: Run, aggregator: str) -> Callable[[Any], list[list[float]]]:
 
 def evaluate(run: Run) -> Figures:
     """Best-of-N on the test problems; the PRM's aggregator is chosen on dev. Raises Preempted, UserError."""
-    with Preemption() as preemption:
+    with jax.set_mesh(run.own_mesh), Preemption() as preemption:
         sampled = sample(run, preemption)
         results = score(run, sampled, preemption)
     figures = compare(run, sampled, results)

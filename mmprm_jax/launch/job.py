@@ -14,7 +14,7 @@ from typing import IO
 
 from mmprm_jax.records import UserError
 
-COMMANDS = ("annotate", "sft", "train_prm")  # those that run in several processes
+COMMANDS = ("annotate", "sft", "train_prm", "evaluate", "pipeline", "benchmark")  # those that run in several processes
 CLONE = pathlib.Path(__file__).parents[2]
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # fits into the names of nodes, pods and Slurm jobs
 _TRIES = 5

@@ -8,12 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from etils import epath
 
+from mmprm_jax.evaluation import pieces as pieces_module
 from mmprm_jax.evaluation import stage
 from mmprm_jax.evaluation.pieces import Pieces
 from mmprm_jax.records import Candidate, Problem, Rollout, UserError
@@ -131,6 +134,60 @@ def test_scores_are_kept_chunk_by_chunk(tmp_path):
             except Preempted as ended:
                 assert ended.code == 143 and scorer is first
     assert first.seen + second.seen == [(0, 1), (2, 3), (4, 5)]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["candidate"]["problem_id"], row["scores"][0]) for row in rows] == [(f"p{i}", i / 10) for i in range(6)]
+
+
+class Processes:
+    """Two threads as two processes; an error of one leaves the other one waiting in vain."""
+
+    def __init__(self, monkeypatch):
+        self._here = threading.local()
+        monkeypatch.setattr(jax, "process_index", lambda: self._here.index)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(pieces_module, "wait_for_all", lambda name: self._barrier.wait(60))
+
+    def run(self, *works):
+        """What each of them returned or raised."""
+        self._barrier, found = threading.Barrier(2), [None, None]
+
+        def process(index):
+            self._here.index = index
+            try:
+                found[index] = works[index]()
+            except (UserError, threading.BrokenBarrierError) as error:
+                found[index] = error
+                self._barrier.abort()
+
+        threads = [threading.Thread(target=process, args=(index,)) for index in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+
+@pytest.mark.parametrize("make", [candidates, steps])
+def test_processes_share_the_work_and_what_is_left_of_it(tmp_path, make, monkeypatch):
+    everything = Policy()
+    whole = make(epath.Path(tmp_path / "whole.jsonl"), everything)
+    processes, path = Processes(monkeypatch), epath.Path(tmp_path / "file.jsonl")
+    policies = [Policy(), Policy(1, fail), Policy(), Policy()]
+    waited, failed = processes.run(*(lambda p=p: make(path, p) for p in policies[:2]))
+    assert isinstance(waited, threading.BrokenBarrierError) and isinstance(failed, UserError) and not path.exists()
+    assert processes.run(*(lambda p=p: make(path, p) for p in policies[2:])) == [whole, whole]
+    assert path.read_text() == (tmp_path / "whole.jsonl").read_text() and not list(tmp_path.glob("*.parts"))
+    assert sorted(asked for p in policies for asked in p.asked) == sorted(everything.asked)
+    assert policies[0].asked and policies[1].asked and not policies[2].asked
+
+
+def test_processes_score_the_chunks_of_one(tmp_path, monkeypatch):
+    groups = [[Candidate(p.id, ("a", "b"), None, True, 0.0, 2)] for p in PROBLEMS]
+    processes, path, scorers = Processes(monkeypatch), epath.Path(tmp_path / "s.jsonl"), (Scorer(), Scorer())
+    processes.run(
+        *(lambda s=s: stage._score_file(Pieces(path, Preemption()), groups, lambda i: i, lambda: s, 2) for s in scorers)
+    )
+    assert [s.seen for s in scorers] == [[(0, 1), (4, 5)], [(2, 3)]]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["candidate"]["problem_id"], row["scores"][0]) for row in rows] == [(f"p{i}", i / 10) for i in range(6)]
 

@@ -1,4 +1,4 @@
-"""``mmprm launch local``; (slow) two processes annotate, one is killed, and the trees are those of one process."""
+"""``mmprm launch local``; (slow) two processes, one of which is killed, do what one process does."""
 
 import json
 import os
@@ -105,15 +105,24 @@ class Pod:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         }
 
-    def command(self, stage, workdir):
+    def command(self, stage, workdir, *more):
         return [
-            stage, f"--config={ROOT / 'configs' / 'digits.py'}:smoke", f"--workdir={self.folder / workdir}",
+            stage, *more, f"--config={ROOT / 'configs' / 'digits.py'}:smoke", f"--workdir={self.folder / workdir}",
             "--config.annotate.trees_per_shard=8", "--config.annotate.in_flight=4", "--config.sft.steps=60",
             "--config.sft.checkpoint_every=4", "--config.sft.log_every=1",
         ]  # fmt: skip
 
-    def run(self, stage, workdir):
-        subprocess.run(["mmprm", *self.command(stage, workdir)], env=self.environment, check=True, timeout=1700)
+    def run(self, stage, workdir, *more):
+        command = ["mmprm", *self.command(stage, workdir, *more)]
+        subprocess.run(command, env=self.environment, check=True, timeout=1700)
+
+    def launch(self, stage, workdir, *more):
+        """Two processes. What each of them said."""
+        command = ["mmprm", "launch", "local", "--processes=2", "--", *self.command(stage, workdir, *more)]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=1700)
+        logs = [(self.folder / workdir / "logs" / f"{i}.log").read_text() for i in (0, 1)]
+        assert done.returncode == 0, (done.stderr, *logs)
+        return logs
 
     def copy(self):
         subprocess.run(["cp", "-r", "pod", "one"], cwd=self.folder, check=True)
@@ -135,6 +144,12 @@ class Pod:
 
     def trees(self, workdir):
         return {path.name: path.read_bytes() for path in (self.folder / workdir / "annotate").glob("trees-*")}
+
+    def evaluation(self, *words):
+        """Every file of candidates, scores and estimates, and the figures."""
+        folder = self.folder.joinpath(*words)
+        figures = json.loads((folder / "done.json").read_text())
+        return {path.name: path.read_text() for path in folder.glob("*.jsonl")} | {"done": figures | {"seconds": 0}}
 
     def losses(self, workdir):
         lines = (self.folder / workdir / "sft" / "metrics.jsonl").read_text().splitlines()
@@ -158,3 +173,26 @@ def test_two_processes_one_killed_give_the_results_of_one(tmp_path):
     pod.run("annotate", "one")
     pod.launch_and_kill("annotate", lambda: any(name.endswith(".part") for name in pod.trees("pod")))
     assert len(pod.trees("one")) == 8 and pod.trees("pod") == pod.trees("one")
+
+    pod.run("train_prm", "pod")
+    subprocess.run(["rm", "-r", "one"], cwd=tmp_path, check=True)
+    pod.copy()
+    pod.run("evaluate", "one")
+    pod.launch_and_kill("evaluate", lambda: (tmp_path / "pod" / "evaluate" / "test_candidates.jsonl").exists())
+    files = pod.evaluation("one", "evaluate")
+    assert len(files) == 9 and pod.evaluation("pod", "evaluate") == files
+
+    others = tmp_path / "pod" / "data" / "dev.jsonl"
+    pod.run("benchmark", "one", others)
+    pod.launch("benchmark", "pod", others)
+    files = pod.evaluation("one", "benchmarks", "data-dev")
+    assert len(files) == 5 and pod.evaluation("pod", "benchmarks", "data-dev") == files
+
+
+@pytest.mark.slow
+def test_two_processes_go_through_the_pipeline(tmp_path):
+    pod = Pod(tmp_path)
+    logs = pod.launch("pipeline", "pod")
+    assert "oracle" in logs[0] and "oracle" not in logs[1]
+    pod.run("pipeline", "pod")  # all of it is done
+    assert not list((tmp_path / "pod" / "evaluate").glob("*.parts"))

@@ -7,7 +7,7 @@ from flax import nnx
 
 from mmprm_jax.models import build
 from mmprm_jax.records import UserError
-from mmprm_jax.sharding import make_mesh
+from mmprm_jax.sharding import make_mesh, make_own_mesh
 from mmprm_jax.training.checkpoints import load_params, save_params
 
 
@@ -104,3 +104,15 @@ def test_impossible_mesh():
     for shape in ({"data": 3}, {"data": -1, "fsdp": 2}, {"data": -1, "fsdp": -1}):
         with pytest.raises(UserError, match="mesh"):
             make_mesh(shape, devices=devices)
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"),
+    [((-1, 1, 1), (8, 1, 1)), ((-1, 16, 2), (1, 4, 2)), ((2, 4, 4), (1, 2, 4)), ((4, -1, 2), (1, 4, 2)),
+     ((1, 12, 1), (2, 4, 1)), ((1, 1, -1), (1, 1, 8))],
+)  # fmt: skip
+def test_the_mesh_of_a_process_devices(shape, found):
+    axes = ("data", "fsdp", "tensor")
+    assert make_own_mesh(dict(zip(axes, shape, strict=True))).shape == dict(zip(axes, found, strict=True))
+    with pytest.raises(UserError, match="tensor=16 does not divide the 8 devices"):
+        make_own_mesh({"data": 1, "fsdp": 1, "tensor": 16})

@@ -1,0 +1,43 @@
+"""The processes of one run: how they meet, who writes, who does which part, and waiting for each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+from mmprm_jax.records import UserError
+
+_LONG = 30 * 24 * 3600 * 1000  # ms; a process that dies is noticed sooner
+T = TypeVar("T")
+
+
+def meet() -> bool:
+    """Meets the other processes, which the environment, or a pod, names; is this the first one? Raises UserError."""
+    count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--distributed: the processes did not find each other ({error})") from None
+    return is_first()
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what all of them have."""
+    return jax.process_index() == 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of ``items``: every so many-th, which depends on nothing else."""
+    return items[jax.process_index() :: jax.process_count()]
+
+
+def wait_for_all(name: str) -> None:
+    """Waits for all processes, however long they take: a collective operation may give up after half a minute.
+
+    name: used once in the life of a process.
+    """
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=_LONG)
