@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -40,6 +39,11 @@ class _Group:
     rows: list[tuple[tuple[int, ...], tuple[int, ...]]]
     index: list[tuple[int, int]]
     pixels: np.ndarray | None
+
+    @property
+    def tiles(self) -> int:
+        """Of its images."""
+        return 0 if self.pixels is None else len(self.pixels)
 
     @property
     def length(self) -> int:
@@ -133,13 +137,13 @@ class Scorer:
                 yield _Group(prefix, rows, [(p, r) for _, r in part], problem.pixels)
 
     def _batches(self, groups: list[_Group]) -> Iterator[list[_Group]]:
-        """Groups of one kind of image and prefix width, of similar numbers of solutions."""
-        kinds = collections.defaultdict(list)
-        for group in groups:
-            shape = None if group.pixels is None else group.pixels.shape
-            kinds[str((shape, self._width(len(group.prefix))))].append(group)
-        for _, same in sorted(kinds.items()):
-            same.sort(key=lambda group: (len(group.rows), group.length))
+        """Groups of similar numbers of tiles, prefix widths and numbers of solutions; with images or without."""
+
+        def size(group: _Group) -> tuple[int, ...]:
+            return group.tiles, self._width(len(group.prefix)), len(group.rows), group.length
+
+        for same in ([g for g in groups if g.tiles], [g for g in groups if not g.tiles]):
+            same.sort(key=size)
             for start in range(0, len(same), self._problems):
                 yield same[start : start + self._problems]
 
@@ -149,17 +153,20 @@ class Scorer:
 
     def _run(self, groups: list[_Group]) -> Iterator[tuple[tuple[int, int], tuple[float, ...]]]:
         count, n = self._problems, self._solutions
-        width = self._width(len(groups[0].prefix))
+        width = self._width(max(len(group.prefix) for group in groups))
         tokens, known = np.zeros((count, width), np.int32), np.zeros((count, width), bool)
         for i, group in enumerate(groups):
             tokens[i, : len(group.prefix)], known[i, : len(group.prefix)] = group.prefix, True
         length = np.ones(count, np.int32)
         length[: len(groups)] = [group.length for group in groups]
         batch = {"tokens": tokens, "valid": known, "length": length}
-        if groups[0].pixels is not None:
-            pixels = normalise(np.stack([group.pixels for group in groups]))
-            batch["pixels"] = np.pad(pixels, [(0, count - len(groups))] + [(0, 0)] * (pixels.ndim - 1))
-            self.tiles += count * pixels.shape[1]
+        if tiles := max(group.tiles for group in groups):
+            # A row ignores tiles behind its own.
+            pixels = np.zeros((count, tiles, *groups[0].pixels.shape[1:]), np.float32)
+            for i, group in enumerate(groups):
+                pixels[i, : group.tiles] = normalise(group.pixels)
+            batch["pixels"] = pixels
+            self.tiles += count * tiles
         put = put_batch(batch, self._mesh)
         prefix = _prefill(self._params, {"pixels": None} | put, graphdef=self._graphdef)
         for start in range(0, max(len(group.rows) for group in groups), n):

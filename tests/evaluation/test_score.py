@@ -112,6 +112,19 @@ def test_text_only(tiny, mesh):
     assert found.tiles == 0
 
 
+def test_images_of_different_numbers_of_tiles_share_a_batch(tiny, mesh):
+    rng, found, problems = np.random.default_rng(2), scorer(tiny, mesh, problems=3), []
+    for tiles in (2, 0, 1, 3, 1, 0):
+        ids = [5, *[4] * (4 * tiles), 7, 8]
+        rows = [(ids + rng.integers(10, 40, 6 + r).tolist(), [len(ids) + 1, len(ids) + 4]) for r in range(3)]
+        pixels = rng.standard_normal((tiles, 8, 8, 3), np.float32)
+        problems.append(Solutions(rows, pixels if tiles else None))
+    blank = np.zeros((1, 8, 8, 3), np.float32)
+    for got, p in zip(found.score(problems), problems, strict=True):
+        same(got, one_by_one(tiny, mesh, p if p.pixels is not None else Solutions(p.rows, blank)))
+    assert found.tiles == 3 * 2 + 3 * 3  # batches of images with 1, 1, 2 and with 3 tiles, of three rows each
+
+
 def test_nothing_shared(tiny, mesh):
     rows = [([i, 7, 8, 30 - i], [0, 3]) for i in (5, 6, 12)]
     blank = np.zeros((1, 8, 8, 3), np.float32)
