@@ -97,6 +97,14 @@ def test_pieces_are_saved_in_time(tmp_path):
         assert Pieces(path, Preemption()).done == {"a": [1], "b": [2]}  # what a kill -9 would leave
 
 
+def test_pieces_of_several_interrupted_runs(tmp_path):
+    path = epath.Path(tmp_path / "f.jsonl")
+    for key in ("a", "b", "c"):
+        with Pieces(path, Preemption()) as pieces:
+            pieces.add(key, 1)
+    assert Pieces(path, Preemption()).done == {"a": 1, "b": 1, "c": 1}
+
+
 def test_damaged_pieces_are_named(tmp_path):
     (tmp_path / "f.jsonl.parts").mkdir()
     (tmp_path / "f.jsonl.parts" / "000000.jsonl").write_text("{}\n")
