@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ import orbax.checkpoint as ocp
 from mmprm_jax.records import UserError
 
 _LONG = 30 * 24 * 3600 * 1000  # ms; a process that dies is noticed sooner
+_waits: Counter[str] = Counter()  # a barrier's name serves once
 T = TypeVar("T")
 
 
@@ -36,8 +38,6 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def wait_for_all(name: str) -> None:
-    """Waits for all processes, however long they take: a collective operation may give up after half a minute.
-
-    name: used once in the life of a process.
-    """
-    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=_LONG)
+    """Waits for all processes, however long they take: a collective operation may give up after half a minute."""
+    _waits[name] += 1
+    ocp.multihost.get_barrier_sync_fn()(key=f"{name} {_waits[name]}", timeout_ms=_LONG)

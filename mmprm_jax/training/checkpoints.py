@@ -14,6 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from mmprm_jax.processes import is_first, wait_for_all
 from mmprm_jax.records import UserError
 
 
@@ -93,21 +94,21 @@ class Checkpoints:
             return
         logging.warning("%s: going back to the checkpoint of step %d", self._folder, step)
         self._manager.close()
-        if jax.process_index() == 0:
+        if is_first():
             for bad in broken:
                 target = self._folder.parent / f"{self._folder.name}_damaged" / str(bad)
                 if target.exists():
                     target.rmtree()
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (self._folder / str(bad)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints set aside")
+        wait_for_all("checkpoints set aside")
         self._manager = ocp.CheckpointManager(self._folder, options=self._options)
 
 
 def _any_process(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
+    wait_for_all("any process")  # often the first collective operation, whose set-up has half a minute
     return bool(np.any(multihost_utils.process_allgather(np.array(value))))
 
 
