@@ -94,6 +94,11 @@ def shuffled(problems: Sequence[Problem]) -> list[Problem]:
 Make = Callable[[], LocalSampler]
 
 
+def _loads(left: Sequence[Any]) -> bool:
+    """Whether this process needs a model for what is left of its share. Several processes can only load it together."""
+    return bool(left) or jax.process_count() > 1
+
+
 def candidates_of(pieces: Pieces, problems: Sequence[Problem], n: int, make: Make, title: str) -> Grouped:
     """``n`` solutions of each problem: what the file of ``pieces`` holds, or else sampled and written there."""
     path = pieces.path
@@ -102,7 +107,7 @@ def candidates_of(pieces: Pieces, problems: Sequence[Problem], n: int, make: Mak
         requests = [Request(p, (), n) for p in mine if p.id not in pieces.done]
         bar = progress(len(mine), title, "problem", len(mine) - len(requests), enabled=is_first())
         with pieces, bar:
-            if requests:
+            if _loads(requests):
                 for request, group in make().answers(requests):
                     found = [_candidate(request.problem, rollout, logprob) for rollout, logprob in group]
                     pieces.add(request.problem.id, [dataclasses.asdict(x) for x in found])
@@ -133,7 +138,7 @@ def step_values(
         left = [r for r in requests if _step_key(r) not in pieces.done]
         bar = progress(len(requests), "estimate test", "prefix", len(requests) - len(left), enabled=is_first())
         with pieces, bar:
-            if left:
+            if _loads(left):
                 for request, group in make().answers(left):
                     pieces.add(_step_key(request), sum(r.correct for r, _ in group))
                     bar.update()
@@ -284,11 +289,13 @@ def _score_file(
 ) -> None:  # fmt: skip
     """Scores problems in chunks of about ``rows`` candidates; a chunk is always scored whole, whatever was finished."""
     size = max(1, rows // max(1, max(map(len, groups), default=1)))
+    left = [start for start in share(range(0, len(groups), size)) if str(start) not in pieces.done]
     with pieces:
-        for start in share(range(0, len(groups), size)):
-            if str(start) not in pieces.done:
+        if _loads(left):
+            prm = scorer()
+            for start in left:
                 chunk = range(start, min(start + size, len(groups)))
-                pieces.add(str(start), scorer().score([solutions(i) for i in chunk]))
+                pieces.add(str(start), prm.score([solutions(i) for i in chunk]))
         found = (scores for start in range(0, len(groups), size) for scores in pieces.done[str(start)])
         pieces.finish(
             ScoredCandidate(x, tuple(s))

@@ -31,7 +31,11 @@ class Policy:
     """Answers one request after the other, in an order of its own; ends the process at the k-th one."""
 
     def __init__(self, end=None, how=None):
-        self.asked, self._end, self._how = [], end, how
+        self.asked, self.loaded, self._end, self._how = [], False, end, how
+
+    def load(self):
+        self.loaded = True
+        return self
 
     def answers(self, requests):
         for request in sorted(requests, key=lambda r: (r.problem.id[::-1], len(r.prefix)), reverse=True):
@@ -53,14 +57,14 @@ def terminate():
 
 def candidates(path, policy):
     with Preemption() as preemption:
-        return stage.candidates_of(Pieces(path, preemption), PROBLEMS, 2, lambda: policy, "sample")
+        return stage.candidates_of(Pieces(path, preemption), PROBLEMS, 2, policy.load, "sample")
 
 
 def steps(path, policy):
     groups = {p.id: [Candidate(p.id, ("a", "b", "c"), None, True, 0.0, 3)] for p in PROBLEMS}
     groups["p5"] = [Candidate("p5", (), None, False, 0.0, 1)]
     with Preemption() as preemption:
-        return stage.step_values(Pieces(path, preemption), PROBLEMS, groups, 4, lambda: policy)
+        return stage.step_values(Pieces(path, preemption), PROBLEMS, groups, 4, policy.load)
 
 
 @pytest.mark.parametrize("make", [candidates, steps])
@@ -81,7 +85,7 @@ def test_nothing_is_asked_twice(tmp_path, make, how, error, code, end, capsys):
     assert sorted(first.asked + second.asked) == sorted(everything.asked)
     assert [p.name for p in tmp_path.iterdir()] and not list(tmp_path.glob("*.parts"))
     third = Policy()
-    assert make(path, third) == whole and third.asked == []
+    assert make(path, third) == whole and third.asked == [] and not third.loaded
 
 
 def test_the_steps_of_an_empty_solution_and_the_last_segment_have_no_value(tmp_path):
@@ -188,17 +192,25 @@ def test_processes_share_the_work_and_what_is_left_of_it(tmp_path, make, monkeyp
     assert path.read_text() == (tmp_path / "whole.jsonl").read_text() and not list(tmp_path.glob("*.parts"))
     assert sorted(asked for p in policies for asked in p.asked) == sorted(everything.asked)
     assert policies[0].asked and policies[1].asked and not policies[2].asked
+    assert policies[2].loaded and policies[3].loaded  # which several processes can only do together
 
 
-def test_processes_score_the_chunks_of_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("rows", "seen"), [(2, [[(0, 1), (4, 5)], [(2, 3)]]), (6, [[(0, 1, 2, 3, 4, 5)], []])])
+def test_processes_score_the_chunks_of_one(tmp_path, monkeypatch, rows, seen):
     groups = [[Candidate(p.id, ("a", "b"), None, True, 0.0, 2)] for p in PROBLEMS]
-    processes, path, scorers = Processes(monkeypatch), epath.Path(tmp_path / "s.jsonl"), (Scorer(), Scorer())
-    processes.run(
-        *(lambda s=s: stage._score_file(Pieces(path, Preemption()), groups, lambda i: i, lambda: s, 2) for s in scorers)
-    )
-    assert [s.seen for s in scorers] == [[(0, 1), (4, 5)], [(2, 3)]]
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(row["candidate"]["problem_id"], row["scores"][0]) for row in rows] == [(f"p{i}", i / 10) for i in range(6)]
+    path, scorers, loaded = epath.Path(tmp_path / "s.jsonl"), (Scorer(), Scorer()), []
+
+    def score(scorer):
+        def load():
+            loaded.append(scorer)
+            return scorer
+
+        stage._score_file(Pieces(path, Preemption()), groups, lambda problem: problem, load, rows)
+
+    Processes(monkeypatch).run(*(lambda s=s: score(s) for s in scorers))
+    assert [s.seen for s in scorers] == seen and len(loaded) == 2
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(x["candidate"]["problem_id"], x["scores"][0]) for x in found] == [(f"p{i}", i / 10) for i in range(6)]
 
 
 # ------------------------------------------------------------------------------------------------- a real run
