@@ -65,6 +65,8 @@ def _same(a: Tree, b: Tree) -> Verdict:
         return equal("equal to 60 digits at every probe")
     if found == "unequal":
         return unequal("different at a probe")
+    if found == "domain":
+        return unknown("equal where both are real, but not where only one of them is")
     return unknown(
         OPEN + ("equal for whole numbers, not in between" if found == "integers" else "no probe has a value")
     )

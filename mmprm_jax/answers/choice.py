@@ -22,6 +22,7 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 
+_BECAUSE = re.compile(r"^(\(?[A-K]\)?)[.,]? (?:because|since|as)\b[^\n]*$")
 _ITSELF = re.compile(r"\(?[A-K]\)\s|[A-K][.:]\s")  # a gold answer that is a letter and its text
 
 Same = Callable[[str, str], Verdict]
@@ -37,7 +38,7 @@ class Chosen:
 
 def chosen(text: str) -> Chosen | None:
     """What a normalised text chooses; None: it names no letter."""
-    text = lead(text)
+    text = _BECAUSE.sub(r"\1", lead(text))
     named = _NAMED.fullmatch(text)
     if named and len(text) > 1 and named[1].isupper():
         return Chosen(frozenset(named[1].upper()))

@@ -12,11 +12,12 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 
-from mmprm_jax.answers import arithmetic, choice, extract, families, numeric, relations, remarks, units, words
+from mmprm_jax.answers import arithmetic, choice, extract, families, numeric, relations, remarks, syntax, units, words
 from mmprm_jax.answers.arithmetic import OPEN, every
 from mmprm_jax.answers.normalise import MAX_LENGTH, normalise
 from mmprm_jax.answers.parse import read
 from mmprm_jax.answers.values import (
+    Date,
     Equation,
     Family,
     Formula,
@@ -153,6 +154,8 @@ def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
         return equal("the same text")
     if gold.replace(" ", "").isalpha() and words.letters(gold, prediction):
         return equal("the same words")
+    if (said := words.answered(gold, prediction)) is not None:
+        return equal("the same answer, and a reason") if said else unequal("the other answer, and a reason")
     plain = dataclasses.replace(settings, options=())
     chosen = choice.compare(gold, prediction, dict(settings.options), lambda a, b: _texts(a, b, plain))
     if chosen is not None:
@@ -193,12 +196,24 @@ def values(gold: Value, prediction: Value, precision: int | None = None) -> Verd
         return _ranges(gold, prediction)
     if isinstance(gold, Ratio | Time) or isinstance(prediction, Ratio | Time):
         return _ratios(gold, prediction, precision)
+    if isinstance(gold, Date) or isinstance(prediction, Date):
+        return _dates(gold, prediction)
     if isinstance(gold, Nothing) or isinstance(prediction, Nothing):
         same = all(
             isinstance(v, Nothing) or isinstance(v, Formula) and v.tree == ("v", "φ") for v in (gold, prediction)
         )
         return equal("both say that there is none") if same else unequal("one says that there is none")
     return _measures(gold, prediction, precision)
+
+
+def _dates(gold: Value, prediction: Value) -> Verdict:
+    if not (isinstance(gold, Date) and isinstance(prediction, Date)):
+        return unequal("one is a date")
+    if (gold.month, gold.day) != (prediction.month, prediction.day):
+        return unequal("different dates")
+    if None in (gold.year, prediction.year) and gold != prediction:
+        return unknown("the same day of which only one has a year")
+    return equal("the same date") if gold == prediction else unequal("different years")
 
 
 def _measures(gold: Value, prediction: Value, precision: int | None) -> Verdict:
@@ -290,14 +305,28 @@ def _items(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         return values(*((items.values[0], other) if items is gold else (other, items.values[0])), precision)
     if isinstance(other, Text):
         return unknown(OPEN + "the prediction is text" if items is gold else OPEN + "the gold answer is text")
+    if isinstance(other, Formula) and syntax.variables(other.tree) and all(map(_is_piece, items.values)):
+        return unknown("a function in pieces, and one formula")
+    if items.kind == "or" and all(
+        values(*((v, other) if items is gold else (other, v)), precision) for v in items.values
+    ):
+        return equal("the same value in several forms")
     if items is gold and items.kind in ("list", "or") and any(values(v, other, precision) for v in items.values):
         return unequal("only a part of the gold answer")
     return unequal(f"one answer, and {len(items.values)}")
 
 
+def _is_piece(value: Value) -> bool:
+    return isinstance(value, Items) and value.kind == "tuple" and isinstance(value.values[-1], Region | Relation)
+
+
 def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict:
     a, b = gold.values, prediction.values
     kinds = {gold.kind, prediction.kind}
+    if len(a) != len(b) and kinds <= {"list", "parts", "maybe"} and len(flat := _flat(a)) == len(_flat(b)):
+        together = every([values(x, y, precision) for x, y in zip(flat, _flat(b), strict=True)])
+        if together:
+            return dataclasses.replace(together, reason="equal, one after the other")
     if "or" in kinds and kinds & {"parts", "tuple"}:
         return unequal("one or the other, and one after the other")
     if kinds == {"set", "tuple"} and len(a if gold.kind == "set" else b) == 1:  # {(1, 2)}
@@ -320,9 +349,12 @@ def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict
             return unequal("one is open where the other is closed")
     if ordered and _ascending(gold.region or prediction.region) and None in (gold.region, prediction.region):
         return unknown("an interval or a list in square brackets")
-    if ordered or "tuple" in kinds or gold.kind == "parts":
+    if ordered or "tuple" in kinds or gold.kind == "parts" and not _same_names(gold, prediction):
         return ordered
-    if unlike:  # x = 2, y = 1 is no 1, 2
+    if _same_names(gold, prediction) and not unlike and not _unlike(gold.values):  # x_1 = 1, x_2 = 3
+        found = _matched([v.right for v in a], [v.right for v in b], precision)
+        return unknown("equal but for the names") if found else found
+    if unlike or _same_names(gold, prediction):  # x = 2, y = 1 is no 1, 2
         return every([values(x, y, precision) for x, y in zip(_by_name(a), _by_name(b), strict=True)])
     found = _matched(a, b, precision)
     if found and ("maybe" in kinds or "parts" in kinds):
@@ -350,6 +382,18 @@ def _unlike(items: tuple[Value, ...]) -> bool:
     """Whether the items are values of different things, x and y; x_1 and x_2 are two of one."""
     names = [item.name.split("_")[0] if isinstance(item, Equation) and item.name else None for item in items]
     return None not in names and len(set(names)) == len(names)
+
+
+def _same_names(a: Items, b: Items) -> bool:
+    """Whether both say the values of the same different things, in whatever order."""
+    names = [[v.name if isinstance(v, Equation) else None for v in items.values] for items in (a, b)]
+    return None not in names[0] and len(set(names[0])) == len(names[0]) and set(names[0]) == set(names[1])
+
+
+def _flat(items: Sequence[Value]) -> list[Value]:
+    """The items, and those of what is itself a list."""
+    return [v for item in items for v in (item.values if isinstance(item, Items) and item.kind in ("list", "parts")
+                                          else (item,))]  # fmt: skip
 
 
 def _distinct(items: tuple[Value, ...]) -> tuple[Value, ...]:
@@ -387,6 +431,9 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if not (isinstance(gold, Text) and isinstance(prediction, Text)):
         text, other = (gold, prediction) if isinstance(gold, Text) else (prediction, gold)
         assert isinstance(text, Text)
+        if isinstance(other, Region | Relation) and (said := words.inequality(text.text)):
+            found = read(said)
+            return values(*((found, other) if text is gold else (other, found)), precision)
         if text.formula and not isinstance(other, Text):
             pair = (text.formula, other) if text is gold else (other, text.formula)
             return values(*pair, precision)
@@ -398,6 +445,10 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         return unequal("capital letters, and small ones")
     if a == b or words.turned(a) == words.turned(b):
         return equal("the same words")
+    if words.stated(a, b):
+        return equal("the same words, in a sentence")
+    if words.placed(a, b):
+        return equal("the same words but for a preposition")
     if re.sub("[ -]", "", a) == re.sub("[ -]", "", b):
         return equal("the same words but for spaces and hyphens")
     if gold.formula and prediction.formula and arithmetic.formulas(gold.formula, prediction.formula):
@@ -461,7 +512,9 @@ def _ratios(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         return unequal("one is a ratio")
     quotient = Formula(("/", *ratio.trees))
     found = arithmetic.formulas(*((quotient, other) if ratio is gold else (other, quotient)), precision)
-    return unknown("a ratio or a time of the day") if found and ratio.clock is not None else found
+    if not found or ratio.clock is None or other.tree == quotient.tree:  # 9:10 and 9/10
+        return found
+    return unknown("a ratio or a time of the day")
 
 
 def _proportional(gold: Ratio, prediction: Ratio) -> Verdict:

@@ -29,7 +29,8 @@ _AFTER_NFKC = str.maketrans(
     {"−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": "*", "✕": "*", "·": "*", "⋅": "*", "∙": "*", "•": "*",
      "÷": "/", "⁄": "/", "∕": "/", "。": ".", "、": ",", "≦": "≤", "⩽": "≤", "≧": "≥", "⩾": "≥", "∶": ":",
      "“": '"', "”": '"', "‘": "'", "’": "'", "∆": "△", "⌀": "∅", "Ø": "∅", "ϕ": "φ", "ɑ": "α", "\u200b": "",
-     "\ufeff": "", "【": "[", "】": "]", "《": "", "》": "", "∨": " or ", "∧": " and ", "〉": ")", "〈": "("}
+     "\ufeff": "", "【": "[", "】": "]", "《": "", "》": "", "∨": " or ", "∧": " and ", "〉": ")", "〈": "(",
+     "≌": "≅", "∽": "~", "∼": "~", "⟂": "⊥", "⫽": "∥"}
 )  # fmt: skip
 
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "varepsilon": "ε", "zeta": "ζ",
@@ -87,7 +88,7 @@ def _fraction(repeating: re.Match[str]) -> str:
 def normalise(text: str) -> str:
     """The text in the alphabet above, without what surrounds an answer. Text over MAX_LENGTH is cut off."""
     if text.isascii() and (text.isdigit() or text.isalpha()):
-        return text
+        return "∞" if text.casefold() == "infinity" else text
     text = _unicode(text[:MAX_LENGTH])[:MAX_LENGTH]
     text = _BOLD.sub(r"\2", text.replace("`", "")).replace("****", "")
     text = re.sub(r"^\s*(?:#{1,6} +(?=\S)|\*{1,3}([^*\n]+)\*{1,3}\s*$)", lambda m: m[1] or "", text)
@@ -107,6 +108,9 @@ def normalise(text: str) -> str:
     text = _REPEATING.sub(_fraction, re.sub(r"\\[cl]?dots(?![a-z])", "...", _environments(text)))
     text = _commands(text)
     text = _DEGREE.sub("°", text)
+    text = re.sub(r"(?<=\d) ?° +([CF])(?![\w'])", r"°\1", text)
+    text = re.sub(r"(?<![A-Za-z0-9_])m ?(?=∠)", "", text)  # the measure of an angle
+    text = re.sub(r"(?<=[A-Z']) ?// ?(?=[A-Z])", "∥", text)
     text = text.replace("≤=", "≤").replace("<=", "≤").replace(">=", "≥").replace("!=", "≠").replace("+-", "±")
     text = re.sub(r"百分之\s*(\d+(?:\.\d+)?)", r"\1%", text)
     text = re.sub(r"\s?\bper ?cent\b", "%", text)
@@ -120,11 +124,13 @@ def normalise(text: str) -> str:
     return trim(re.sub(r" ?\n\s*", "\n", text))
 
 
-_CHOOSE = re.compile(r"(?<![A-Za-z\\])([CA])\s*_\s*\{?\s*(\d{1,3})\s*\}?\s*\^\s*\{?\s*(\d{1,3})\s*\}?")
+_CHOOSE = re.compile(r"(?<![A-Za-z\\])([CA])\s*_\s*\{?\s*(\d{1,3}|[nm])\s*\}?\s*\^\s*\{?\s*(\d{1,3}|[kmr])\s*\}?")
 
 
 def _count(match: re.Match[str]) -> str:
-    """C_5^2 and A_5^2: how many combinations and permutations."""
+    """C_5^2 and A_5^2: how many combinations and permutations; of n things, only the combinations."""
+    if not (match[2].isdigit() and match[3].isdigit()):
+        return f"\\binom{{{match[2]}}}{{{match[3]}}}" if match[1] == "C" else match[0]
     n, k = int(match[2]), int(match[3])
     if n < k:
         return match[0]
@@ -134,10 +140,10 @@ def _count(match: re.Match[str]) -> str:
 def trim(text: str) -> str:
     """Without space and the full stops, commas and quotation marks that end or surround an answer."""
     text = text.strip()
-    while text and (text[-1] in ".,;:\"' " or text[0] in '" '):
+    while text and (text[-1] in ".,;:?\"' " or text[0] in '" '):
         if text[-1] in "'" and text[0] not in "\"'":
             break  # A' is a point
-        text = text.strip('" ').rstrip(".,;: ")
+        text = text.strip('" ').rstrip(".,;:? ")
         if text[:1] == "'" and text[-1:] == "'":
             text = text[1:-1]
     return text
@@ -147,7 +153,17 @@ def _unicode(text: str) -> str:
     text = re.sub("(?<=[0-9])([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", r" \1", text)
     for table, sign in ((_SUPERSCRIPTS, "^"), (_SUBSCRIPTS, "_")):
         text = re.sub(f"[{''.join(table)}]+", lambda m, t=table, s=sign: f"{s}{{{''.join(t[c] for c in m[0])}}}", text)
-    return unicodedata.normalize("NFKC", text.translate(_BEFORE_NFKC)).translate(_AFTER_NFKC)
+    text = unicodedata.normalize("NFKC", text.translate(_BEFORE_NFKC)).translate(_AFTER_NFKC)
+    return text if text.isascii() else _ACCENTED.sub(_without_accent, text)
+
+
+_ACCENTED = re.compile("(?<![^\\W\\d_])[^\\W\\d_][\u0302\u0304\u20d7]?(?![^\\W\\d_])")
+
+
+def _without_accent(match: re.Match[str]) -> str:
+    """ŷ, x̄ and a⃗ as y, x and a, as \\hat{y} is; in a word, accents count."""
+    letter = unicodedata.normalize("NFD", match[0])
+    return letter[0] if letter[1:] in ("\u0302", "\u0304", "\u20d7") else match[0]
 
 
 def _mathematics(text: str) -> str:
@@ -160,7 +176,8 @@ def _mathematics(text: str) -> str:
     found = pieces[0]
     for i, piece in enumerate(pieces[1:], 1):
         between = i % 2 == 0 and i < len(pieces) - 1 and not piece.strip()
-        found += "\n" if between and piece else f" {piece}" if i % 2 and found[-1:].isalpha() else piece
+        apart = i % 2 and found[-1:].isalpha() and not piece.startswith(("_", "^"))  # y$_{1}$ is one name
+        found += "\n" if between and piece else f" {piece}" if apart else piece
     return found
 
 

@@ -18,10 +18,18 @@ _LEADING = re.compile(rf"({_CHINESE})(?=[^\s零〇一二两三四五六七八九
 _PARTS = re.compile(rf"({_CHINESE})分之({_CHINESE})")
 
 
+_ORDINALS = "half third quarter fifth sixth seventh eighth ninth tenth".split()
+_BELOW = {word: i for i, word in enumerate(_ORDINALS, 2)} | {"fourth": 4, "halve": 2}
+_FRACTION = re.compile(rf"(?:(an?|[a-z]+)[ -])?({'|'.join(_BELOW)})(s?)")
+
+
 def number(text: str) -> str | None:
-    """twenty-five, 二十五, 五分之三 as 25, 25, (3/5); None: no number in words."""
+    """twenty-five, 二十五, 五分之三, two thirds as 25, 25, (3/5), (2/3); None: no number in words."""
     if (found := _ENGLISH.get(text.casefold())) is not None:
         return str(found)
+    if (part := _FRACTION.fullmatch(text.casefold())) and (part[1] or part[2] == "half"):
+        top = 1 if part[1] in (None, "a", "an") else _ENGLISH.get(part[1])
+        return f"({top}/{_BELOW[part[2]]})" if top and (top > 1) == bool(part[3]) else None
     if re.fullmatch(_CHINESE, text):
         found = _chinese(text)
         return None if found is None else str(found)

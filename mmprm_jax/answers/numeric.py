@@ -117,12 +117,13 @@ def _value(tree: Tree, at: Mapping[str, Any]) -> Any:
         raise
 
 
-def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers"]:
-    """What the probes say of a = b. "integers": they agree there and only there."""
+def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers", "domain"]:
+    """What the probes say of a = b. "integers": they agree there and only there; "domain": where both are real."""
     if nodes(a) > MAX_NODES or nodes(b) > MAX_NODES:
         return "open"
     mp, names = context(), variables(a) | variables(b)
-    agreed = integers = differ = 0
+    agreed = integers = differ = outside = 0
+    real_ = names and not (_complex(a) or _complex(b))
     for number in range(POINTS if names else 1):
         at = {name: point(name, number) for name in names}
         try:
@@ -136,13 +137,23 @@ def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers"]
         if max(abs(left), abs(right)) < mp.mpf(10) ** -_ZERO:
             continue  # zeros, or numbers too small to tell from them
         if abs(left - right) > mp.mpf(10) ** -_AGREE * max(abs(left), abs(right)):
-            differ += 1
+            beyond = real_ and max(abs(mp.im(left)), abs(mp.im(right))) > mp.mpf(10) ** -_AGREE
+            outside, differ = outside + bool(beyond), differ + (not beyond)
         else:
             agreed += 1
             integers += number == POINTS - 1
+    if (differ or outside) and integers and names and all(n[0] in "nkm" for n in names):
+        return "integers"
     if differ:
-        return "integers" if integers and names and all(n[0] in "nkm" for n in names) else "unequal"
-    return "equal" if agreed >= (_NEEDED if names else 1) else "open"
+        return "unequal"
+    enough = agreed >= (_NEEDED if names else 1)
+    if outside:
+        return "domain" if enough else "unequal"
+    return "equal" if enough else "open"
+
+
+def _complex(tree: Tree) -> bool:
+    return tree == ("c", "i") or any(_complex(t) for t in tree[1:] if isinstance(t, tuple))
 
 
 def real(tree: Tree) -> Any:

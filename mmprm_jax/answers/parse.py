@@ -9,13 +9,14 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal
 
-from mmprm_jax.answers import families, numerals, relations, syntax, units
+from mmprm_jax.answers import dates, families, numerals, relations, syntax, units, words
 from mmprm_jax.answers.normalise import trim
 from mmprm_jax.answers.split import split, surrounded
 from mmprm_jax.answers.values import (
     Equation,
     Family,
     Formula,
+    Interval,
     Items,
     Nothing,
     Quantity,
@@ -49,13 +50,16 @@ _WHERE = re.compile(
 )
 _NAMED = re.compile(  # the sum is 40
     r"(?:the )?(?!.*\b(?:no|not|none|neither|nor|if|when|which)\b)"
-    r"([A-Za-z][a-z ]{1,30}[a-z]) (?:is|are|equals) (?=[-\d\\(√])(.+)"
+    r"([A-Za-z][A-Za-z ∠△']{1,40}[A-Za-z']) (?:is|are|equals)(?: (?:therefore|thus|hence|then|exactly|equal to))? "
+    r"(?=[-\d\\(\[⦃√∞π]|[b-zA-Z](?![A-Za-z])|a ?[-+*/^=<>≤≥≠\d])(.+)"
 )
+_LABELLED = re.compile(r"(?:the )?([A-Za-z][A-Za-z ]{1,30}[a-z])\s*:\s*(?=[^\s:])([^:]+)")  # Area: 5
 _OUTWARD = re.compile(r"([\[\]])([^\[\](),;]*[,;][^\[\](),;]*)([\[\]])")
 _ALL = frozenset(
     ["all real numbers", "all reals", "any real number", "all real number", "全体实数", "一切实数", "任意实数", "x∈R",
      "x ∈ R", "the set of all real numbers", "every real number", "(-∞,∞)"]
 )  # fmt: skip
+_HALF_LINE = re.compile(r"(?:x ?∈ ?)?R ?[_^] ?\{?([+-])\}?( ?∪ ?⦃ ?0 ?⦄)?")  # R^+
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?(?:answers?|result|value)(?: is| are| =|:)+:?\s*"
     r"|answer\s*[:.]\s*|答案\s*[是为:]*\s*|答\s*:\s*|(?:it|this) (?:is|equals) |≈|approximately |approx\.? |about "
@@ -86,16 +90,62 @@ def read(text: str) -> Value:
     whole = _phrase(text)
     if whole is not None:
         return whole
+    if (pieces := _pieces(text)) is not None:
+        return pieces
+    if condition := _CONDITION.fullmatch(text):
+        text = f"{condition[1]}, {condition[2]}"  # y = x + 1 (x > 0)
     parts, kind = _several(text)
     if len(parts) < 2 or len(parts) > MAX_ITEMS:
         return item(text)
     if kind == "or" or kind == "and":
         return _joined([read(part) for part in parts], kind)
-    values = tuple(value for part in parts for value in _flat(read(part) if kind == "parts" else item(part), kind))
+    whole = kind == "parts" or kind == "maybe" and _SOLUTION.search(text)
+    values = tuple(value for part in parts for value in _flat(_solution(read(part)) if whole else item(part), kind))
     assigned = {v.name for v in values if isinstance(v, Equation)}
     if kind == "maybe" and len(assigned) == 1:
         kind = "list"  # x = 1; x = 2
-    return Items(kind, values)
+    return Items(kind, values, formula=_one_number(text))
+
+
+_CONDITION = re.compile(r"([^()]*=(?:[^()]|\([^()]*\))*?) ?\( ?([^()=]*[<>≤≥≠][^()=]*) ?\)")
+_SOLUTION = re.compile(r"^ ?[a-z] ?=[^=;,]*, ?[a-z] ?=[^=;,]*;")  # x = 1, y = 2; x = 2, y = 1
+_DECIMAL_COMMA = re.compile(r"-?(?:0|[1-9]\d*),\d+")
+_PIECE = re.compile(r"([^&\n]*?)[,& ]*(?:&|,| (?=if|for|when))\s*(?:if |for |when |, )*([^&\n,]*[<>≤≥≠=∈][^&\n]*)")
+
+
+def _one_number(text: str) -> Formula | None:
+    """Two numbers that another country writes as one: 0,5."""
+    return _number(text.replace(",", ".")) if _DECIMAL_COMMA.fullmatch(text) else None
+
+
+def _pieces(text: str) -> Value | None:
+    """f(x) = x for x ≥ 0 and -x for x < 0, in lines: the pairs of a formula and where it holds, in any order."""
+    if "\n" not in text:
+        return None
+    name, equals, body = text.partition("=")
+    called = _FUNCTION_OF.fullmatch(name.strip()) or re.fullmatch("y|[a-z]_ ?n|[a-z]_ ?\\{n\\}", name.strip())
+    lines = [line for line in (body if equals and called else text).split("\n") if line.strip()]
+    found = [_PIECE.fullmatch(line.strip().strip(";.,")) for line in lines]
+    if len(lines) < 2 or not all(found):
+        return None
+    pairs = [(_formula(piece[1]), item(piece[2])) for piece in found]
+    if not all(isinstance(formula, Formula) for formula, _ in pairs):
+        return None
+    value = Items("set", tuple(Items("tuple", pair) for pair in pairs))
+    if not (equals and called):
+        return value
+    variable = re.sub(r"[{}\s]", "", name)
+    return Equation(variable, ("v", variable), value)
+
+
+def _solution(value: Value) -> Value:
+    """x = 1, y = 2 as one thing: a pair, in the order of the names."""
+    if not isinstance(value, Items) or value.kind != "list":
+        return value
+    names = [v.name if isinstance(v, Equation) and v.name and len(v.name) == 1 else None for v in value.values]
+    if None in names or len(set(names)) != len(names):
+        return value
+    return Items("tuple", tuple(v for _, v in sorted(zip(names, value.values, strict=True), key=lambda pair: pair[0])))
 
 
 def lead(text: str) -> str:
@@ -158,6 +208,7 @@ def _joined(values: list[Value], word: str) -> Value:
         if joined:
             return joined
     kind: Literal["or", "list"] = "or" if word == "or" else "list"
+    values = [_solution(value) for value in values] if word == "or" else values
     return Items(kind, tuple(v for value in values for v in _flat(value, "list")))
 
 
@@ -167,6 +218,12 @@ def _phrase(text: str) -> Value | None:
         return Nothing()
     if text in _ALL or folded in _ALL:
         return Region((relations.EVERYTHING,), None)
+    if half := _HALF_LINE.fullmatch(text):
+        zero, closed = Formula(syntax.ZERO), bool(half[2])
+        ends = (zero, None, closed, False) if half[1] == "+" else (None, zero, False, closed)
+        return Region((Interval(*ends),), None)
+    if date := dates.date(text):
+        return date
     found = numerals.number(text)
     return _formula(found) if found else None
 
@@ -180,7 +237,10 @@ def item(text: str) -> Value:
         return Text(text, why="too long for a formula")
     named = _NAMED.fullmatch(text)
     if named:
-        return Equation(named[1].casefold(), None, item(named[2]))
+        return Equation(words.name(named[1]), None, item(named[2]))
+    labelled = _LABELLED.fullmatch(text)
+    if labelled:
+        return Equation(words.name(labelled[1]), None, item(labelled[2]))
     if text[:1] == "+" and surrounded(text[1:]):
         return item(text[1:])
     if text[:1] == "-" and surrounded(text[1:]) and isinstance(point := _brackets(text[1:]), Items):
@@ -242,7 +302,7 @@ def _time(text: str) -> Value | None:
     if half[:1] in ("a", "p"):
         hour = hour % 12 + 12 * (half[0] == "p")
     seconds = hour * 3600 + minute * 60 + second
-    if match.re is _CLOCK and not half and minute:
+    if match.re is _CLOCK and not half and minute >= 10:  # 9:05 is no ratio
         trees = tuple(("n", Fraction(part)) for part in text.split(":"))
         return Ratio(trees, clock=seconds)
     return Time(seconds, bool(half[:1] in ("a", "p")))
@@ -303,7 +363,9 @@ def _equation(parts: list[str]) -> Value | None:
                 pairs = zip(names.values, right.values, strict=True)
                 return Items("tuple", tuple(Equation(name.tree[1], name.tree, value) for name, value in pairs))
         letters = re.fullmatch(r"[A-Za-z△∠⊙\u4e00-\u9fff][\w△∠ {}'-]*", left)
-        return Equation(left.casefold(), None, right) if letters else None
+        return Equation(words.name(left), None, right) if letters else None
+    if left.strip() in ("max", "min"):
+        return Equation(words.name(left), None, right)
     return Equation(formula.tree[1] if formula.tree[0] == "v" else None, formula.tree, right)
 
 
@@ -317,6 +379,11 @@ def _brackets(text: str) -> Value | None:
         parts = [_brackets(part) for part in union]
         regions = [p.region if isinstance(p, Items) else p for p in parts]
         return relations.union(regions) if all(isinstance(r, Region) for r in regions) else None
+    common = split(text, "∩") if "∩" in text else []
+    if len(common) > 1:
+        parts = [_brackets(part) for part in common]
+        regions = [p.region if isinstance(p, Items) else p for p in parts]
+        return relations.intersection(regions) if all(isinstance(r, Region) for r in regions) else None
     if not surrounded(text):
         return _point(text)
     inner = text[1:-1].strip()

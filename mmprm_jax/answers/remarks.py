@@ -10,6 +10,9 @@ _NOTE = re.compile(
     r"\s*\(\s*(?:the answer is |answers? (?:are|is) )?(?:not unique|答案不唯一|不唯一)[^()]*\)\s*$", re.I
 )
 _OR = re.compile(r"\s*\(\s*(?:or|或)\s*(?:fill in\s*)?(.*)\)\s*$", re.I | re.S)
+_THAT_IS = re.compile(
+    r"[\s,;(]+(?:i\.e\.|that is(?: to say)?,|namely|or equivalently|equivalently|也就是|即)[\s,:]*", re.I
+)
 _BEHIND = re.compile(r"(?s)(.*\S)\s*\((?=[^()]*[^\W\d_]{2})((?:[^()]|\([^()]*\)){3,160})\)$")
 _REASON = re.compile(r"(?:since|because|due to)\b|因为|由于", re.I)
 _IS = re.compile(
@@ -35,7 +38,10 @@ def has_note(text: str) -> bool:
 
 
 def forms(text: str) -> tuple[str, ...]:
-    """A normalised answer, and the other form behind it: 5 (or 5.0)."""
+    """A normalised answer, and the other form behind it: 5 (or 5.0); x > 2, i.e. (2, ∞)."""
+    both = _THAT_IS.split(text)
+    if len(both) == 2 and all(both):
+        return (trim(both[0]), trim(both[1]))
     match = _OR.search(text)
     return (text[: match.start()].strip(), trim(match[1])) if match and match.start() else (text,)
 
