@@ -109,7 +109,11 @@ def radians(quantity: Quantity) -> Formula | None:
 def equations(gold: Equation, prediction: Equation) -> Verdict:
     """Two equations between formulas, by their normal form: one is a constant multiple of the other."""
     a, b = (("+", e.left, ("-", e.right.tree)) for e in (gold, prediction))
-    return _multiple(a, b, positive=False)
+    found = _multiple(a, b, positive=False)
+    if found.kind == "unknown":
+        sides = [{syntax.shape(e.left), syntax.shape(e.right.tree)} for e in (gold, prediction)]
+        return equal("the same sides") if sides[0] == sides[1] else found
+    return found
 
 
 def chains(gold: Relation, prediction: Relation) -> Verdict:

@@ -38,6 +38,7 @@ Options = Sequence[str] | Mapping[str, str]
 _STRANGE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 _MAX_REASON = 300  # characters; parts within parts have long ones
 _BESIDE = re.compile(r" ?([^\w\s.]) ?")
+_SENTENCES = 20  # words: more than an answer has
 _MAX_MATCHED = 30  # items of a list without order
 
 
@@ -96,13 +97,15 @@ def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
     """The prediction as a whole answer, then the answer it commits to."""
     found = extract.committed(prediction)
     source = extract.committed(gold)
-    gold = source.text if source and not source.earlier else gold
+    gold = ", ".join((*source.earlier, source.text)) if source else gold
     if not (found and found.earlier) and _compact(gold) == _compact(found.text if found else prediction):
         return equal("the same text")
     golds = _alternatives(gold)
     if found is None:
-        return _any(golds, prediction, settings)
+        return _uncommitted(golds, prediction, settings)
     verdict = _any(golds, found.text, settings)
+    if OPEN in verdict.reason and (said := extract.stated(found.text)):
+        verdict = _any(golds, said, settings) or verdict
     if found.earlier:
         together = _any(golds, "\n".join((*reversed(found.earlier), found.text)), settings)
         listed = _any(golds, ", ".join((*found.earlier, found.text)), settings)
@@ -110,6 +113,20 @@ def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
             return together or listed
         if verdict:
             return unknown("several different boxed answers, of which the last one is right")
+    return verdict
+
+
+def _uncommitted(golds: tuple[tuple[str, ...], bool], prediction: str, settings: Settings) -> Verdict:
+    """A prediction that is the answer itself, or sentences of which the last one may say it."""
+    verdict = _any(golds, prediction, settings)
+    long = len(re.findall("[A-Za-z]{3,}", prediction)) > _SENTENCES
+    if verdict or not (long or OPEN in verdict.reason):
+        return verdict
+    for text in (f(prediction.strip()) for f in (extract.only_formula, extract.stated, extract.concluded)):
+        if text and (found := _any(golds, text, settings)):
+            return found
+    if verdict.kind == "unequal" and long:
+        return unknown("sentences that commit to no answer")
     return verdict
 
 
@@ -270,6 +287,9 @@ def _equations(gold: Value, prediction: Value, precision: int | None) -> Verdict
     found = values(*pair, precision)
     if found and isinstance(equation.right, Formula) and equation.right.tree[0] == "v":
         return unknown("one of two things that are said to be equal")  # AB = CD
+    asked = equation is prediction and isinstance(other, Formula) and not syntax.variables(other.tree)
+    if found and asked and other.tree != syntax.ZERO and _is_asked(equation.left):
+        return found
     if found and not equation.name and equation.left is not None and not _says_a_value(equation):
         return unknown("the value that an equation's right side has")
     return found
@@ -284,11 +304,26 @@ def _formulas(equation: Equation) -> bool:
     return equation.left is not None and isinstance(equation.right, Formula)
 
 
+def _is_asked(left: syntax.Tree | None) -> bool:
+    """Whether a left side can be what a question asks for: a + b, xy; not 2x + 3, a step on the way to x."""
+    if left is None or len(syntax.variables(left)) < 2:
+        return False
+
+    def bare(tree: syntax.Tree) -> bool:
+        if tree[0] == "^":
+            return tree[1][0] == "v" and tree[2][0] == "n"
+        return tree[0] == "v" or tree[0] in "+-*/" and all(bare(t) for t in tree[1:])
+
+    return bare(left)
+
+
 def _says_a_value(equation: Equation) -> bool:
     """Whether an equation says what something is: |AB| = 5, tan A = 2, 2 + 3 = 5; not 2x = 5."""
     assert equation.left is not None
     if equation.left[0] in ("v", "f"):
         return True
+    if equation.left[0] in ("*", "/") and all(t[0] == "v" and re.match("[A-Z∠].", t[1]) for t in equation.left[1:]):
+        return True  # AB / CD = 2
     return bool(_formulas(equation) and arithmetic.formulas(Formula(equation.left), equation.right))
 
 
@@ -352,6 +387,9 @@ def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict
     if ordered or "tuple" in kinds or gold.kind == "parts" and not _same_names(gold, prediction):
         return ordered
     if _same_names(gold, prediction) and not unlike and not _unlike(gold.values):  # x_1 = 1, x_2 = 3
+        by_name = every([values(x, y, precision) for x, y in zip(_by_name(a), _by_name(b), strict=True)])
+        if by_name:
+            return by_name
         found = _matched([v.right for v in a], [v.right for v in b], precision)
         return unknown("equal but for the names") if found else found
     if unlike or _same_names(gold, prediction):  # x = 2, y = 1 is no 1, 2

@@ -58,12 +58,16 @@ _CONTENT = frozenset(  # of these only what is in the braces counts
     "mathbf mathit mathsf mathbb mathcal boldsymbol bm hat widehat bar vec emph underline tilde pmb".split()
 )
 _VECTORS = {"i": "ı", "j": "ȷ", "k": "ĸ", "\\imath": "ı", "\\jmath": "ȷ"}  # \vec{i}
-_WORDS = frozenset("text mathrm textbf textit textrm textsf mbox hbox operatorname unit si textup".split())
+_WORDS = frozenset("text mathrm textbf textit textrm textsf textnormal mbox hbox operatorname unit si textup".split())
 _TWO = {"quantity", "qty", "SI"}  # {18}{cm}
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
 _DOLLARS = re.compile(r"\$+")
 _DEGREE = re.compile(r"(?:\{\s*\})?\^\s*(?:\{\s*°\s*\}|°)|\\?textdegree")
 _BOLD = re.compile(r"(?<![\w*])(\*\*|__)(?=\S)([^*_\n]+)(?<=\S)\1(?![\w*])")
+_ESCAPED = re.compile(  # a text that was escaped twice: \\frac
+    r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|leq?|geq?|leqslant|geqslant|pi|text|left|right|cdot|times|infty|cup|cap|in|pm|mathrm"
+    r"|mathbb|boxed|angle|triangle|circ|sin|cos|tan|log|ln|alpha|beta|theta|neq?|begin|end|overline|vec|quad)(?![A-Za-z]))"
+)
 _MAX_NESTED = 9  # \text in \text
 _MARK = "\uf8ff"  # a private character: the dollar of a price
 
@@ -90,6 +94,8 @@ def normalise(text: str) -> str:
     if text.isascii() and (text.isdigit() or text.isalpha()):
         return "∞" if text.casefold() == "infinity" else text
     text = _unicode(text[:MAX_LENGTH])[:MAX_LENGTH]
+    if "\\\\" in text and "\\begin" not in text:
+        text = _ESCAPED.sub(r"\\", text)
     text = _BOLD.sub(r"\2", text.replace("`", "")).replace("****", "")
     text = re.sub(r"^\s*(?:#{1,6} +(?=\S)|\*{1,3}([^*\n]+)\*{1,3}\s*$)", lambda m: m[1] or "", text)
     text = _mathematics(text.replace("\\$", _MARK)).replace(_MARK, "$")
@@ -113,7 +119,8 @@ def normalise(text: str) -> str:
     text = re.sub(r"(?<=[A-Z']) ?// ?(?=[A-Z])", "∥", text)
     text = text.replace("≤=", "≤").replace("<=", "≤").replace(">=", "≥").replace("!=", "≠").replace("+-", "±")
     text = re.sub(r"百分之\s*(\d+(?:\.\d+)?)", r"\1%", text)
-    text = re.sub(r"\s?\bper ?cent\b", "%", text)
+    text = re.sub(r"\s?\bper ?cent\b|(?<=\d)\s?(?:pct|percentage)\b(?! points?)", "%", text)
+    text = re.sub(r"(?<=[)\]\d])(or|and)(?=[(\[\d\\-])", r" \1 ", text)
     text = re.sub(r"(?<=\d)\s*又\s*(?=[\d\\])", " ", text)  # 2又1/2
     text = re.sub(r"\b(?:positive )?infinity\b", "∞", text) if "infinity" in text else text
     text = _CHOOSE.sub(_count, text) if "_" in text and "^" in text else text
@@ -183,11 +190,11 @@ def _mathematics(text: str) -> str:
 
 def _thousands(text: str) -> str:
     """1,234 -> 1234 outside brackets; 1{,}234, 1,\\!234 and 1\\,234 anywhere."""
-    text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\[,; ])(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?<=\d)(?: ?\{ ?, ?\} ?|,\\! ?|\\[,; ])(?=\d{3}(?!\d))", "", text)
     if "," not in text:
         return text.replace(" ", "") if re.fullmatch(r"\d{1,3}(?: \d{3})* 000(?: \d{3})*", text.strip()) else text
     depth, found, end = 0, [], 0
-    for match in re.finditer(r"[(\[{⦃]|[)\]}⦄]|(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,]|\.\d+,)", text):
+    for match in re.finditer(r"[(\[{⦃]|[)\]}⦄]|(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,]|\.\d+,)", text):
         if match[0] in "([{⦃":
             depth += 1
         elif match[0] in ")]}⦄":

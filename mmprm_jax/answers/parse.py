@@ -62,7 +62,8 @@ _ALL = frozenset(
 _HALF_LINE = re.compile(r"(?:x ?∈ ?)?R ?[_^] ?\{?([+-])\}?( ?∪ ?⦃ ?0 ?⦄)?")  # R^+
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?(?:answers?|result|value)(?: is| are| =|:)+:?\s*"
-    r"|answer\s*[:.]\s*|答案\s*[是为:]*\s*|答\s*:\s*|(?:it|this) (?:is|equals) |≈|approximately |approx\.? |about "
+    r"|answer\s*[:.]\s*|answer\s+(?=[-+\d\\(])|答案\s*[是为:]*\s*|答\s*:\s*|(?:it|this) (?:is|equals) |≈|approximately "
+    r"|approx\.? |about "
     r"|the (?:point|vector|set|interval|ordered pair) (?=[(\[⦃])"
     r"|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
     re.IGNORECASE,
@@ -203,6 +204,8 @@ def _numbered(text: str) -> list[str]:
 
 def _joined(values: list[Value], word: str) -> Value:
     """Values joined by "or" or "and". Of inequalities: the union or what they have in common."""
+    if any(isinstance(value, Region) for value in values):  # x = 1 or x ≥ 2
+        values = [relations.point(value) or value for value in values]
     if all(isinstance(value, Region) and value.variable for value in values):
         joined = relations.union(values) if word == "or" else relations.intersection(values)
         if joined:
@@ -275,7 +278,8 @@ def _number(text: str) -> Formula:
     if len(text) > syntax.MAX_DIGITS:
         return Formula(("v", text))
     _, point, decimals = text.partition(".")
-    return Formula(("n", Fraction(text)), len(decimals) if point else None, len(text) if point else 0)
+    digits = len(text.lstrip("+-0.").replace(".", "")) if point else 0
+    return Formula(("n", Fraction(text)), len(decimals) if point else None, digits)
 
 
 def _word(text: str) -> Value:
@@ -337,10 +341,15 @@ def _relation(text: str) -> Value | None:
         return None
     if set(ops) == {"="}:
         return _equation(parts)
-    trees = [_formula(part) if part else None for part in parts]
+    trees = [_side(part) if part else None for part in parts]
     if not all(isinstance(tree, Formula) or not part for tree, part in zip(trees, parts, strict=True)):
         return Text(text)
     return relations.read([tree if isinstance(tree, Formula) else None for tree in trees], ops) or Text(text)
+
+
+def _side(text: str) -> Value | None:
+    """One side of an inequality; f(x) is one thing there."""
+    return Formula(("v", text.replace(" ", ""))) if _FUNCTION_OF.fullmatch(text) else _formula(text)
 
 
 _FUNCTION_OF = re.compile(r"([fghFGPEDVS]'*)\s*\(\s*([^()=+*/^-]{1,6})\s*\)")
@@ -362,11 +371,17 @@ def _equation(parts: list[str]) -> Value | None:
             if same and all(isinstance(name, Formula) and name.tree[0] == "v" for name in names.values):
                 pairs = zip(names.values, right.values, strict=True)
                 return Items("tuple", tuple(Equation(name.tree[1], name.tree, value) for name, value in pairs))
+        if ":" in left and isinstance(ratio := _ratio(left), Ratio) and not any(map(_is_number, ratio.trees)):
+            return Equation(left.replace(" ", ""), None, right)  # A : B = 2 : 3
         letters = re.fullmatch(r"[A-Za-z△∠⊙\u4e00-\u9fff][\w△∠ {}'-]*", left)
         return Equation(words.name(left), None, right) if letters else None
     if left.strip() in ("max", "min"):
         return Equation(words.name(left), None, right)
     return Equation(formula.tree[1] if formula.tree[0] == "v" else None, formula.tree, right)
+
+
+def _is_number(tree: syntax.Tree) -> bool:
+    return not syntax.variables(tree)
 
 
 def _brackets(text: str) -> Value | None:
@@ -377,7 +392,9 @@ def _brackets(text: str) -> Value | None:
     union = split(text, "∪") if "∪" in text else []
     if len(union) > 1:
         parts = [_brackets(part) for part in union]
-        regions = [p.region if isinstance(p, Items) else p for p in parts]
+        if all(isinstance(p, Items) and p.kind == "set" for p in parts):
+            return Items("set", tuple(v for p in parts for v in p.values))
+        regions = [p.region if isinstance(p, Items) and p.kind != "set" else relations.point(p) or p for p in parts]
         return relations.union(regions) if all(isinstance(r, Region) for r in regions) else None
     common = split(text, "∩") if "∩" in text else []
     if len(common) > 1:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mmprm_jax.answers import numeric, syntax
 from mmprm_jax.answers.syntax import Tree
-from mmprm_jax.answers.values import Formula, Interval, Region, Relation, Value
+from mmprm_jax.answers.values import Equation, Formula, Interval, Items, Region, Relation, Value
 
 EVERYTHING = Interval(None, None, False, False)
 _INFINITY: Tree = ("c", "∞")
@@ -74,6 +74,19 @@ def between(relation: Relation, parameter: str) -> Region | None:
         return None
     closed = [op == "≤" for op in relation.ops]
     return Region((Interval(Formula(low), Formula(high), *closed),), middle[1])
+
+
+def point(value: Value | None) -> Region | None:
+    """{2} and x = 2 as an interval from 2 to 2; None: no single number."""
+    if isinstance(value, Items) and value.kind == "set" and len(value.values) == 1:
+        value, name = value.values[0], None
+    elif isinstance(value, Equation) and value.name and value.left and value.left[0] == "v":
+        value, name = value.right, value.name
+    else:
+        return None
+    if not isinstance(value, Formula) or syntax.variables(value.tree):
+        return None
+    return Region((Interval(value, value, True, True),), name)
 
 
 def unbounded(region: Region) -> bool:

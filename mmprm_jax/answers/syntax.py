@@ -131,6 +131,7 @@ class _Parser:
         tree = self._signed()
         while self.peek() in (("sign", "+"), ("sign", "-")):
             minus = self._take()[1] == "-"
+            minus ^= self._accept("-")  # 14.0 + -1.0i
             right = self._product()
             tree = ("+", tree, ("-", right) if minus else right)
         self._depth -= 1
@@ -329,6 +330,28 @@ def replaced(tree: Tree, name: str, by: Tree) -> Tree:
     if tree == ("v", name):
         return by
     return tuple(replaced(t, name, by) if isinstance(t, tuple) else t for t in tree)
+
+
+def shape(tree: Tree) -> str:
+    """A tree as a text that is the same in whatever order its terms and factors are; nothing is multiplied out."""
+    kind = tree[0]
+    if kind in ("n", "v", "c"):
+        return f"{kind}{tree[1]}"
+    if kind == "f":
+        return f"{tree[1]}({', '.join(map(shape, tree[2:]))})"
+    if kind in "+*" or kind == "^" and tree[2] in (("n", 2), ("n", 3)):
+        joint = "*" if kind == "^" else kind
+        return f"({joint.join(sorted(_operands(tree, joint)))})"
+    return f"({kind}{','.join(map(shape, tree[1:]))})"
+
+
+def _operands(tree: Tree, kind: str) -> list[str]:
+    """The shapes of all terms of a sum, or factors of a product; a² is two factors a."""
+    if tree[0] == kind:
+        return [*_operands(tree[1], kind), *_operands(tree[2], kind)]
+    if kind == "*" and tree[0] == "^" and tree[2] in (("n", 2), ("n", 3)):
+        return [shape(tree[1])] * int(tree[2][1])
+    return [shape(tree)]
 
 
 def variables(tree: Tree) -> frozenset[str]:
