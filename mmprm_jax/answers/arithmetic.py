@@ -22,7 +22,7 @@ def formulas(gold: Formula, prediction: Formula, precision: int | None = None) -
     decimals = gold.decimals if precision is None else precision
     exactly = _same(gold.tree, prediction.tree)
     if exactly:
-        if prediction.uncomputed and gold.tree[0] in ("n", "-"):
+        if prediction.uncomputed and not gold.uncomputed and _computed(gold.tree):
             return unknown("the prediction is a sum or product that was left uncomputed")
         return exactly
     if decimals is not None and not (precision is None and prediction.digits > _FLOAT_DIGITS):
@@ -31,6 +31,11 @@ def formulas(gold: Formula, prediction: Formula, precision: int | None = None) -
             places = f"{decimals} decimal{'s' * (decimals != 1)}"
             return equal(f"equal when rounded to {places}") if close else unequal(f"different at {places}")
     return exactly
+
+
+def _computed(tree: Tree) -> bool:
+    """Whether a number has no sum, power or function in it: 5, 2/3, 30°."""
+    return tree[0] in "nc" or tree[0] in "-*/" and all(map(_computed, tree[1:]))
 
 
 def _percent(gold: Formula, prediction: Formula) -> Verdict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -38,6 +39,10 @@ Options = Sequence[str] | Mapping[str, str]
 _STRANGE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 _MAX_REASON = 300  # characters; parts within parts have long ones
 _BESIDE = re.compile(r" ?([^\w\s.]) ?")
+_WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}|[\u4e00-\u9fff]")
+_FIGURE = re.compile(
+    r"(?:the )?(?:points?|lines?|(?:line )?segments?|rays?|edges?|sides?|planes?) ([A-Z](?:[A-Z_'\d]|, ?)*)"
+)
 _SENTENCES = 20  # words: more than an answer has
 _MAX_MATCHED = 30  # items of a list without order
 
@@ -104,7 +109,7 @@ def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
     if found is None:
         return _uncommitted(golds, prediction, settings)
     verdict = _any(golds, found.text, settings)
-    if OPEN in verdict.reason and (said := extract.stated(found.text)):
+    if not verdict and OPEN in verdict.reason and (said := extract.stated(found.text)):
         verdict = _any(golds, said, settings) or verdict
     if found.earlier:
         together = _any(golds, "\n".join((*reversed(found.earlier), found.text)), settings)
@@ -119,13 +124,14 @@ def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
 def _uncommitted(golds: tuple[tuple[str, ...], bool], prediction: str, settings: Settings) -> Verdict:
     """A prediction that is the answer itself, or sentences of which the last one may say it."""
     verdict = _any(golds, prediction, settings)
-    long = len(re.findall("[A-Za-z]{3,}", prediction)) > _SENTENCES
-    if verdict or not (long or OPEN in verdict.reason):
+    count = len(_WORD.findall(prediction))
+    short = max(len(_WORD.findall(gold)) for gold in golds[0]) < 3  # two sentences are about the same thing, or not
+    if verdict or not (count > 1 and short and verdict.kind == "unequal" or OPEN in verdict.reason):
         return verdict
     for text in (f(prediction.strip()) for f in (extract.only_formula, extract.stated, extract.concluded)):
         if text and (found := _any(golds, text, settings)):
             return found
-    if verdict.kind == "unequal" and long:
+    if verdict.kind == "unequal" and count > _SENTENCES:
         return unknown("sentences that commit to no answer")
     return verdict
 
@@ -157,12 +163,13 @@ def _any(golds: tuple[tuple[str, ...], bool], prediction: str, settings: Setting
 def _remarked(gold: str, prediction: str, settings: Settings) -> Verdict:
     """Two normalised answers; what a remark behind one of them says counts only if both have one."""
     verdict = _texts(gold, prediction, settings)
-    if verdict.kind != "unknown" or ")" not in (gold[-1:], prediction[-1:]):
+    if verdict or ")" not in (gold[-1:], prediction[-1:]):
         return verdict
     plain = [remarks.answer(gold), remarks.answer(prediction)]
     if (plain[0] is None) == (plain[1] is None):
         return verdict
-    return _texts(plain[0] or gold, plain[1] or prediction, settings)
+    found = _texts(plain[0] or gold, plain[1] or prediction, settings)
+    return found if found or verdict.kind == "unknown" else verdict
 
 
 def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
@@ -177,6 +184,9 @@ def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
     chosen = choice.compare(gold, prediction, dict(settings.options), lambda a, b: _texts(a, b, plain))
     if chosen is not None:
         return chosen
+    figures = [_FIGURE.fullmatch(text) for text in (gold, prediction)]
+    if (figures[0] is None) != (figures[1] is None):  # point C is C
+        gold, prediction = (f[1] if f else text for f, text in zip(figures, (gold, prediction), strict=True))
     given = choice.chosen(prediction) if settings.options else None
     if given and len(given.letters) == 1 and (text := dict(settings.options).get(min(given.letters))):
         return _texts(gold, text, plain)
@@ -265,8 +275,9 @@ def _measures(gold: Value, prediction: Value, precision: int | None) -> Verdict:
 
 def _equations(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if isinstance(gold, Equation) and isinstance(prediction, Equation):
-        if gold.name and prediction.name and _same_name(gold.name, prediction.name):
+        if gold.name and prediction.name and _same_name(gold, prediction):
             return values(gold.right, prediction.right, precision)
+        gold, prediction = _in_one_unit(gold, prediction)
         if _formulas(gold) and _formulas(prediction):
             called = [bool(e.name and "(" in e.name) for e in (gold, prediction)]
             if called[0] != called[1]:  # f(x) = 2x and y = 2x
@@ -295,8 +306,19 @@ def _equations(gold: Value, prediction: Value, precision: int | None) -> Verdict
     return found
 
 
-def _same_name(a: str, b: str) -> bool:
-    """x is x, and one of x_1 and x_2."""
+def _in_one_unit(*equations: Equation) -> tuple[Equation, ...]:
+    """∠1 + ∠2 = 180° and a + b = 5 cm with numbers on the right, if both have the same unit."""
+    sides = [equation.right for equation in equations]
+    if not all(isinstance(side, Quantity) for side in sides) or sides[0].unit != sides[1].unit:
+        return equations
+    return tuple(dataclasses.replace(e, right=arithmetic.radians(e.right) or e.right.number) for e in equations)
+
+
+def _same_name(gold: Equation, prediction: Equation) -> bool:
+    """x is x, and one of x_1 and x_2; an angle A is ∠A."""
+    a, b = gold.name or "", prediction.name or ""
+    if a.removeprefix("∠") == b.removeprefix("∠") and isinstance(gold.right, Quantity):
+        return arithmetic.radians(gold.right) is not None
     return a == b or ("_" in a) != ("_" in b) and a.split("_")[0] == b.split("_")[0]
 
 
@@ -306,7 +328,7 @@ def _formulas(equation: Equation) -> bool:
 
 def _is_asked(left: syntax.Tree | None) -> bool:
     """Whether a left side can be what a question asks for: a + b, xy; not 2x + 3, a step on the way to x."""
-    if left is None or len(syntax.variables(left)) < 2:
+    if left is None or len(syntax.variables(left)) < 2 or syntax.variables(left) <= {"x", "y", "z"}:  # a line
         return False
 
     def bare(tree: syntax.Tree) -> bool:
@@ -324,7 +346,9 @@ def _says_a_value(equation: Equation) -> bool:
         return True
     if equation.left[0] in ("*", "/") and all(t[0] == "v" and re.match("[A-Z∠].", t[1]) for t in equation.left[1:]):
         return True  # AB / CD = 2
-    return bool(_formulas(equation) and arithmetic.formulas(Formula(equation.left), equation.right))
+    return isinstance(equation.right, Formula | Quantity) and bool(
+        _measures(Formula(equation.left), equation.right, None)
+    )
 
 
 def _items(gold: Value, prediction: Value, precision: int | None) -> Verdict:
@@ -342,6 +366,12 @@ def _items(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         return unknown(OPEN + "the prediction is text" if items is gold else OPEN + "the gold answer is text")
     if isinstance(other, Formula) and syntax.variables(other.tree) and all(map(_is_piece, items.values)):
         return unknown("a function in pieces, and one formula")
+    if isinstance(other, Relation) and all(isinstance(v, Relation) for v in items.values):  # a < b < c
+        sides = [
+            [Relation((op,), pair) for v in side for op, pair in zip(v.ops, itertools.pairwise(v.trees), strict=True)]
+            for side in ((items.values, (other,)) if items is gold else ((other,), items.values))
+        ]
+        return _matched(*sides, precision) if len(sides[0]) == len(sides[1]) else unequal("different relations")
     if items.kind == "or" and all(
         values(*((v, other) if items is gold else (other, v)), precision) for v in items.values
     ):

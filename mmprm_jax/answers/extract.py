@@ -81,7 +81,8 @@ _CONCLUDES = re.compile(
 )
 _HEDGES = re.compile(
     r"\b(?:not?|never|nor|if|when|where|or|but|except|unless|either|perhaps|maybe|might|could|guess|wrong|let|suppose"
-    r"|assume|given|cannot|without)\b|n't\b|[不非没或若如设]",
+    r"|assume|given|cannot|without|impossible|invalid|reject\w*|extraneous|false|incorrect|excluded?|fails?"
+    r"|discard\w*|contradict\w*)\b|n't\b|[不非没或若如设]",
     re.I,
 )
 _FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)

@@ -47,7 +47,8 @@ _SYMBOLS = GREEK | {
     "or": " or ", "lor": " or ", "and": " and ", "land": " and ", "approx": "≈", "perp": "⊥", "parallel": "∥",
     "because": " ", "therefore": " ", "prime": "'", "lbrace": "⦃", "rbrace": "⦄", "lbrack": "[", "rbrack": "]",
     "langle": "(", "rangle": ")", "cong": "≅", "sim": "~", "backsim": "~", "dots": "...", "ldots": "...",
-    "cdots": "...", "celsius": "°C", "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac",
+    "cdots": "...", "celsius": "°C", "odot": "⊙", "bigodot": "⊙",
+    "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac",
     "arcsin": "\\asin", "arccos": "\\acos", "arctan": "\\atan", "tg": "\\tan",
 }  # fmt: skip
 _NOTHING = frozenset(
@@ -147,7 +148,7 @@ def _count(match: re.Match[str]) -> str:
 def trim(text: str) -> str:
     """Without space and the full stops, commas and quotation marks that end or surround an answer."""
     text = text.strip()
-    while text and (text[-1] in ".,;:?\"' " or text[0] in '" '):
+    while text and not text.endswith("...") and (text[-1] in ".,;:?\"' " or text[0] in '" '):
         if text[-1] in "'" and text[0] not in "\"'":
             break  # A' is a point
         text = text.strip('" ').rstrip(".,;:? ")
@@ -192,7 +193,11 @@ def _thousands(text: str) -> str:
     """1,234 -> 1234 outside brackets; 1{,}234, 1,\\!234 and 1\\,234 anywhere."""
     text = re.sub(r"(?<=\d)(?: ?\{ ?, ?\} ?|,\\! ?|\\[,; ])(?=\d{3}(?!\d))", "", text)
     if "," not in text:
-        return text.replace(" ", "") if re.fullmatch(r"\d{1,3}(?: \d{3})* 000(?: \d{3})*", text.strip()) else text
+        return (
+            text.replace(" ", "")
+            if re.fullmatch(r"(?:1 ?: ?)?\d{1,3}(?: \d{3})* 000(?: \d{3})*", text.strip())
+            else text
+        )
     depth, found, end = 0, [], 0
     for match in re.finditer(r"[(\[{⦃]|[)\]}⦄]|(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,]|\.\d+,)", text):
         if match[0] in "([{⦃":

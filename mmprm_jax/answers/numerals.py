@@ -27,6 +27,8 @@ def number(text: str) -> str | None:
     """twenty-five, 二十五, 五分之三, two thirds as 25, 25, (3/5), (2/3); None: no number in words."""
     if (found := _ENGLISH.get(text.casefold())) is not None:
         return str(found)
+    if (below := re.match("(?:minus|negative) ", text)) and (found := number(text[below.end() :])):
+        return f"-{found}"
     if (part := _FRACTION.fullmatch(text.casefold())) and (part[1] or part[2] == "half"):
         top = 1 if part[1] in (None, "a", "an") else _ENGLISH.get(part[1])
         return f"({top}/{_BELOW[part[2]]})" if top and (top > 1) == bool(part[3]) else None

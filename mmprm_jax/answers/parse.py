@@ -30,7 +30,7 @@ from mmprm_jax.answers.values import (
 MAX_ITEMS = 50
 
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)")
-_UNCOMPUTED = re.compile(r"(?!\(*[-+]? ?\d+\)*$)[-+*()\d ]+")
+_UNCOMPUTED = re.compile(r"(?!\(*[-+]? ?\d+\)*°?$)[-+*()\d °]+")
 _NOTHING = frozenset(
     ["∅", "⦃⦄", "⦃ ⦄", "{}", "no solution", "no solutions", "no real solution", "no real solutions", "none",
      "empty set", "no answer", "there is no solution", "there are no solutions", "no such number exists",
@@ -49,11 +49,11 @@ _WHERE = re.compile(
     r"|(?:any |every |some |all )?integers? ([a-z]))\)?$"
 )
 _NAMED = re.compile(  # the sum is 40
-    r"(?:the )?(?!.*\b(?:no|not|none|neither|nor|if|when|which)\b)"
+    r"(?:the )?(?!(?i:.*\b(?:no|not|none|neither|nor|if|when|which|let|assume|suppose|impossible)\b))"
     r"([A-Za-z][A-Za-z ∠△']{1,40}[A-Za-z']) (?:is|are|equals)(?: (?:therefore|thus|hence|then|exactly|equal to))? "
     r"(?=[-\d\\(\[⦃√∞π]|[b-zA-Z](?![A-Za-z])|a ?[-+*/^=<>≤≥≠\d])(.+)"
 )
-_LABELLED = re.compile(r"(?:the )?([A-Za-z][A-Za-z ]{1,30}[a-z])\s*:\s*(?=[^\s:])([^:]+)")  # Area: 5
+_LABELLED = re.compile(r"(?:the )?([A-Za-z][A-Za-z ]{1,30}[a-z](?: \d)?)\s*:\s*(?=[^\s:])([^:]+)")  # Area: 5
 _OUTWARD = re.compile(r"([\[\]])([^\[\](),;]*[,;][^\[\](),;]*)([\[\]])")
 _ALL = frozenset(
     ["all real numbers", "all reals", "any real number", "all real number", "全体实数", "一切实数", "任意实数", "x∈R",
@@ -65,7 +65,7 @@ _LEAD = re.compile(
     r"|answer\s*[:.]\s*|answer\s+(?=[-+\d\\(])|答案\s*[是为:]*\s*|答\s*:\s*|(?:it|this) (?:is|equals) |≈|approximately "
     r"|approx\.? |about "
     r"|the (?:point|vector|set|interval|ordered pair) (?=[(\[⦃])"
-    r"|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
+    r"|in (?=\d{4}$)|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
     re.IGNORECASE,
 )
 _CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(a\.?m\.?|p\.?m\.?|o'clock)?", re.IGNORECASE)
@@ -187,17 +187,22 @@ def _several(text: str) -> tuple[list[str], Literal["parts", "maybe", "list", "o
     return [], ""
 
 
+_ROMAN = "i ii iii iv v vi".split()
+_MARKS = ([str(n) for n in range(1, MAX_ITEMS)], _ROMAN, [mark.upper() for mark in _ROMAN], list("abcdef"))
+
+
 def _numbered(text: str) -> list[str]:
-    """(1) … (2) …: what follows each number."""
-    if not text.startswith("(1)"):
+    """(1) … (2) …, (i) … (ii) …, (a) … (b) …: what follows each number."""
+    marks = next((marks for marks in _MARKS if text.startswith(f"({marks[0]})")), None)
+    if not marks:
         return []
-    parts, i = [], 3
-    for number in range(2, MAX_ITEMS):
-        end = text.find(f"({number})", i)
+    parts, i = [], len(marks[0]) + 2
+    for mark in marks[1:]:
+        end = text.find(f"({mark})", i)
         if end < 0:
             break
         parts.append(trim(text[i:end]))
-        i = end + len(f"({number})")
+        i = end + len(f"({mark})")
     parts.append(trim(text[i:]))
     return parts if len(parts) > 1 and all(parts) else []
 
@@ -409,6 +414,9 @@ def _brackets(text: str) -> Value | None:
             value = read(re.split(r"[|:]", inner, maxsplit=1)[1].strip())
             if isinstance(value, Items) and value.kind == "list" and all(isinstance(v, Region) for v in value.values):
                 value = relations.intersection(value.values)
+            if whole := _WHOLE.search(re.split(r"[|:]", inner, maxsplit=1)[0]):
+                least = None if whole[1] == "Z" else 1 if whole[2] else 0
+                return relations.integers(value, least) if isinstance(value, Region) else None
             if isinstance(value, Region):
                 return dataclasses.replace(value, variable=None)  # whatever its name
             endless = value.right if isinstance(value, Equation) else value
@@ -425,6 +433,9 @@ def _brackets(text: str) -> Value | None:
     region = relations.interval(values, text[0], text[-1]) if len(values) == 2 else None
     mixed = (text[0], text[-1]) not in (("(", ")"), ("[", "]"))
     return region if mixed or region and relations.unbounded(region) else Items("tuple", values, region)
+
+
+_WHOLE = re.compile(r"∈ ?([ZN])([_^][{ ]*[+*][} ]*|\*)?")
 
 
 def _point(text: str) -> Value | None:
@@ -466,6 +477,8 @@ def _formula_or_quantity(text: str) -> Value | None:
     formula, quantity = _formula(text), _quantity(text)
     if formula and text.count("°") > 1:
         return formula  # 60° + k 360°
+    if quantity and formula and quantity.unit.half_turns and syntax.has_function(quantity.number.tree):
+        return formula  # the sine of 30°, not (sin 30)°
     if quantity is None or formula is None:
         return quantity or formula
     assert isinstance(formula, Formula)

@@ -154,7 +154,11 @@ class _Parser:
             if self._accept("*") or self._accept("/"):
                 right = ("-", self._power()) if self._accept("-") else self._power()
                 tree = ("*" if text == "*" else "/", tree, right)
-            elif kind in ("name", "command", "mixed") or (kind == "sign" and text in "([{"):
+            elif (
+                kind in ("name", "command", "mixed")
+                or (kind == "sign" and text in "([{")
+                or (kind == "number" and tree[0] == "^" and self._tokens[self._i - 1] == ("sign", "}"))  # 3^{n}2^{n}
+            ):
                 tree = ("*", tree, self._power())  # nothing between them: a product
             else:
                 return tree
@@ -359,6 +363,11 @@ def variables(tree: Tree) -> frozenset[str]:
     if tree[0] == "v":
         return frozenset((tree[1],))
     return frozenset().union(*(variables(t) for t in tree[1:] if isinstance(t, tuple)))
+
+
+def has_function(tree: Tree) -> bool:
+    """Whether there is a function such as a sine in a tree; a root is none."""
+    return tree[0] == "f" and tree[1] != "root" or any(has_function(t) for t in tree[1:] if isinstance(t, tuple))
 
 
 def nodes(tree: Tree) -> int:

@@ -30,7 +30,8 @@ def turned(text: str) -> list[str]:
 
 _SYNONYMS = {"是": "yes", "否": "no", "对": "true", "错": "false", "正确": "true", "错误": "false", "correct": "true",
              "incorrect": "false", "wrong": "false", "right": "true", "√": "true", "不是": "no", "not true": "false",
-             "not false": "true", "not correct": "false"}  # fmt: skip
+             "not false": "true", "not correct": "false", "大于": ">", "小于": "<", "等于": "=",
+             "greater than": ">", "less than": "<", "equal to": "=", "equal": "="}  # fmt: skip
 
 
 def plain(text: str) -> str:

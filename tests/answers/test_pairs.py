@@ -13,7 +13,7 @@ from mmprm_jax.answers.verdict import Verdict
 
 GOLDEN = Path(__file__).parent.parent / "golden/answers"
 GIVEN = GOLDEN / "pairs.jsonl"  # a part of a set made to find the weak spots of well-known graders
-OURS = [Path(__file__).with_name(name) for name in ("more_pairs.jsonl", "blind_pairs.jsonl")]
+OURS = [Path(__file__).with_name(name) for name in ("more_pairs.jsonl", "blind_pairs.jsonl", "wide_pairs.jsonl")]
 GOLDS = json.loads((GOLDEN / "mm_k12_golds.json").read_text(encoding="utf-8"))
 
 
