@@ -22,7 +22,7 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 
-_BECAUSE = re.compile(r"^(\(?[A-K]\)?)[.,]? (?:because|since|as)\b[^\n]*$")
+_BECAUSE = re.compile(r"^(\(?[A-K]\)?)[.,]? (?:because|since)\b[^\n]*$")
 _OPTION = re.compile(r"^(?:option|choice|选项?) ?(?=\(?[A-K]\)? ?[.:)] ?\S)", re.I)
 _SO = re.compile(  # A and B are wrong, so D
     r"(?i:\b(?:so|thus|hence|therefore)\b,? (?:(?:the )?(?:correct )?(?:answer|option|choice) (?:is|must be) )?)"

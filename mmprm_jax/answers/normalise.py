@@ -89,6 +89,25 @@ def _fraction(repeating: re.Match[str]) -> str:
     return f"({top}/{'9' * len(period)}{'0' * len(fixed)})"
 
 
+_REWRITTEN = tuple(  # where the first is in a text, the pattern, and what is put in its place
+    (sign, re.compile(pattern), new)
+    for sign, pattern, new in (
+        ("°", r"(?<=\d) ?° +([CF])(?![\w'])", r"°\1"),
+        ("∠", r"(?<![A-Za-z0-9_])m ?(?=∠)", ""),  # the measure of an angle
+        ("//", r"(?<=[A-Z']) ?// ?(?=[A-Z])", "∥"),
+        ("百分之", r"百分之\s*(\d+(?:\.\d+)?)", r"\1%"),
+        ("per", r"\s?\bper ?cent\b|(?<=\d)\s?percentage\b(?! points?)", "%"),
+        ("pct", r"(?<=\d)\s?pct\b", "%"),
+        ("or", r"(?<=[)\]\d])or(?=[(\[\d\\-])", " or "),
+        ("and", r"(?<=[)\]\d])and(?=[(\[\d\\-])", " and "),
+        ("又", r"(?<=\d)\s*又\s*(?=[\d\\])", " "),  # 2又1/2
+        ("infinity", r"\b(?:positive )?infinity\b", "∞"),
+        ("'", r"('\s*\d+(?:\.\d+)?)\"", r"\1''"),  # 30°15'20"
+        ("'", r"\^\s*(?:\{\s*('+)\s*\}|('))", r"\1\2"),  # ^{\prime}
+    )
+)
+
+
 @functools.lru_cache(maxsize=2048)
 def normalise(text: str) -> str:
     """The text in the alphabet above, without what surrounds an answer. Text over MAX_LENGTH is cut off."""
@@ -97,8 +116,10 @@ def normalise(text: str) -> str:
     text = _unicode(text[:MAX_LENGTH])[:MAX_LENGTH]
     if "\\\\" in text and "\\begin" not in text:
         text = _ESCAPED.sub(r"\\", text)
-    text = _BOLD.sub(r"\2", text.replace("`", "")).replace("****", "")
-    text = re.sub(r"^\s*(?:#{1,6} +(?=\S)|\*{1,3}([^*\n]+)\*{1,3}\s*$)", lambda m: m[1] or "", text)
+    text = text.replace("`", "")
+    if "*" in text or "_" in text or "#" in text:
+        text = _BOLD.sub(r"\2", text).replace("****", "")
+        text = re.sub(r"^\s*(?:#{1,6} +(?=\S)|\*{1,3}([^*\n]+)\*{1,3}\s*$)", lambda m: m[1] or "", text)
     text = _mathematics(text.replace("\\$", _MARK)).replace(_MARK, "$")
     for old, new in (
         ("\\\\", "\n"),
@@ -111,25 +132,18 @@ def normalise(text: str) -> str:
     ):
         text = text.replace(old, new)
     text = _thousands(text)
-    text = re.sub(r"\\[,;:! ]|~(?=\d)", lambda m: " " if m[0] != "\\!" else "", text)
-    text = _REPEATING.sub(_fraction, re.sub(r"\\[cl]?dots(?![a-z])", "...", _environments(text)))
-    text = _commands(text)
-    text = _DEGREE.sub("°", text)
-    text = re.sub(r"(?<=\d) ?° +([CF])(?![\w'])", r"°\1", text)
-    text = re.sub(r"(?<![A-Za-z0-9_])m ?(?=∠)", "", text)  # the measure of an angle
-    text = re.sub(r"(?<=[A-Z']) ?// ?(?=[A-Z])", "∥", text)
+    if "\\" in text or "~" in text:
+        text = re.sub(r"\\[,;:! ]|~(?=\d)", lambda m: " " if m[0] != "\\!" else "", text)
+        text = re.sub(r"\\[cl]?dots(?![a-z])", "...", _environments(text))
+    text = _commands(_REPEATING.sub(_fraction, text)) if "." in text or "\\" in text else text
+    text = _DEGREE.sub("°", text) if "°" in text or "textdegree" in text else text
     text = text.replace("≤=", "≤").replace("<=", "≤").replace(">=", "≥").replace("!=", "≠").replace("+-", "±")
-    text = re.sub(r"百分之\s*(\d+(?:\.\d+)?)", r"\1%", text)
-    text = re.sub(r"\s?\bper ?cent\b|(?<=\d)\s?(?:pct|percentage)\b(?! points?)", "%", text)
-    text = re.sub(r"(?<=[)\]\d])(or|and)(?=[(\[\d\\-])", r" \1 ", text)
-    text = re.sub(r"(?<=\d)\s*又\s*(?=[\d\\])", " ", text)  # 2又1/2
-    text = re.sub(r"\b(?:positive )?infinity\b", "∞", text) if "infinity" in text else text
+    for sign, pattern, new in _REWRITTEN:
+        if sign in text:
+            text = pattern.sub(new, text)
     text = _CHOOSE.sub(_count, text) if "_" in text and "^" in text else text
-    if "'" in text:
-        text = re.sub(r"('\s*\d+(?:\.\d+)?)\"", r"\1''", text)  # 30°15'20"
-        text = re.sub(r"\^\s*(?:\{\s*('+)\s*\}|('))", r"\1\2", text)  # ^{\prime}
     text = re.sub(r"[^\S\n]+", " ", text)
-    return trim(re.sub(r" ?\n\s*", "\n", text))
+    return trim(re.sub(r" ?\n\s*", "\n", text) if "\n" in text else text)
 
 
 _CHOOSE = re.compile(r"(?<![A-Za-z\\])([CA])\s*_\s*\{?\s*(\d{1,3}|[nm])\s*\}?\s*\^\s*\{?\s*(\d{1,3}|[kmr])\s*\}?")
@@ -158,11 +172,13 @@ def trim(text: str) -> str:
 
 
 def _unicode(text: str) -> str:
+    if text.isascii():
+        return text
     text = re.sub("(?<=[0-9])([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", r" \1", text)
     for table, sign in ((_SUPERSCRIPTS, "^"), (_SUBSCRIPTS, "_")):
         text = re.sub(f"[{''.join(table)}]+", lambda m, t=table, s=sign: f"{s}{{{''.join(t[c] for c in m[0])}}}", text)
     text = unicodedata.normalize("NFKC", text.translate(_BEFORE_NFKC)).translate(_AFTER_NFKC)
-    return text if text.isascii() else _ACCENTED.sub(_without_accent, text)
+    return _ACCENTED.sub(_without_accent, text)
 
 
 _ACCENTED = re.compile("(?<![^\\W\\d_])[^\\W\\d_][\u0302\u0304\u20d7]?(?![^\\W\\d_])")

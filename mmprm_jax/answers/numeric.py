@@ -63,7 +63,7 @@ def evaluate(tree: Tree, at: Mapping[str, Any]) -> Any:
         return {"π": mp.pi, "e": mp.e, "i": mp.j}[tree[1]] * 1
     values = [evaluate(t, at) for t in tree[1:] if isinstance(t, tuple)]
     if kind == "^" and (odd := _odd_root(tree[2])) and not mp.im(values[0]) and values[0] < 0:
-        return (-1) ** odd.numerator * _power(mp, -values[0], values[1])  # as for roots of numbers: it is real
+        return (-1) ** (odd.numerator % 2) * _power(mp, -values[0], values[1])  # as for roots of numbers: it is real
     try:
         return _apply(mp, kind, tree[1], values)
     except (ZeroDivisionError, ValueError, OverflowError, TypeError, mpmath.libmp.NoConvergence) as error:

@@ -93,7 +93,7 @@ def read(text: str) -> Value:
         return whole
     if (pieces := _pieces(text)) is not None:
         return pieces
-    if condition := _CONDITION.fullmatch(text):
+    if text.endswith(")") and len(text) <= _MAX_CONDITION and (condition := _CONDITION.fullmatch(text)):
         text = f"{condition[1]}, {condition[2]}"  # y = x + 1 (x > 0)
     parts, kind = _several(text)
     if len(parts) < 2 or len(parts) > MAX_ITEMS:
@@ -108,6 +108,7 @@ def read(text: str) -> Value:
     return Items(kind, values, formula=_one_number(text))
 
 
+_MAX_CONDITION = 200  # characters of what is matched in quadratic time
 _CONDITION = re.compile(r"([^()]*=(?:[^()]|\([^()]*\))*?) ?\( ?([^()=]*[<>≤≥≠][^()=]*) ?\)")
 _SOLUTION = re.compile(r"^ ?[a-z] ?=[^=;,]*, ?[a-z] ?=[^=;,]*;")  # x = 1, y = 2; x = 2, y = 1
 _DECIMAL_COMMA = re.compile(r"-?(?:0|[1-9]\d*),\d+")
@@ -121,7 +122,7 @@ def _one_number(text: str) -> Formula | None:
 
 def _pieces(text: str) -> Value | None:
     """f(x) = x for x ≥ 0 and -x for x < 0, in lines: the pairs of a formula and where it holds, in any order."""
-    if "\n" not in text:
+    if "\n" not in text or max(map(len, text.split("\n"))) > _MAX_CONDITION:
         return None
     name, equals, body = text.partition("=")
     called = _FUNCTION_OF.fullmatch(name.strip()) or re.fullmatch("y|[a-z]_ ?n|[a-z]_ ?\\{n\\}", name.strip())

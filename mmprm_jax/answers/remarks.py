@@ -12,7 +12,7 @@ _NOTE = re.compile(
 _FOR_ALL = re.compile(r"(?<=\S),? \(?for (?:all|any|every|each) (?:real )?(?:numbers? )?[a-z](?: ?∈ ?R)?\)?$")
 _OR = re.compile(r"\s*\(\s*(?:or|或)\s*(?:fill in\s*)?(.*)\)\s*$", re.I | re.S)
 _THAT_IS = re.compile(
-    r"[\s,;(]+(?:i\.e\.|that is(?: to say)?,|namely|or equivalently|equivalently|也就是|即)[\s,:]*", re.I
+    r"[\s,;(]{1,4}(?:i\.e\.|that is(?: to say)?,|namely|or equivalently|equivalently|也就是|即)[\s,:]{0,4}", re.I
 )
 _BEHIND = re.compile(r"(?s)(.*\S)\s*\((?=[^()]*[^\W\d_]{2})((?:[^()]|\([^()]*\)){3,160})\)$")
 _REASON = re.compile(r"(?:since|because|due to|by)\b|因为|由于|(?:SAS|ASA|AAS|SSS|HL|AA)$", re.I)

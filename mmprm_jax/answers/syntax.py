@@ -343,17 +343,22 @@ def shape(tree: Tree) -> str:
         return f"{kind}{tree[1]}"
     if kind == "f":
         return f"{tree[1]}({', '.join(map(shape, tree[2:]))})"
-    if kind in "+*" or kind == "^" and tree[2] in (("n", 2), ("n", 3)):
+    if kind in "+*" or _is_product(tree):
         joint = "*" if kind == "^" else kind
         return f"({joint.join(sorted(_operands(tree, joint)))})"
     return f"({kind}{','.join(map(shape, tree[1:]))})"
+
+
+def _is_product(tree: Tree) -> bool:
+    """a² and a³; of larger things, and of powers of powers, nothing is written out."""
+    return tree[0] == "^" and tree[1][0] == "v" and tree[2] in (("n", 2), ("n", 3))
 
 
 def _operands(tree: Tree, kind: str) -> list[str]:
     """The shapes of all terms of a sum, or factors of a product; a² is two factors a."""
     if tree[0] == kind:
         return [*_operands(tree[1], kind), *_operands(tree[2], kind)]
-    if kind == "*" and tree[0] == "^" and tree[2] in (("n", 2), ("n", 3)):
+    if kind == "*" and _is_product(tree):
         return [shape(tree[1])] * int(tree[2][1])
     return [shape(tree)]
 
