@@ -122,13 +122,13 @@ def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
 
 
 def _uncommitted(golds: tuple[tuple[str, ...], bool], prediction: str, settings: Settings) -> Verdict:
-    """A prediction that is the answer itself, or sentences of which the last one may say it."""
+    """A prediction that is the answer itself, or one sentence that says it."""
     verdict = _any(golds, prediction, settings)
     count = len(_WORD.findall(prediction))
     short = max(len(_WORD.findall(gold)) for gold in golds[0]) < 3  # two sentences are about the same thing, or not
     if verdict or not (count > 1 and short and verdict.kind == "unequal" or OPEN in verdict.reason):
         return verdict
-    for text in (f(prediction.strip()) for f in (extract.only_formula, extract.stated, extract.concluded)):
+    for text in (f(prediction.strip()) for f in (extract.only_formula, extract.stated, extract.therefore)):
         if text and (found := _any(golds, text, settings)):
             return found
     if verdict.kind == "unequal" and count > _SENTENCES:
@@ -233,6 +233,18 @@ def values(gold: Value, prediction: Value, precision: int | None = None) -> Verd
     return _measures(gold, prediction, precision)
 
 
+def _degrees_left_out(gold: Formula, prediction: Formula) -> Verdict | None:
+    """180° - 2α and 180 - 2α; None: no such pair."""
+    trees = [syntax.without_degrees(side.tree) for side in (gold, prediction)]
+    marked = [bare != side.tree for bare, side in zip(trees, (gold, prediction), strict=True)]
+    if marked[0] == marked[1] or not all(syntax.variables(tree) for tree in trees):
+        return None
+    if any(syntax.has_function(tree) or "π" in syntax.shape(tree) for tree in trees):
+        return None
+    found = arithmetic.formulas(*map(Formula, trees))
+    return equal(f"{found.reason}, the degree sign left out") if found else None
+
+
 def _dates(gold: Value, prediction: Value) -> Verdict:
     if not (isinstance(gold, Date) and isinstance(prediction, Date)):
         return unequal("one is a date")
@@ -248,7 +260,8 @@ def _measures(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if isinstance(gold, Quantity) and isinstance(prediction, Quantity):
         return arithmetic.quantities(gold, prediction, precision)
     if isinstance(gold, Formula) and isinstance(prediction, Formula):
-        return arithmetic.formulas(gold, prediction, precision)
+        found = arithmetic.formulas(gold, prediction, precision)
+        return found or _degrees_left_out(gold, prediction) or found
     quantity, bare = (gold, prediction) if isinstance(gold, Quantity) else (prediction, gold)
     assert isinstance(quantity, Quantity) and isinstance(bare, Formula)
     pairs = [(quantity.number, bare, "the unit left out")]
@@ -359,7 +372,10 @@ def _items(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if isinstance(other, Region) and items.region:
         return _ranges(*((items.region, other) if items is gold else (other, items.region)))
     if isinstance(other, Formula) and items.formula:
-        return arithmetic.formulas(*((items.formula, other) if items is gold else (other, items.formula)))
+        found = arithmetic.formulas(*((items.formula, other) if items is gold else (other, items.formula)))
+        if found and (items is gold and items.kind == "list" or items.kind == "parts"):
+            return unknown("several numbers, or one with a comma or spaces in it")
+        return found
     if len(items.values) == 1 and items.kind == "set" and not isinstance(items.values[0], Nothing):
         return values(*((items.values[0], other) if items is gold else (other, items.values[0])), precision)
     if isinstance(other, Text):
@@ -513,7 +529,7 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         return unequal("capital letters, and small ones")
     if a == b or words.turned(a) == words.turned(b):
         return equal("the same words")
-    if words.stated(a, b):
+    if words.stated(a, b) or words.stated(b, a):
         return equal("the same words, in a sentence")
     if words.placed(a, b):
         return equal("the same words but for a preposition")

@@ -112,6 +112,12 @@ def stated(sentence: str) -> str | None:
     return said if re.search(r"[\d\\]", said) else None
 
 
+def therefore(sentence: str) -> str | None:
+    """As ``concluded``, of a single sentence without a doubt."""
+    one = len(sentence) < 300 and not _SENTENCE_END.search(sentence.rstrip(".。 ")) and not _HEDGES.search(sentence)
+    return concluded(sentence) if one else None
+
+
 def concluded(text: str) -> str | None:
     """What the last "therefore … is" of a line leads to, if that ends the line; None otherwise."""
     found = _last(_THEREFORE, text[-2000:])

@@ -89,6 +89,8 @@ def _fraction(repeating: re.Match[str]) -> str:
     return f"({top}/{'9' * len(period)}{'0' * len(fixed)})"
 
 
+_LISTS = re.compile(r"\[ ?\[[^\[\]()]+\](?: ?, ?\[[^\[\]()]+\])* ?\]")  # a matrix as lists: [[1, 2], [3, 4]]
+_ROUND = str.maketrans("[]", "()")
 _REWRITTEN = tuple(  # where the first is in a text, the pattern, and what is put in its place
     (sign, re.compile(pattern), new)
     for sign, pattern, new in (
@@ -97,6 +99,7 @@ _REWRITTEN = tuple(  # where the first is in a text, the pattern, and what is pu
         ("//", r"(?<=[A-Z']) ?// ?(?=[A-Z])", "∥"),
         ("百分之", r"百分之\s*(\d+(?:\.\d+)?)", r"\1%"),
         ("per", r"\s?\bper ?cent\b|(?<=\d)\s?percentage\b(?! points?)", "%"),
+        ("‰", r"(?<=\d) ?‰", "/1000"),
         ("pct", r"(?<=\d)\s?pct\b", "%"),
         ("or", r"(?<=[)\]\d])or(?=[(\[\d\\-])", " or "),
         ("and", r"(?<=[)\]\d])and(?=[(\[\d\\-])", " and "),
@@ -143,7 +146,8 @@ def normalise(text: str) -> str:
             text = pattern.sub(new, text)
     text = _CHOOSE.sub(_count, text) if "_" in text and "^" in text else text
     text = re.sub(r"[^\S\n]+", " ", text)
-    return trim(re.sub(r" ?\n\s*", "\n", text) if "\n" in text else text)
+    text = trim(re.sub(r" ?\n\s*", "\n", text) if "\n" in text else text)
+    return text.translate(_ROUND) if _LISTS.fullmatch(text) else text
 
 
 _CHOOSE = re.compile(r"(?<![A-Za-z\\])([CA])\s*_\s*\{?\s*(\d{1,3}|[nm])\s*\}?\s*\^\s*\{?\s*(\d{1,3}|[kmr])\s*\}?")

@@ -15,6 +15,7 @@ _DIGITS = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"两
 _PLACES = {"十": 10, "百": 100, "千": 1000}
 _CHINESE = "[零〇一二两三四五六七八九十百千]{1,7}"
 _LEADING = re.compile(rf"({_CHINESE})(?=[^\s零〇一二两三四五六七八九十百千])(.{{1,8}})")
+_WORDS = re.compile(r"([A-Za-z]{3,9}(?:[ -](?:one|two|three|four|five|six|seven|eight|nine))?) ([a-z/ ]{1,24})")
 _PARTS = re.compile(rf"({_CHINESE})分之({_CHINESE})")
 
 
@@ -42,7 +43,10 @@ def number(text: str) -> str | None:
 
 
 def leading(text: str) -> tuple[str, str] | None:
-    """三十厘米 as (30, 厘米); None: it does not begin with a number in words."""
+    """三十厘米 and thirty cm as (30, 厘米), (30, cm); None: it does not begin with a number in words."""
+    if english := _WORDS.fullmatch(text):
+        count = _ENGLISH.get(english[1].casefold())
+        return None if count is None else (str(count), english[2])
     match = _LEADING.fullmatch(text)
     found = _chinese(match[1]) if match else None
     return None if found is None else (str(found), match[2])

@@ -157,13 +157,23 @@ def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers",
             agreed += 1
             integers += number == POINTS - 1
     if (differ or outside) and integers and names and all(n[0] in "nkm" for n in names):
-        return "integers"
+        return "integers" if all(_agree_at(a, b, names, more) for more in (3, 7)) else "unequal"
     if differ:
         return "unequal"
     enough = agreed >= (_NEEDED if names else 1)
     if enough:
         return "domain" if outside else "equal"
     return "unequal" if outside or nowhere else "open"
+
+
+def _agree_at(a: Tree, b: Tree, names: frozenset[str], more: int) -> bool:
+    """Whether two formulas agree at the whole numbers of the last probe plus ``more``; True where one has no value."""
+    at = {name: point(name, POINTS - 1) + more for name in names}
+    try:
+        left, right = evaluate(a, at), evaluate(b, at)
+    except Undecided:
+        return True
+    return bool(abs(left - right) <= context().mpf(10) ** -_AGREE * max(abs(left), abs(right)))
 
 
 def _complex(tree: Tree) -> bool:

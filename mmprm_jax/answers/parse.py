@@ -65,7 +65,7 @@ _LEAD = re.compile(
     r"|answer\s*[:.]\s*|answer\s+(?=[-+\d\\(])|答案\s*[是为:]*\s*|答\s*:\s*|(?:it|this) (?:is|equals) |≈|approximately "
     r"|approx\.? |about "
     r"|the (?:point|vector|set|interval|ordered pair) (?=[(\[⦃])"
-    r"|in (?=\d{4}$)|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
+    r"|in (?=\d{4}$)|(?:点|向量|区间|集合) ?(?=[(\[⦃])|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
     re.IGNORECASE,
 )
 _CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(a\.?m\.?|p\.?m\.?|o'clock)?", re.IGNORECASE)
@@ -111,12 +111,15 @@ def read(text: str) -> Value:
 _MAX_CONDITION = 200  # characters of what is matched in quadratic time
 _CONDITION = re.compile(r"([^()]*=(?:[^()]|\([^()]*\))*?) ?\( ?([^()=]*[<>≤≥≠][^()=]*) ?\)")
 _SOLUTION = re.compile(r"^ ?[a-z] ?=[^=;,]*, ?[a-z] ?=[^=;,]*;")  # x = 1, y = 2; x = 2, y = 1
+_SPACED = re.compile(r"-?[1-9]\d{0,2}(?: \d{3})+")
 _DECIMAL_COMMA = re.compile(r"-?(?:0|[1-9]\d*),\d+")
 _PIECE = re.compile(r"([^&\n]*?)[,& ]*(?:&|,| (?=if|for|when))\s*(?:if |for |when |, )*([^&\n,]*[<>≤≥≠=∈][^&\n]*)")
 
 
 def _one_number(text: str) -> Formula | None:
-    """Two numbers that another country writes as one: 0,5."""
+    """Numbers that another country writes as one: 0,5 and 10 500."""
+    if _SPACED.fullmatch(text):
+        return _number(text.replace(" ", ""))
     return _number(text.replace(",", ".")) if _DECIMAL_COMMA.fullmatch(text) else None
 
 
@@ -233,8 +236,11 @@ def _phrase(text: str) -> Value | None:
         return Region((Interval(*ends),), None)
     if date := dates.date(text):
         return date
-    found = numerals.number(text)
-    return _formula(found) if found else None
+    if found := numerals.number(text):
+        return _formula(found)
+    counted = numerals.leading(text)
+    unit = counted and units.parse_unit(counted[1])
+    return Quantity(_number(counted[0]), unit) if unit else None
 
 
 def item(text: str) -> Value:

@@ -6,9 +6,7 @@ import re
 
 from mmprm_jax.answers.normalise import trim
 
-_NOTE = re.compile(
-    r"\s*\(\s*(?:the answer is |answers? (?:are|is) )?(?:not unique|答案不唯一|不唯一)[^()]*\)\s*$", re.I
-)
+_NOTE = re.compile(r"\s*\(\s*(?:(?:the )?answers? (?:(?:are|is) )?)?(?:not unique|答案不唯一|不唯一)[^()]*\)\s*$", re.I)
 _FOR_ALL = re.compile(r"(?<=\S),? \(?for (?:all|any|every|each) (?:real )?(?:numbers? )?[a-z](?: ?∈ ?R)?\)?$")
 _OR = re.compile(r"\s*\(\s*(?:or|或)\s*(?:fill in\s*)?(.*)\)\s*$", re.I | re.S)
 _THAT_IS = re.compile(

@@ -176,7 +176,7 @@ class _Parser:
             elif self._accept("!"):
                 tree = ("!", tree)
             elif self._accept("°"):
-                tree = ("*", tree, ("/", ("c", "π"), ("n", Fraction(180))))
+                tree = ("*", tree, _PER_DEGREE)
             elif self._accept("%"):
                 tree = ("/", tree, ("n", Fraction(100)))
             else:
@@ -368,6 +368,16 @@ def variables(tree: Tree) -> frozenset[str]:
     if tree[0] == "v":
         return frozenset((tree[1],))
     return frozenset().union(*(variables(t) for t in tree[1:] if isinstance(t, tuple)))
+
+
+_PER_DEGREE: Tree = ("/", ("c", "π"), ("n", Fraction(180)))
+
+
+def without_degrees(tree: Tree) -> Tree:
+    """A tree with x in the place of each x°."""
+    if tree[0] == "*" and tree[2] == _PER_DEGREE:
+        return without_degrees(tree[1])
+    return tuple(without_degrees(t) if isinstance(t, tuple) else t for t in tree)
 
 
 def has_function(tree: Tree) -> bool:

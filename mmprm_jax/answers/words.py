@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+_NOT_NAMES = frozenset("no yes sas asa aas sss".split())  # that are as good in capital letters
+
 
 def letters(a: str, b: str) -> bool:
     """Whether two texts differ in case alone, where that means nothing: AB is no ab."""
     same = a.casefold() == b.casefold()
-    return same and (a.isupper() == b.isupper() or len(a) > 3 or a.casefold() in ("no", "yes"))
+    return same and (a.isupper() == b.isupper() or len(a) > 3 or a.casefold() in _NOT_NAMES)
 
 
 _FIGURES = re.compile(r"(?:△|triangle |rt△)([a-z]'*)([a-z]'*)([a-z]'*)")

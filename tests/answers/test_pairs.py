@@ -52,6 +52,14 @@ def test_most_of_what_differs_is_known_to_differ():
         ("5\x00", "5"),
         ("", "5"),
         ("9:10", "18:20"),
+        ("10500", "10 500"),
+        ("3,4", "3.4"),
+        ("x_1=1, x_2=3", "x_1=3, x_2=1"),
+        ("\\ln(ab)", "\\ln a+\\ln b"),
+        ("f(x)=\\begin{cases}x,&x\\ge 0\\\\-x,&x<0\\end{cases}", "|x|"),
+        ("May 1, 2024", "May 1"),
+        ("3", "x+y=3"),
+        ("5", "We add the two sides, " * 30),
     ],
 )
 def test_what_cannot_be_told_is_unknown(gold, prediction):
