@@ -45,7 +45,7 @@ def chosen(text: str) -> Chosen | None:
     """What a normalised text chooses; None: it names no letter."""
     text = re.sub("^(?:故|应|答案)?选[项择]?:? ?(?=[A-K])", "", text)
     text = _OPTION.sub("", _BECAUSE.sub(r"\1", lead(text)))
-    if re.match(r"\(I\)[^\n]*\(II\)", text):
+    if re.match(r"\(I\)[^\n]*\(II\)|\(a\)[^\n]*\(b\)", text):
         return None  # the parts of an answer
     if so := _SO.search(text):
         return Chosen(frozenset(so[1]))
