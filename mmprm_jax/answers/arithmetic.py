@@ -22,7 +22,7 @@ def formulas(gold: Formula, prediction: Formula, precision: int | None = None) -
     decimals = gold.decimals if precision is None else precision
     exactly = _same(gold.tree, prediction.tree)
     if exactly:
-        if prediction.uncomputed and gold.tree[0] in ("n", "-"):
+        if prediction.uncomputed and not gold.uncomputed and _computed(gold.tree):
             return unknown("the prediction is a sum or product that was left uncomputed")
         return exactly
     if decimals is not None and not (precision is None and prediction.digits > _FLOAT_DIGITS):
@@ -31,6 +31,11 @@ def formulas(gold: Formula, prediction: Formula, precision: int | None = None) -
             places = f"{decimals} decimal{'s' * (decimals != 1)}"
             return equal(f"equal when rounded to {places}") if close else unequal(f"different at {places}")
     return exactly
+
+
+def _computed(tree: Tree) -> bool:
+    """Whether a number has no sum, power or function in it: 5, 2/3, 30°."""
+    return tree[0] in "nc" or tree[0] in "-*/" and all(map(_computed, tree[1:]))
 
 
 def _percent(gold: Formula, prediction: Formula) -> Verdict:
@@ -65,6 +70,8 @@ def _same(a: Tree, b: Tree) -> Verdict:
         return equal("equal to 60 digits at every probe")
     if found == "unequal":
         return unequal("different at a probe")
+    if found == "domain":
+        return unknown("equal where both are real, but not where only one of them is")
     return unknown(
         OPEN + ("equal for whole numbers, not in between" if found == "integers" else "no probe has a value")
     )
@@ -107,7 +114,11 @@ def radians(quantity: Quantity) -> Formula | None:
 def equations(gold: Equation, prediction: Equation) -> Verdict:
     """Two equations between formulas, by their normal form: one is a constant multiple of the other."""
     a, b = (("+", e.left, ("-", e.right.tree)) for e in (gold, prediction))
-    return _multiple(a, b, positive=False)
+    found = _multiple(a, b, positive=False)
+    if found.kind == "unknown":
+        sides = [{syntax.shape(e.left), syntax.shape(e.right.tree)} for e in (gold, prediction)]
+        return equal("the same sides") if sides[0] == sides[1] else found
+    return found
 
 
 def chains(gold: Relation, prediction: Relation) -> Verdict:

@@ -22,6 +22,12 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 
+_BECAUSE = re.compile(r"^(\(?[A-K]\)?)[.,]? (?:because|since)\b[^\n]*$")
+_OPTION = re.compile(r"^(?:option|choice|选项?) ?(?=\(?[A-K]\)? ?[.:)] ?\S)", re.I)
+_SO = re.compile(  # A and B are wrong, so D
+    r"(?i:\b(?:so|thus|hence|therefore)\b,? (?:(?:the )?(?:correct )?(?:answer|option|choice) (?:is|must be) )?)"
+    r"\(?([A-K])\)?$"
+)
 _ITSELF = re.compile(r"\(?[A-K]\)\s|[A-K][.:]\s")  # a gold answer that is a letter and its text
 
 Same = Callable[[str, str], Verdict]
@@ -37,7 +43,12 @@ class Chosen:
 
 def chosen(text: str) -> Chosen | None:
     """What a normalised text chooses; None: it names no letter."""
-    text = lead(text)
+    text = re.sub("^(?:故|应|答案)?选[项择]?:? ?(?=[A-K])", "", text)
+    text = _OPTION.sub("", _BECAUSE.sub(r"\1", lead(text)))
+    if re.match(r"\(I\)[^\n]*\(II\)|\(a\)[^\n]*\(b\)", text):
+        return None  # the parts of an answer
+    if so := _SO.search(text):
+        return Chosen(frozenset(so[1]))
     named = _NAMED.fullmatch(text)
     if named and len(text) > 1 and named[1].isupper():
         return Chosen(frozenset(named[1].upper()))

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
-from mmprm_jax.answers import arithmetic, choice, extract, families, numeric, relations, remarks, units, words
+from mmprm_jax.answers import arithmetic, choice, extract, families, numeric, relations, remarks, syntax, units, words
 from mmprm_jax.answers.arithmetic import OPEN, every
 from mmprm_jax.answers.normalise import MAX_LENGTH, normalise
 from mmprm_jax.answers.parse import read
 from mmprm_jax.answers.values import (
+    Date,
     Equation,
     Family,
     Formula,
@@ -37,6 +39,11 @@ Options = Sequence[str] | Mapping[str, str]
 _STRANGE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 _MAX_REASON = 300  # characters; parts within parts have long ones
 _BESIDE = re.compile(r" ?([^\w\s.]) ?")
+_WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}|[\u4e00-\u9fff]")
+_FIGURE = re.compile(
+    r"(?:the )?(?:points?|lines?|(?:line )?segments?|rays?|edges?|sides?|planes?) ([A-Z](?:[A-Z_'\d]|, ?)*)"
+)
+_SENTENCES = 20  # words: more than an answer has
 _MAX_MATCHED = 30  # items of a list without order
 
 
@@ -95,13 +102,15 @@ def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
     """The prediction as a whole answer, then the answer it commits to."""
     found = extract.committed(prediction)
     source = extract.committed(gold)
-    gold = source.text if source and not source.earlier else gold
+    gold = ", ".join((*source.earlier, source.text)) if source else gold
     if not (found and found.earlier) and _compact(gold) == _compact(found.text if found else prediction):
         return equal("the same text")
     golds = _alternatives(gold)
     if found is None:
-        return _any(golds, prediction, settings)
+        return _uncommitted(golds, prediction, settings)
     verdict = _any(golds, found.text, settings)
+    if not verdict and OPEN in verdict.reason and (said := extract.stated(found.text)):
+        verdict = _any(golds, said, settings) or verdict
     if found.earlier:
         together = _any(golds, "\n".join((*reversed(found.earlier), found.text)), settings)
         listed = _any(golds, ", ".join((*found.earlier, found.text)), settings)
@@ -109,6 +118,21 @@ def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
             return together or listed
         if verdict:
             return unknown("several different boxed answers, of which the last one is right")
+    return verdict
+
+
+def _uncommitted(golds: tuple[tuple[str, ...], bool], prediction: str, settings: Settings) -> Verdict:
+    """A prediction that is the answer itself, or one sentence that says it."""
+    verdict = _any(golds, prediction, settings)
+    count = len(_WORD.findall(prediction))
+    short = max(len(_WORD.findall(gold)) for gold in golds[0]) < 3  # two sentences are about the same thing, or not
+    if verdict or not (count > 1 and short and verdict.kind == "unequal" or OPEN in verdict.reason):
+        return verdict
+    for text in (f(prediction.strip()) for f in (extract.only_formula, extract.stated, extract.therefore)):
+        if text and (found := _any(golds, text, settings)):
+            return found
+    if verdict.kind == "unequal" and count > _SENTENCES:
+        return unknown("sentences that commit to no answer")
     return verdict
 
 
@@ -139,12 +163,13 @@ def _any(golds: tuple[tuple[str, ...], bool], prediction: str, settings: Setting
 def _remarked(gold: str, prediction: str, settings: Settings) -> Verdict:
     """Two normalised answers; what a remark behind one of them says counts only if both have one."""
     verdict = _texts(gold, prediction, settings)
-    if verdict.kind != "unknown" or ")" not in (gold[-1:], prediction[-1:]):
+    if verdict or ")" not in (gold[-1:], prediction[-1:]):
         return verdict
     plain = [remarks.answer(gold), remarks.answer(prediction)]
     if (plain[0] is None) == (plain[1] is None):
         return verdict
-    return _texts(plain[0] or gold, plain[1] or prediction, settings)
+    found = _texts(plain[0] or gold, plain[1] or prediction, settings)
+    return found if found or verdict.kind == "unknown" else verdict
 
 
 def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
@@ -153,10 +178,15 @@ def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
         return equal("the same text")
     if gold.replace(" ", "").isalpha() and words.letters(gold, prediction):
         return equal("the same words")
+    if (said := words.answered(gold, prediction)) is not None:
+        return equal("the same answer, and a reason") if said else unequal("the other answer, and a reason")
     plain = dataclasses.replace(settings, options=())
     chosen = choice.compare(gold, prediction, dict(settings.options), lambda a, b: _texts(a, b, plain))
     if chosen is not None:
         return chosen
+    figures = [_FIGURE.fullmatch(text) for text in (gold, prediction)]
+    if (figures[0] is None) != (figures[1] is None):  # point C is C
+        gold, prediction = (f[1] if f else text for f, text in zip(figures, (gold, prediction), strict=True))
     given = choice.chosen(prediction) if settings.options else None
     if given and len(given.letters) == 1 and (text := dict(settings.options).get(min(given.letters))):
         return _texts(gold, text, plain)
@@ -193,6 +223,8 @@ def values(gold: Value, prediction: Value, precision: int | None = None) -> Verd
         return _ranges(gold, prediction)
     if isinstance(gold, Ratio | Time) or isinstance(prediction, Ratio | Time):
         return _ratios(gold, prediction, precision)
+    if isinstance(gold, Date) or isinstance(prediction, Date):
+        return _dates(gold, prediction)
     if isinstance(gold, Nothing) or isinstance(prediction, Nothing):
         same = all(
             isinstance(v, Nothing) or isinstance(v, Formula) and v.tree == ("v", "φ") for v in (gold, prediction)
@@ -201,12 +233,35 @@ def values(gold: Value, prediction: Value, precision: int | None = None) -> Verd
     return _measures(gold, prediction, precision)
 
 
+def _degrees_left_out(gold: Formula, prediction: Formula) -> Verdict | None:
+    """180° - 2α and 180 - 2α; None: no such pair."""
+    trees = [syntax.without_degrees(side.tree) for side in (gold, prediction)]
+    marked = [bare != side.tree for bare, side in zip(trees, (gold, prediction), strict=True)]
+    if marked[0] == marked[1] or not all(syntax.variables(tree) for tree in trees):
+        return None
+    if any(syntax.has_function(tree) or "π" in syntax.shape(tree) for tree in trees):
+        return None
+    found = arithmetic.formulas(*map(Formula, trees))
+    return equal(f"{found.reason}, the degree sign left out") if found else None
+
+
+def _dates(gold: Value, prediction: Value) -> Verdict:
+    if not (isinstance(gold, Date) and isinstance(prediction, Date)):
+        return unequal("one is a date")
+    if (gold.month, gold.day) != (prediction.month, prediction.day):
+        return unequal("different dates")
+    if None in (gold.year, prediction.year) and gold != prediction:
+        return unknown("the same day of which only one has a year")
+    return equal("the same date") if gold == prediction else unequal("different years")
+
+
 def _measures(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     """Formulas and quantities; a unit may be left out."""
     if isinstance(gold, Quantity) and isinstance(prediction, Quantity):
         return arithmetic.quantities(gold, prediction, precision)
     if isinstance(gold, Formula) and isinstance(prediction, Formula):
-        return arithmetic.formulas(gold, prediction, precision)
+        found = arithmetic.formulas(gold, prediction, precision)
+        return found or _degrees_left_out(gold, prediction) or found
     quantity, bare = (gold, prediction) if isinstance(gold, Quantity) else (prediction, gold)
     assert isinstance(quantity, Quantity) and isinstance(bare, Formula)
     pairs = [(quantity.number, bare, "the unit left out")]
@@ -233,8 +288,9 @@ def _measures(gold: Value, prediction: Value, precision: int | None) -> Verdict:
 
 def _equations(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if isinstance(gold, Equation) and isinstance(prediction, Equation):
-        if gold.name and prediction.name and _same_name(gold.name, prediction.name):
+        if gold.name and prediction.name and _same_name(gold, prediction):
             return values(gold.right, prediction.right, precision)
+        gold, prediction = _in_one_unit(gold, prediction)
         if _formulas(gold) and _formulas(prediction):
             called = [bool(e.name and "(" in e.name) for e in (gold, prediction)]
             if called[0] != called[1]:  # f(x) = 2x and y = 2x
@@ -255,13 +311,27 @@ def _equations(gold: Value, prediction: Value, precision: int | None) -> Verdict
     found = values(*pair, precision)
     if found and isinstance(equation.right, Formula) and equation.right.tree[0] == "v":
         return unknown("one of two things that are said to be equal")  # AB = CD
+    asked = equation is prediction and isinstance(other, Formula) and not syntax.variables(other.tree)
+    if found and asked and other.tree != syntax.ZERO and _is_asked(equation.left):
+        return found
     if found and not equation.name and equation.left is not None and not _says_a_value(equation):
         return unknown("the value that an equation's right side has")
     return found
 
 
-def _same_name(a: str, b: str) -> bool:
-    """x is x, and one of x_1 and x_2."""
+def _in_one_unit(*equations: Equation) -> tuple[Equation, ...]:
+    """∠1 + ∠2 = 180° and a + b = 5 cm with numbers on the right, if both have the same unit."""
+    sides = [equation.right for equation in equations]
+    if not all(isinstance(side, Quantity) for side in sides) or sides[0].unit != sides[1].unit:
+        return equations
+    return tuple(dataclasses.replace(e, right=arithmetic.radians(e.right) or e.right.number) for e in equations)
+
+
+def _same_name(gold: Equation, prediction: Equation) -> bool:
+    """x is x, and one of x_1 and x_2; an angle A is ∠A."""
+    a, b = gold.name or "", prediction.name or ""
+    if a.removeprefix("∠") == b.removeprefix("∠") and isinstance(gold.right, Quantity):
+        return arithmetic.radians(gold.right) is not None
     return a == b or ("_" in a) != ("_" in b) and a.split("_")[0] == b.split("_")[0]
 
 
@@ -269,12 +339,29 @@ def _formulas(equation: Equation) -> bool:
     return equation.left is not None and isinstance(equation.right, Formula)
 
 
+def _is_asked(left: syntax.Tree | None) -> bool:
+    """Whether a left side can be what a question asks for: a + b, xy; not 2x + 3, a step on the way to x."""
+    if left is None or len(syntax.variables(left)) < 2 or syntax.variables(left) <= {"x", "y", "z"}:  # a line
+        return False
+
+    def bare(tree: syntax.Tree) -> bool:
+        if tree[0] == "^":
+            return tree[1][0] == "v" and tree[2][0] == "n"
+        return tree[0] == "v" or tree[0] in "+-*/" and all(bare(t) for t in tree[1:])
+
+    return bare(left)
+
+
 def _says_a_value(equation: Equation) -> bool:
     """Whether an equation says what something is: |AB| = 5, tan A = 2, 2 + 3 = 5; not 2x = 5."""
     assert equation.left is not None
     if equation.left[0] in ("v", "f"):
         return True
-    return bool(_formulas(equation) and arithmetic.formulas(Formula(equation.left), equation.right))
+    if equation.left[0] in ("*", "/") and all(t[0] == "v" and re.match("[A-Z∠].", t[1]) for t in equation.left[1:]):
+        return True  # AB / CD = 2
+    return isinstance(equation.right, Formula | Quantity) and bool(
+        _measures(Formula(equation.left), equation.right, None)
+    )
 
 
 def _items(gold: Value, prediction: Value, precision: int | None) -> Verdict:
@@ -285,19 +372,42 @@ def _items(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if isinstance(other, Region) and items.region:
         return _ranges(*((items.region, other) if items is gold else (other, items.region)))
     if isinstance(other, Formula) and items.formula:
-        return arithmetic.formulas(*((items.formula, other) if items is gold else (other, items.formula)))
+        found = arithmetic.formulas(*((items.formula, other) if items is gold else (other, items.formula)))
+        if found and (items is gold and items.kind == "list" or items.kind == "parts"):
+            return unknown("several numbers, or one with a comma or spaces in it")
+        return found
     if len(items.values) == 1 and items.kind == "set" and not isinstance(items.values[0], Nothing):
         return values(*((items.values[0], other) if items is gold else (other, items.values[0])), precision)
     if isinstance(other, Text):
         return unknown(OPEN + "the prediction is text" if items is gold else OPEN + "the gold answer is text")
+    if isinstance(other, Formula) and syntax.variables(other.tree) and all(map(_is_piece, items.values)):
+        return unknown("a function in pieces, and one formula")
+    if isinstance(other, Relation) and all(isinstance(v, Relation) for v in items.values):  # a < b < c
+        sides = [
+            [Relation((op,), pair) for v in side for op, pair in zip(v.ops, itertools.pairwise(v.trees), strict=True)]
+            for side in ((items.values, (other,)) if items is gold else ((other,), items.values))
+        ]
+        return _matched(*sides, precision) if len(sides[0]) == len(sides[1]) else unequal("different relations")
+    if items.kind == "or" and all(
+        values(*((v, other) if items is gold else (other, v)), precision) for v in items.values
+    ):
+        return equal("the same value in several forms")
     if items is gold and items.kind in ("list", "or") and any(values(v, other, precision) for v in items.values):
         return unequal("only a part of the gold answer")
     return unequal(f"one answer, and {len(items.values)}")
 
 
+def _is_piece(value: Value) -> bool:
+    return isinstance(value, Items) and value.kind == "tuple" and isinstance(value.values[-1], Region | Relation)
+
+
 def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict:
     a, b = gold.values, prediction.values
     kinds = {gold.kind, prediction.kind}
+    if len(a) != len(b) and kinds <= {"list", "parts", "maybe"} and len(flat := _flat(a)) == len(_flat(b)):
+        together = every([values(x, y, precision) for x, y in zip(flat, _flat(b), strict=True)])
+        if together:
+            return dataclasses.replace(together, reason="equal, one after the other")
     if "or" in kinds and kinds & {"parts", "tuple"}:
         return unequal("one or the other, and one after the other")
     if kinds == {"set", "tuple"} and len(a if gold.kind == "set" else b) == 1:  # {(1, 2)}
@@ -320,9 +430,15 @@ def _two_items(gold: Items, prediction: Items, precision: int | None) -> Verdict
             return unequal("one is open where the other is closed")
     if ordered and _ascending(gold.region or prediction.region) and None in (gold.region, prediction.region):
         return unknown("an interval or a list in square brackets")
-    if ordered or "tuple" in kinds or gold.kind == "parts":
+    if ordered or "tuple" in kinds or gold.kind == "parts" and not _same_names(gold, prediction):
         return ordered
-    if unlike:  # x = 2, y = 1 is no 1, 2
+    if _same_names(gold, prediction) and not unlike and not _unlike(gold.values):  # x_1 = 1, x_2 = 3
+        by_name = every([values(x, y, precision) for x, y in zip(_by_name(a), _by_name(b), strict=True)])
+        if by_name:
+            return by_name
+        found = _matched([v.right for v in a], [v.right for v in b], precision)
+        return unknown("equal but for the names") if found else found
+    if unlike or _same_names(gold, prediction):  # x = 2, y = 1 is no 1, 2
         return every([values(x, y, precision) for x, y in zip(_by_name(a), _by_name(b), strict=True)])
     found = _matched(a, b, precision)
     if found and ("maybe" in kinds or "parts" in kinds):
@@ -350,6 +466,18 @@ def _unlike(items: tuple[Value, ...]) -> bool:
     """Whether the items are values of different things, x and y; x_1 and x_2 are two of one."""
     names = [item.name.split("_")[0] if isinstance(item, Equation) and item.name else None for item in items]
     return None not in names and len(set(names)) == len(names)
+
+
+def _same_names(a: Items, b: Items) -> bool:
+    """Whether both say the values of the same different things, in whatever order."""
+    names = [[v.name if isinstance(v, Equation) else None for v in items.values] for items in (a, b)]
+    return None not in names[0] and len(set(names[0])) == len(names[0]) and set(names[0]) == set(names[1])
+
+
+def _flat(items: Sequence[Value]) -> list[Value]:
+    """The items, and those of what is itself a list."""
+    return [v for item in items for v in (item.values if isinstance(item, Items) and item.kind in ("list", "parts")
+                                          else (item,))]  # fmt: skip
 
 
 def _distinct(items: tuple[Value, ...]) -> tuple[Value, ...]:
@@ -387,6 +515,9 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     if not (isinstance(gold, Text) and isinstance(prediction, Text)):
         text, other = (gold, prediction) if isinstance(gold, Text) else (prediction, gold)
         assert isinstance(text, Text)
+        if isinstance(other, Region | Relation) and (said := words.inequality(text.text)):
+            found = read(said)
+            return values(*((found, other) if text is gold else (other, found)), precision)
         if text.formula and not isinstance(other, Text):
             pair = (text.formula, other) if text is gold else (other, text.formula)
             return values(*pair, precision)
@@ -398,6 +529,10 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         return unequal("capital letters, and small ones")
     if a == b or words.turned(a) == words.turned(b):
         return equal("the same words")
+    if words.stated(a, b) or words.stated(b, a):
+        return equal("the same words, in a sentence")
+    if words.placed(a, b):
+        return equal("the same words but for a preposition")
     if re.sub("[ -]", "", a) == re.sub("[ -]", "", b):
         return equal("the same words but for spaces and hyphens")
     if gold.formula and prediction.formula and arithmetic.formulas(gold.formula, prediction.formula):
@@ -461,7 +596,9 @@ def _ratios(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         return unequal("one is a ratio")
     quotient = Formula(("/", *ratio.trees))
     found = arithmetic.formulas(*((quotient, other) if ratio is gold else (other, quotient)), precision)
-    return unknown("a ratio or a time of the day") if found and ratio.clock is not None else found
+    if not found or ratio.clock is None or other.tree == quotient.tree:  # 9:10 and 9/10
+        return found
+    return unknown("a ratio or a time of the day")
 
 
 def _proportional(gold: Ratio, prediction: Ratio) -> Verdict:

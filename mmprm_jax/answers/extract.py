@@ -76,6 +76,48 @@ def _bare(text: str) -> str:
     return text.strip("*").strip()
 
 
+_CONCLUDES = re.compile(
+    r"\b(?:therefore|thus|hence|so|is|are|equals|gets?|finds?|obtains?|have|gives?|solutions?|answers?)\b", re.I
+)
+_HEDGES = re.compile(
+    r"\b(?:not?|never|nor|if|when|where|or|but|except|unless|either|perhaps|maybe|might|could|guess|wrong|let|suppose"
+    r"|assume|given|cannot|without|impossible|invalid|reject\w*|extraneous|false|incorrect|excluded?|fails?"
+    r"|discard\w*|contradict\w*)\b|n't\b|[不非没或若如设]",
+    re.I,
+)
+_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+
+
+def only_formula(sentence: str) -> str | None:
+    """The only formula of a short sentence that states it: "Therefore $x > 5$ is the solution". None: no such one."""
+    if len(sentence) > 300 or not ("$" in sentence or "\\" in sentence):
+        return None
+    found = _FORMULA.findall(sentence)
+    around = _FORMULA.sub(" ", sentence)
+    if len(found) != 1 or "$" in around or not _CONCLUDES.search(around) or _HEDGES.search(around):
+        return None
+    text = "".join(found[0]).strip()
+    return text if not re.search(r"\d", around) and not re.fullmatch("[A-Za-z]", text) else None
+
+
+_STATED = re.compile(r"[^.。,，;；\n]{3,200}?(?:\b(?:is|are|equals)\b|等于|[为是])(?P<said>[^,，;；\n]{1,80}?)[.。]?")
+
+
+def stated(sentence: str) -> str | None:
+    """What a single sentence says that something is: "The sum of the first 10 terms is 55". None: another sentence."""
+    match = _STATED.fullmatch(sentence.strip()) if len(sentence) < 300 else None
+    if not match or _HEDGES.search(sentence) or re.search(r"\band\b|\bis\b|\bare\b|[和是]", match["said"]):
+        return None
+    said = match["said"].strip()
+    return said if re.search(r"[\d\\]", said) else None
+
+
+def therefore(sentence: str) -> str | None:
+    """As ``concluded``, of a single sentence without a doubt."""
+    one = len(sentence) < 300 and not _SENTENCE_END.search(sentence.rstrip(".。 ")) and not _HEDGES.search(sentence)
+    return concluded(sentence) if one else None
+
+
 def concluded(text: str) -> str | None:
     """What the last "therefore … is" of a line leads to, if that ends the line; None otherwise."""
     found = _last(_THEREFORE, text[-2000:])

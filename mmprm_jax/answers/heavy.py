@@ -58,7 +58,7 @@ def _settle(gold: str, prediction: str, version: int) -> Verdict | None:
     if isinstance(a, Formula) and isinstance(b, Formula):
         return equal("equal by sympy's simplify") if _simplified(a.tree, b.tree) else None
     if isinstance(a, Text) or isinstance(b, Text):
-        trusted = _trusted(gold) and _trusted(prediction)
+        trusted = _trusted(gold) and _trusted(prediction) and _COMMANDS.search(gold + prediction)
         return equal("equal by Math-Verify") if trusted and _math_verify(gold, prediction) else None
     return None
 

@@ -29,7 +29,8 @@ _AFTER_NFKC = str.maketrans(
     {"−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": "*", "✕": "*", "·": "*", "⋅": "*", "∙": "*", "•": "*",
      "÷": "/", "⁄": "/", "∕": "/", "。": ".", "、": ",", "≦": "≤", "⩽": "≤", "≧": "≥", "⩾": "≥", "∶": ":",
      "“": '"', "”": '"', "‘": "'", "’": "'", "∆": "△", "⌀": "∅", "Ø": "∅", "ϕ": "φ", "ɑ": "α", "\u200b": "",
-     "\ufeff": "", "【": "[", "】": "]", "《": "", "》": "", "∨": " or ", "∧": " and ", "〉": ")", "〈": "("}
+     "\ufeff": "", "【": "[", "】": "]", "《": "", "》": "", "∨": " or ", "∧": " and ", "〉": ")", "〈": "(",
+     "≌": "≅", "∽": "~", "∼": "~", "⟂": "⊥", "⫽": "∥"}
 )  # fmt: skip
 
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "varepsilon": "ε", "zeta": "ζ",
@@ -46,7 +47,8 @@ _SYMBOLS = GREEK | {
     "or": " or ", "lor": " or ", "and": " and ", "land": " and ", "approx": "≈", "perp": "⊥", "parallel": "∥",
     "because": " ", "therefore": " ", "prime": "'", "lbrace": "⦃", "rbrace": "⦄", "lbrack": "[", "rbrack": "]",
     "langle": "(", "rangle": ")", "cong": "≅", "sim": "~", "backsim": "~", "dots": "...", "ldots": "...",
-    "cdots": "...", "celsius": "°C", "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac",
+    "cdots": "...", "celsius": "°C", "odot": "⊙", "bigodot": "⊙",
+    "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac",
     "arcsin": "\\asin", "arccos": "\\acos", "arctan": "\\atan", "tg": "\\tan",
 }  # fmt: skip
 _NOTHING = frozenset(
@@ -57,12 +59,16 @@ _CONTENT = frozenset(  # of these only what is in the braces counts
     "mathbf mathit mathsf mathbb mathcal boldsymbol bm hat widehat bar vec emph underline tilde pmb".split()
 )
 _VECTORS = {"i": "ı", "j": "ȷ", "k": "ĸ", "\\imath": "ı", "\\jmath": "ȷ"}  # \vec{i}
-_WORDS = frozenset("text mathrm textbf textit textrm textsf mbox hbox operatorname unit si textup".split())
+_WORDS = frozenset("text mathrm textbf textit textrm textsf textnormal mbox hbox operatorname unit si textup".split())
 _TWO = {"quantity", "qty", "SI"}  # {18}{cm}
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
 _DOLLARS = re.compile(r"\$+")
 _DEGREE = re.compile(r"(?:\{\s*\})?\^\s*(?:\{\s*°\s*\}|°)|\\?textdegree")
 _BOLD = re.compile(r"(?<![\w*])(\*\*|__)(?=\S)([^*_\n]+)(?<=\S)\1(?![\w*])")
+_ESCAPED = re.compile(  # a text that was escaped twice: \\frac
+    r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|leq?|geq?|leqslant|geqslant|pi|text|left|right|cdot|times|infty|cup|cap|in|pm|mathrm"
+    r"|mathbb|boxed|angle|triangle|circ|sin|cos|tan|log|ln|alpha|beta|theta|neq?|begin|end|overline|vec|quad)(?![A-Za-z]))"
+)
 _MAX_NESTED = 9  # \text in \text
 _MARK = "\uf8ff"  # a private character: the dollar of a price
 
@@ -83,14 +89,40 @@ def _fraction(repeating: re.Match[str]) -> str:
     return f"({top}/{'9' * len(period)}{'0' * len(fixed)})"
 
 
+_LISTS = re.compile(r"\[ ?\[[^\[\]()]+\](?: ?, ?\[[^\[\]()]+\])* ?\]")  # a matrix as lists: [[1, 2], [3, 4]]
+_ROUND = str.maketrans("[]", "()")
+_REWRITTEN = tuple(  # where the first is in a text, the pattern, and what is put in its place
+    (sign, re.compile(pattern), new)
+    for sign, pattern, new in (
+        ("°", r"(?<=\d) ?° +([CF])(?![\w'])", r"°\1"),
+        ("∠", r"(?<![A-Za-z0-9_])m ?(?=∠)", ""),  # the measure of an angle
+        ("//", r"(?<=[A-Z']) ?// ?(?=[A-Z])", "∥"),
+        ("百分之", r"百分之\s*(\d+(?:\.\d+)?)", r"\1%"),
+        ("per", r"\s?\bper ?cent\b|(?<=\d)\s?percentage\b(?! points?)", "%"),
+        ("‰", r"(?<=\d) ?‰", "/1000"),
+        ("pct", r"(?<=\d)\s?pct\b", "%"),
+        ("or", r"(?<=[)\]\d])or(?=[(\[\d\\-])", " or "),
+        ("and", r"(?<=[)\]\d])and(?=[(\[\d\\-])", " and "),
+        ("又", r"(?<=\d)\s*又\s*(?=[\d\\])", " "),  # 2又1/2
+        ("infinity", r"\b(?:positive )?infinity\b", "∞"),
+        ("'", r"('\s*\d+(?:\.\d+)?)\"", r"\1''"),  # 30°15'20"
+        ("'", r"\^\s*(?:\{\s*('+)\s*\}|('))", r"\1\2"),  # ^{\prime}
+    )
+)
+
+
 @functools.lru_cache(maxsize=2048)
 def normalise(text: str) -> str:
     """The text in the alphabet above, without what surrounds an answer. Text over MAX_LENGTH is cut off."""
     if text.isascii() and (text.isdigit() or text.isalpha()):
-        return text
+        return "∞" if text.casefold() == "infinity" else text
     text = _unicode(text[:MAX_LENGTH])[:MAX_LENGTH]
-    text = _BOLD.sub(r"\2", text.replace("`", "")).replace("****", "")
-    text = re.sub(r"^\s*(?:#{1,6} +(?=\S)|\*{1,3}([^*\n]+)\*{1,3}\s*$)", lambda m: m[1] or "", text)
+    if "\\\\" in text and "\\begin" not in text:
+        text = _ESCAPED.sub(r"\\", text)
+    text = text.replace("`", "")
+    if "*" in text or "_" in text or "#" in text:
+        text = _BOLD.sub(r"\2", text).replace("****", "")
+        text = re.sub(r"^\s*(?:#{1,6} +(?=\S)|\*{1,3}([^*\n]+)\*{1,3}\s*$)", lambda m: m[1] or "", text)
     text = _mathematics(text.replace("\\$", _MARK)).replace(_MARK, "$")
     for old, new in (
         ("\\\\", "\n"),
@@ -103,28 +135,28 @@ def normalise(text: str) -> str:
     ):
         text = text.replace(old, new)
     text = _thousands(text)
-    text = re.sub(r"\\[,;:! ]|~(?=\d)", lambda m: " " if m[0] != "\\!" else "", text)
-    text = _REPEATING.sub(_fraction, re.sub(r"\\[cl]?dots(?![a-z])", "...", _environments(text)))
-    text = _commands(text)
-    text = _DEGREE.sub("°", text)
+    if "\\" in text or "~" in text:
+        text = re.sub(r"\\[,;:! ]|~(?=\d)", lambda m: " " if m[0] != "\\!" else "", text)
+        text = re.sub(r"\\[cl]?dots(?![a-z])", "...", _environments(text))
+    text = _commands(_REPEATING.sub(_fraction, text)) if "." in text or "\\" in text else text
+    text = _DEGREE.sub("°", text) if "°" in text or "textdegree" in text else text
     text = text.replace("≤=", "≤").replace("<=", "≤").replace(">=", "≥").replace("!=", "≠").replace("+-", "±")
-    text = re.sub(r"百分之\s*(\d+(?:\.\d+)?)", r"\1%", text)
-    text = re.sub(r"\s?\bper ?cent\b", "%", text)
-    text = re.sub(r"(?<=\d)\s*又\s*(?=[\d\\])", " ", text)  # 2又1/2
-    text = re.sub(r"\b(?:positive )?infinity\b", "∞", text) if "infinity" in text else text
+    for sign, pattern, new in _REWRITTEN:
+        if sign in text:
+            text = pattern.sub(new, text)
     text = _CHOOSE.sub(_count, text) if "_" in text and "^" in text else text
-    if "'" in text:
-        text = re.sub(r"('\s*\d+(?:\.\d+)?)\"", r"\1''", text)  # 30°15'20"
-        text = re.sub(r"\^\s*(?:\{\s*('+)\s*\}|('))", r"\1\2", text)  # ^{\prime}
     text = re.sub(r"[^\S\n]+", " ", text)
-    return trim(re.sub(r" ?\n\s*", "\n", text))
+    text = trim(re.sub(r" ?\n\s*", "\n", text) if "\n" in text else text)
+    return text.translate(_ROUND) if _LISTS.fullmatch(text) else text
 
 
-_CHOOSE = re.compile(r"(?<![A-Za-z\\])([CA])\s*_\s*\{?\s*(\d{1,3})\s*\}?\s*\^\s*\{?\s*(\d{1,3})\s*\}?")
+_CHOOSE = re.compile(r"(?<![A-Za-z\\])([CA])\s*_\s*\{?\s*(\d{1,3}|[nm])\s*\}?\s*\^\s*\{?\s*(\d{1,3}|[kmr])\s*\}?")
 
 
 def _count(match: re.Match[str]) -> str:
-    """C_5^2 and A_5^2: how many combinations and permutations."""
+    """C_5^2 and A_5^2: how many combinations and permutations; of n things, only the combinations."""
+    if not (match[2].isdigit() and match[3].isdigit()):
+        return f"\\binom{{{match[2]}}}{{{match[3]}}}" if match[1] == "C" else match[0]
     n, k = int(match[2]), int(match[3])
     if n < k:
         return match[0]
@@ -134,20 +166,32 @@ def _count(match: re.Match[str]) -> str:
 def trim(text: str) -> str:
     """Without space and the full stops, commas and quotation marks that end or surround an answer."""
     text = text.strip()
-    while text and (text[-1] in ".,;:\"' " or text[0] in '" '):
+    while text and not text.endswith("...") and (text[-1] in ".,;:?\"' " or text[0] in '" '):
         if text[-1] in "'" and text[0] not in "\"'":
             break  # A' is a point
-        text = text.strip('" ').rstrip(".,;: ")
+        text = text.strip('" ').rstrip(".,;:? ")
         if text[:1] == "'" and text[-1:] == "'":
             text = text[1:-1]
     return text
 
 
 def _unicode(text: str) -> str:
+    if text.isascii():
+        return text
     text = re.sub("(?<=[0-9])([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", r" \1", text)
     for table, sign in ((_SUPERSCRIPTS, "^"), (_SUBSCRIPTS, "_")):
         text = re.sub(f"[{''.join(table)}]+", lambda m, t=table, s=sign: f"{s}{{{''.join(t[c] for c in m[0])}}}", text)
-    return unicodedata.normalize("NFKC", text.translate(_BEFORE_NFKC)).translate(_AFTER_NFKC)
+    text = unicodedata.normalize("NFKC", text.translate(_BEFORE_NFKC)).translate(_AFTER_NFKC)
+    return _ACCENTED.sub(_without_accent, text)
+
+
+_ACCENTED = re.compile("(?<![^\\W\\d_])[^\\W\\d_][\u0302\u0304\u20d7]?(?![^\\W\\d_])")
+
+
+def _without_accent(match: re.Match[str]) -> str:
+    """ŷ, x̄ and a⃗ as y, x and a, as \\hat{y} is; in a word, accents count."""
+    letter = unicodedata.normalize("NFD", match[0])
+    return letter[0] if letter[1:] in ("\u0302", "\u0304", "\u20d7") else match[0]
 
 
 def _mathematics(text: str) -> str:
@@ -160,17 +204,22 @@ def _mathematics(text: str) -> str:
     found = pieces[0]
     for i, piece in enumerate(pieces[1:], 1):
         between = i % 2 == 0 and i < len(pieces) - 1 and not piece.strip()
-        found += "\n" if between and piece else f" {piece}" if i % 2 and found[-1:].isalpha() else piece
+        apart = i % 2 and found[-1:].isalpha() and not piece.startswith(("_", "^"))  # y$_{1}$ is one name
+        found += "\n" if between and piece else f" {piece}" if apart else piece
     return found
 
 
 def _thousands(text: str) -> str:
     """1,234 -> 1234 outside brackets; 1{,}234, 1,\\!234 and 1\\,234 anywhere."""
-    text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\[,; ])(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?<=\d)(?: ?\{ ?, ?\} ?|,\\! ?|\\[,; ])(?=\d{3}(?!\d))", "", text)
     if "," not in text:
-        return text.replace(" ", "") if re.fullmatch(r"\d{1,3}(?: \d{3})* 000(?: \d{3})*", text.strip()) else text
+        return (
+            text.replace(" ", "")
+            if re.fullmatch(r"(?:1 ?: ?)?\d{1,3}(?: \d{3})* 000(?: \d{3})*", text.strip())
+            else text
+        )
     depth, found, end = 0, [], 0
-    for match in re.finditer(r"[(\[{⦃]|[)\]}⦄]|(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,]|\.\d+,)", text):
+    for match in re.finditer(r"[(\[{⦃]|[)\]}⦄]|(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,]|\.\d+,)", text):
         if match[0] in "([{⦃":
             depth += 1
         elif match[0] in ")]}⦄":

@@ -15,13 +15,24 @@ _DIGITS = {c: i for i, c in enumerate("零一二三四五六七八九")} | {"两
 _PLACES = {"十": 10, "百": 100, "千": 1000}
 _CHINESE = "[零〇一二两三四五六七八九十百千]{1,7}"
 _LEADING = re.compile(rf"({_CHINESE})(?=[^\s零〇一二两三四五六七八九十百千])(.{{1,8}})")
+_WORDS = re.compile(r"([A-Za-z]{3,9}(?:[ -](?:one|two|three|four|five|six|seven|eight|nine))?) ([a-z/ ]{1,24})")
 _PARTS = re.compile(rf"({_CHINESE})分之({_CHINESE})")
 
 
+_ORDINALS = "half third quarter fifth sixth seventh eighth ninth tenth".split()
+_BELOW = {word: i for i, word in enumerate(_ORDINALS, 2)} | {"fourth": 4, "halve": 2}
+_FRACTION = re.compile(rf"(?:(an?|[a-z]+)[ -])?({'|'.join(_BELOW)})(s?)")
+
+
 def number(text: str) -> str | None:
-    """twenty-five, 二十五, 五分之三 as 25, 25, (3/5); None: no number in words."""
+    """twenty-five, 二十五, 五分之三, two thirds as 25, 25, (3/5), (2/3); None: no number in words."""
     if (found := _ENGLISH.get(text.casefold())) is not None:
         return str(found)
+    if (below := re.match("(?:minus|negative) ", text)) and (found := number(text[below.end() :])):
+        return f"-{found}"
+    if (part := _FRACTION.fullmatch(text.casefold())) and (part[1] or part[2] == "half"):
+        top = 1 if part[1] in (None, "a", "an") else _ENGLISH.get(part[1])
+        return f"({top}/{_BELOW[part[2]]})" if top and (top > 1) == bool(part[3]) else None
     if re.fullmatch(_CHINESE, text):
         found = _chinese(text)
         return None if found is None else str(found)
@@ -32,7 +43,10 @@ def number(text: str) -> str | None:
 
 
 def leading(text: str) -> tuple[str, str] | None:
-    """三十厘米 as (30, 厘米); None: it does not begin with a number in words."""
+    """三十厘米 and thirty cm as (30, 厘米), (30, cm); None: it does not begin with a number in words."""
+    if english := _WORDS.fullmatch(text):
+        count = _ENGLISH.get(english[1].casefold())
+        return None if count is None else (str(count), english[2])
     match = _LEADING.fullmatch(text)
     found = _chinese(match[1]) if match else None
     return None if found is None else (str(found), match[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, Literal
 
 import mpmath
@@ -61,6 +62,8 @@ def evaluate(tree: Tree, at: Mapping[str, Any]) -> Any:
             raise Undecided("infinity is no number")
         return {"π": mp.pi, "e": mp.e, "i": mp.j}[tree[1]] * 1
     values = [evaluate(t, at) for t in tree[1:] if isinstance(t, tuple)]
+    if kind == "^" and (odd := _odd_root(tree[2])) and not mp.im(values[0]) and values[0] < 0:
+        return (-1) ** (odd.numerator % 2) * _power(mp, -values[0], values[1])  # as for roots of numbers: it is real
     try:
         return _apply(mp, kind, tree[1], values)
     except (ZeroDivisionError, ValueError, OverflowError, TypeError, mpmath.libmp.NoConvergence) as error:
@@ -95,6 +98,17 @@ def _apply(mp: Any, kind: str, name: Any, values: list[Any]) -> Any:
     return abs(first) if name == "abs" else getattr(mp, name)(first)
 
 
+def _odd_root(exponent: Tree) -> Fraction | None:
+    """An exponent such as 2/3, whose power of a negative number is real."""
+    if exponent[0] == "-":
+        found = _odd_root(exponent[1])
+        return found and -found
+    if exponent[0] == "/" and exponent[1][0] == exponent[2][0] == "n" and exponent[2][1]:
+        found = exponent[1][1] / exponent[2][1]
+        return found if found.denominator > 1 and found.denominator % 2 else None
+    return None
+
+
 def _bounded(mp: Any, value: Any, limit: int) -> None:
     if abs(value) > limit:
         raise Undecided("an argument too large to compute")
@@ -117,12 +131,13 @@ def _value(tree: Tree, at: Mapping[str, Any]) -> Any:
         raise
 
 
-def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers"]:
-    """What the probes say of a = b. "integers": they agree there and only there."""
+def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers", "domain"]:
+    """What the probes say of a = b. "integers": they agree there and only there; "domain": where both are real."""
     if nodes(a) > MAX_NODES or nodes(b) > MAX_NODES:
         return "open"
     mp, names = context(), variables(a) | variables(b)
-    agreed = integers = differ = 0
+    agreed = integers = differ = outside = nowhere = 0
+    real_ = names and not (_complex(a) or _complex(b))
     for number in range(POINTS if names else 1):
         at = {name: point(name, number) for name in names}
         try:
@@ -136,13 +151,33 @@ def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers"]
         if max(abs(left), abs(right)) < mp.mpf(10) ** -_ZERO:
             continue  # zeros, or numbers too small to tell from them
         if abs(left - right) > mp.mpf(10) ** -_AGREE * max(abs(left), abs(right)):
-            differ += 1
+            beyond = sum(abs(mp.im(side)) > mp.mpf(10) ** -_AGREE for side in (left, right)) if real_ else 0
+            differ, outside, nowhere = differ + (beyond == 0), outside + (beyond == 1), nowhere + (beyond == 2)
         else:
             agreed += 1
             integers += number == POINTS - 1
+    if (differ or outside) and integers and names and all(n[0] in "nkm" for n in names):
+        return "integers" if all(_agree_at(a, b, names, more) for more in (3, 7)) else "unequal"
     if differ:
-        return "integers" if integers and names and all(n[0] in "nkm" for n in names) else "unequal"
-    return "equal" if agreed >= (_NEEDED if names else 1) else "open"
+        return "unequal"
+    enough = agreed >= (_NEEDED if names else 1)
+    if enough:
+        return "domain" if outside else "equal"
+    return "unequal" if outside or nowhere else "open"
+
+
+def _agree_at(a: Tree, b: Tree, names: frozenset[str], more: int) -> bool:
+    """Whether two formulas agree at the whole numbers of the last probe plus ``more``; True where one has no value."""
+    at = {name: point(name, POINTS - 1) + more for name in names}
+    try:
+        left, right = evaluate(a, at), evaluate(b, at)
+    except Undecided:
+        return True
+    return bool(abs(left - right) <= context().mpf(10) ** -_AGREE * max(abs(left), abs(right)))
+
+
+def _complex(tree: Tree) -> bool:
+    return tree == ("c", "i") or any(_complex(t) for t in tree[1:] if isinstance(t, tuple))
 
 
 def real(tree: Tree) -> Any:

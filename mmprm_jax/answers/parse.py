@@ -9,13 +9,14 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal
 
-from mmprm_jax.answers import families, numerals, relations, syntax, units
+from mmprm_jax.answers import dates, families, numerals, relations, syntax, units, words
 from mmprm_jax.answers.normalise import trim
 from mmprm_jax.answers.split import split, surrounded
 from mmprm_jax.answers.values import (
     Equation,
     Family,
     Formula,
+    Interval,
     Items,
     Nothing,
     Quantity,
@@ -29,7 +30,7 @@ from mmprm_jax.answers.values import (
 MAX_ITEMS = 50
 
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)")
-_UNCOMPUTED = re.compile(r"(?!\(*[-+]? ?\d+\)*$)[-+*()\d ]+")
+_UNCOMPUTED = re.compile(r"(?!\(*[-+]? ?\d+\)*°?$)[-+*()\d °]+")
 _NOTHING = frozenset(
     ["∅", "⦃⦄", "⦃ ⦄", "{}", "no solution", "no solutions", "no real solution", "no real solutions", "none",
      "empty set", "no answer", "there is no solution", "there are no solutions", "no such number exists",
@@ -48,19 +49,23 @@ _WHERE = re.compile(
     r"|(?:any |every |some |all )?integers? ([a-z]))\)?$"
 )
 _NAMED = re.compile(  # the sum is 40
-    r"(?:the )?(?!.*\b(?:no|not|none|neither|nor|if|when|which)\b)"
-    r"([A-Za-z][a-z ]{1,30}[a-z]) (?:is|are|equals) (?=[-\d\\(√])(.+)"
+    r"(?:the )?(?!(?i:.*\b(?:no|not|none|neither|nor|if|when|which|let|assume|suppose|impossible)\b))"
+    r"([A-Za-z][A-Za-z ∠△']{1,40}[A-Za-z']) (?:is|are|equals)(?: (?:therefore|thus|hence|then|exactly|equal to))? "
+    r"(?=[-\d\\(\[⦃√∞π]|[b-zA-Z](?![A-Za-z])|a ?[-+*/^=<>≤≥≠\d])(.+)"
 )
+_LABELLED = re.compile(r"(?:the )?([A-Za-z][A-Za-z ]{1,30}[a-z](?: \d)?)\s*:\s*(?=[^\s:])([^:]+)")  # Area: 5
 _OUTWARD = re.compile(r"([\[\]])([^\[\](),;]*[,;][^\[\](),;]*)([\[\]])")
 _ALL = frozenset(
     ["all real numbers", "all reals", "any real number", "all real number", "全体实数", "一切实数", "任意实数", "x∈R",
      "x ∈ R", "the set of all real numbers", "every real number", "(-∞,∞)"]
 )  # fmt: skip
+_HALF_LINE = re.compile(r"(?:x ?∈ ?)?R ?[_^] ?\{?([+-])\}?( ?∪ ?⦃ ?0 ?⦄)?")  # R^+
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?(?:answers?|result|value)(?: is| are| =|:)+:?\s*"
-    r"|answer\s*[:.]\s*|答案\s*[是为:]*\s*|答\s*:\s*|(?:it|this) (?:is|equals) |≈|approximately |approx\.? |about "
+    r"|answer\s*[:.]\s*|answer\s+(?=[-+\d\\(])|答案\s*[是为:]*\s*|答\s*:\s*|(?:it|this) (?:is|equals) |≈|approximately "
+    r"|approx\.? |about "
     r"|the (?:point|vector|set|interval|ordered pair) (?=[(\[⦃])"
-    r"|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
+    r"|in (?=\d{4}$)|(?:点|向量|区间|集合) ?(?=[(\[⦃])|约为?|大约|解得\s*|即\s*|共|there (?:is|are) |a total of ",
     re.IGNORECASE,
 )
 _CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s*(a\.?m\.?|p\.?m\.?|o'clock)?", re.IGNORECASE)
@@ -86,16 +91,66 @@ def read(text: str) -> Value:
     whole = _phrase(text)
     if whole is not None:
         return whole
+    if (pieces := _pieces(text)) is not None:
+        return pieces
+    if text.endswith(")") and len(text) <= _MAX_CONDITION and (condition := _CONDITION.fullmatch(text)):
+        text = f"{condition[1]}, {condition[2]}"  # y = x + 1 (x > 0)
     parts, kind = _several(text)
     if len(parts) < 2 or len(parts) > MAX_ITEMS:
         return item(text)
     if kind == "or" or kind == "and":
         return _joined([read(part) for part in parts], kind)
-    values = tuple(value for part in parts for value in _flat(read(part) if kind == "parts" else item(part), kind))
+    whole = kind == "parts" or kind == "maybe" and _SOLUTION.search(text)
+    values = tuple(value for part in parts for value in _flat(_solution(read(part)) if whole else item(part), kind))
     assigned = {v.name for v in values if isinstance(v, Equation)}
     if kind == "maybe" and len(assigned) == 1:
         kind = "list"  # x = 1; x = 2
-    return Items(kind, values)
+    return Items(kind, values, formula=_one_number(text))
+
+
+_MAX_CONDITION = 200  # characters of what is matched in quadratic time
+_CONDITION = re.compile(r"([^()]*=(?:[^()]|\([^()]*\))*?) ?\( ?([^()=]*[<>≤≥≠][^()=]*) ?\)")
+_SOLUTION = re.compile(r"^ ?[a-z] ?=[^=;,]*, ?[a-z] ?=[^=;,]*;")  # x = 1, y = 2; x = 2, y = 1
+_SPACED = re.compile(r"-?[1-9]\d{0,2}(?: \d{3})+")
+_DECIMAL_COMMA = re.compile(r"-?(?:0|[1-9]\d*),\d+")
+_PIECE = re.compile(r"([^&\n]*?)[,& ]*(?:&|,| (?=if|for|when))\s*(?:if |for |when |, )*([^&\n,]*[<>≤≥≠=∈][^&\n]*)")
+
+
+def _one_number(text: str) -> Formula | None:
+    """Numbers that another country writes as one: 0,5 and 10 500."""
+    if _SPACED.fullmatch(text):
+        return _number(text.replace(" ", ""))
+    return _number(text.replace(",", ".")) if _DECIMAL_COMMA.fullmatch(text) else None
+
+
+def _pieces(text: str) -> Value | None:
+    """f(x) = x for x ≥ 0 and -x for x < 0, in lines: the pairs of a formula and where it holds, in any order."""
+    if "\n" not in text or max(map(len, text.split("\n"))) > _MAX_CONDITION:
+        return None
+    name, equals, body = text.partition("=")
+    called = _FUNCTION_OF.fullmatch(name.strip()) or re.fullmatch("y|[a-z]_ ?n|[a-z]_ ?\\{n\\}", name.strip())
+    lines = [line for line in (body if equals and called else text).split("\n") if line.strip()]
+    found = [_PIECE.fullmatch(line.strip().strip(";.,")) for line in lines]
+    if len(lines) < 2 or not all(found):
+        return None
+    pairs = [(_formula(piece[1]), item(piece[2])) for piece in found]
+    if not all(isinstance(formula, Formula) for formula, _ in pairs):
+        return None
+    value = Items("set", tuple(Items("tuple", pair) for pair in pairs))
+    if not (equals and called):
+        return value
+    variable = re.sub(r"[{}\s]", "", name)
+    return Equation(variable, ("v", variable), value)
+
+
+def _solution(value: Value) -> Value:
+    """x = 1, y = 2 as one thing: a pair, in the order of the names."""
+    if not isinstance(value, Items) or value.kind != "list":
+        return value
+    names = [v.name if isinstance(v, Equation) and v.name and len(v.name) == 1 else None for v in value.values]
+    if None in names or len(set(names)) != len(names):
+        return value
+    return Items("tuple", tuple(v for _, v in sorted(zip(names, value.values, strict=True), key=lambda pair: pair[0])))
 
 
 def lead(text: str) -> str:
@@ -136,28 +191,36 @@ def _several(text: str) -> tuple[list[str], Literal["parts", "maybe", "list", "o
     return [], ""
 
 
+_ROMAN = "i ii iii iv v vi".split()
+_MARKS = ([str(n) for n in range(1, MAX_ITEMS)], _ROMAN, [mark.upper() for mark in _ROMAN], list("abcdef"))
+
+
 def _numbered(text: str) -> list[str]:
-    """(1) … (2) …: what follows each number."""
-    if not text.startswith("(1)"):
+    """(1) … (2) …, (i) … (ii) …, (a) … (b) …: what follows each number."""
+    marks = next((marks for marks in _MARKS if text.startswith(f"({marks[0]})")), None)
+    if not marks:
         return []
-    parts, i = [], 3
-    for number in range(2, MAX_ITEMS):
-        end = text.find(f"({number})", i)
+    parts, i = [], len(marks[0]) + 2
+    for mark in marks[1:]:
+        end = text.find(f"({mark})", i)
         if end < 0:
             break
         parts.append(trim(text[i:end]))
-        i = end + len(f"({number})")
+        i = end + len(f"({mark})")
     parts.append(trim(text[i:]))
     return parts if len(parts) > 1 and all(parts) else []
 
 
 def _joined(values: list[Value], word: str) -> Value:
     """Values joined by "or" or "and". Of inequalities: the union or what they have in common."""
+    if any(isinstance(value, Region) for value in values):  # x = 1 or x ≥ 2
+        values = [relations.point(value) or value for value in values]
     if all(isinstance(value, Region) and value.variable for value in values):
         joined = relations.union(values) if word == "or" else relations.intersection(values)
         if joined:
             return joined
     kind: Literal["or", "list"] = "or" if word == "or" else "list"
+    values = [_solution(value) for value in values] if word == "or" else values
     return Items(kind, tuple(v for value in values for v in _flat(value, "list")))
 
 
@@ -167,8 +230,17 @@ def _phrase(text: str) -> Value | None:
         return Nothing()
     if text in _ALL or folded in _ALL:
         return Region((relations.EVERYTHING,), None)
-    found = numerals.number(text)
-    return _formula(found) if found else None
+    if half := _HALF_LINE.fullmatch(text):
+        zero, closed = Formula(syntax.ZERO), bool(half[2])
+        ends = (zero, None, closed, False) if half[1] == "+" else (None, zero, False, closed)
+        return Region((Interval(*ends),), None)
+    if date := dates.date(text):
+        return date
+    if found := numerals.number(text):
+        return _formula(found)
+    counted = numerals.leading(text)
+    unit = counted and units.parse_unit(counted[1])
+    return Quantity(_number(counted[0]), unit) if unit else None
 
 
 def item(text: str) -> Value:
@@ -180,7 +252,10 @@ def item(text: str) -> Value:
         return Text(text, why="too long for a formula")
     named = _NAMED.fullmatch(text)
     if named:
-        return Equation(named[1].casefold(), None, item(named[2]))
+        return Equation(words.name(named[1]), None, item(named[2]))
+    labelled = _LABELLED.fullmatch(text)
+    if labelled:
+        return Equation(words.name(labelled[1]), None, item(labelled[2]))
     if text[:1] == "+" and surrounded(text[1:]):
         return item(text[1:])
     if text[:1] == "-" and surrounded(text[1:]) and isinstance(point := _brackets(text[1:]), Items):
@@ -215,7 +290,8 @@ def _number(text: str) -> Formula:
     if len(text) > syntax.MAX_DIGITS:
         return Formula(("v", text))
     _, point, decimals = text.partition(".")
-    return Formula(("n", Fraction(text)), len(decimals) if point else None, len(text) if point else 0)
+    digits = len(text.lstrip("+-0.").replace(".", "")) if point else 0
+    return Formula(("n", Fraction(text)), len(decimals) if point else None, digits)
 
 
 def _word(text: str) -> Value:
@@ -242,7 +318,7 @@ def _time(text: str) -> Value | None:
     if half[:1] in ("a", "p"):
         hour = hour % 12 + 12 * (half[0] == "p")
     seconds = hour * 3600 + minute * 60 + second
-    if match.re is _CLOCK and not half and minute:
+    if match.re is _CLOCK and not half and minute >= 10:  # 9:05 is no ratio
         trees = tuple(("n", Fraction(part)) for part in text.split(":"))
         return Ratio(trees, clock=seconds)
     return Time(seconds, bool(half[:1] in ("a", "p")))
@@ -277,10 +353,15 @@ def _relation(text: str) -> Value | None:
         return None
     if set(ops) == {"="}:
         return _equation(parts)
-    trees = [_formula(part) if part else None for part in parts]
+    trees = [_side(part) if part else None for part in parts]
     if not all(isinstance(tree, Formula) or not part for tree, part in zip(trees, parts, strict=True)):
         return Text(text)
     return relations.read([tree if isinstance(tree, Formula) else None for tree in trees], ops) or Text(text)
+
+
+def _side(text: str) -> Value | None:
+    """One side of an inequality; f(x) is one thing there."""
+    return Formula(("v", text.replace(" ", ""))) if _FUNCTION_OF.fullmatch(text) else _formula(text)
 
 
 _FUNCTION_OF = re.compile(r"([fghFGPEDVS]'*)\s*\(\s*([^()=+*/^-]{1,6})\s*\)")
@@ -302,9 +383,17 @@ def _equation(parts: list[str]) -> Value | None:
             if same and all(isinstance(name, Formula) and name.tree[0] == "v" for name in names.values):
                 pairs = zip(names.values, right.values, strict=True)
                 return Items("tuple", tuple(Equation(name.tree[1], name.tree, value) for name, value in pairs))
+        if ":" in left and isinstance(ratio := _ratio(left), Ratio) and not any(map(_is_number, ratio.trees)):
+            return Equation(left.replace(" ", ""), None, right)  # A : B = 2 : 3
         letters = re.fullmatch(r"[A-Za-z△∠⊙\u4e00-\u9fff][\w△∠ {}'-]*", left)
-        return Equation(left.casefold(), None, right) if letters else None
+        return Equation(words.name(left), None, right) if letters else None
+    if left.strip() in ("max", "min"):
+        return Equation(words.name(left), None, right)
     return Equation(formula.tree[1] if formula.tree[0] == "v" else None, formula.tree, right)
+
+
+def _is_number(tree: syntax.Tree) -> bool:
+    return not syntax.variables(tree)
 
 
 def _brackets(text: str) -> Value | None:
@@ -315,8 +404,15 @@ def _brackets(text: str) -> Value | None:
     union = split(text, "∪") if "∪" in text else []
     if len(union) > 1:
         parts = [_brackets(part) for part in union]
-        regions = [p.region if isinstance(p, Items) else p for p in parts]
+        if all(isinstance(p, Items) and p.kind == "set" for p in parts):
+            return Items("set", tuple(v for p in parts for v in p.values))
+        regions = [p.region if isinstance(p, Items) and p.kind != "set" else relations.point(p) or p for p in parts]
         return relations.union(regions) if all(isinstance(r, Region) for r in regions) else None
+    common = split(text, "∩") if "∩" in text else []
+    if len(common) > 1:
+        parts = [_brackets(part) for part in common]
+        regions = [p.region if isinstance(p, Items) else p for p in parts]
+        return relations.intersection(regions) if all(isinstance(r, Region) for r in regions) else None
     if not surrounded(text):
         return _point(text)
     inner = text[1:-1].strip()
@@ -325,6 +421,9 @@ def _brackets(text: str) -> Value | None:
             value = read(re.split(r"[|:]", inner, maxsplit=1)[1].strip())
             if isinstance(value, Items) and value.kind == "list" and all(isinstance(v, Region) for v in value.values):
                 value = relations.intersection(value.values)
+            if whole := _WHOLE.search(re.split(r"[|:]", inner, maxsplit=1)[0]):
+                least = None if whole[1] == "Z" else 1 if whole[2] else 0
+                return relations.integers(value, least) if isinstance(value, Region) else None
             if isinstance(value, Region):
                 return dataclasses.replace(value, variable=None)  # whatever its name
             endless = value.right if isinstance(value, Equation) else value
@@ -341,6 +440,9 @@ def _brackets(text: str) -> Value | None:
     region = relations.interval(values, text[0], text[-1]) if len(values) == 2 else None
     mixed = (text[0], text[-1]) not in (("(", ")"), ("[", "]"))
     return region if mixed or region and relations.unbounded(region) else Items("tuple", values, region)
+
+
+_WHOLE = re.compile(r"∈ ?([ZN])([_^][{ ]*[+*][} ]*|\*)?")
 
 
 def _point(text: str) -> Value | None:
@@ -382,6 +484,8 @@ def _formula_or_quantity(text: str) -> Value | None:
     formula, quantity = _formula(text), _quantity(text)
     if formula and text.count("°") > 1:
         return formula  # 60° + k 360°
+    if quantity and formula and quantity.unit.half_turns and syntax.has_function(quantity.number.tree):
+        return formula  # the sine of 30°, not (sin 30)°
     if quantity is None or formula is None:
         return quantity or formula
     assert isinstance(formula, Formula)

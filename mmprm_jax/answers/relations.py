@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from fractions import Fraction
 
 from mmprm_jax.answers import numeric, syntax
 from mmprm_jax.answers.syntax import Tree
-from mmprm_jax.answers.values import Formula, Interval, Region, Relation, Value
+from mmprm_jax.answers.values import Equation, Formula, Interval, Items, Quantity, Region, Relation, Value
 
 EVERYTHING = Interval(None, None, False, False)
+_MAX_INTEGERS = 100
 _INFINITY: Tree = ("c", "∞")
 
 
@@ -53,7 +55,7 @@ def _absolute(left: Formula, right: Formula, op: str) -> Region | None:
 
 def interval(values: Sequence[Value], opened: str, closed: str) -> Region | None:
     """The reading of a pair in brackets as an interval, or None."""
-    low, high = values
+    low, high = (v.formula if isinstance(v, Quantity) and v.unit.half_turns and v.formula else v for v in values)
     if not (isinstance(low, Formula) and isinstance(high, Formula)) or opened in "{⦃":
         return None
     return Region((_interval(low, high, opened == "[", closed == "]"),))
@@ -74,6 +76,34 @@ def between(relation: Relation, parameter: str) -> Region | None:
         return None
     closed = [op == "≤" for op in relation.ops]
     return Region((Interval(Formula(low), Formula(high), *closed),), middle[1])
+
+
+def point(value: Value | None) -> Region | None:
+    """{2} and x = 2 as an interval from 2 to 2; None: no single number."""
+    if isinstance(value, Items) and value.kind == "set" and len(value.values) == 1:
+        value, name = value.values[0], None
+    elif isinstance(value, Equation) and value.name and value.left and value.left[0] == "v":
+        value, name = value.right, value.name
+    else:
+        return None
+    if not isinstance(value, Formula) or syntax.variables(value.tree):
+        return None
+    return Region((Interval(value, value, True, True),), name)
+
+
+def integers(region: Region, least: int | None) -> Items | None:
+    """The whole numbers in a bounded region, from ``least`` on; None: none, too many, or not known."""
+    found: list[int] = []
+    for part in region.parts:
+        low, high = (end and numeric.real(end.tree) for end in (part.low, part.high))
+        low = least if low is None else low
+        if low is None or high is None or high - low > _MAX_INTEGERS:
+            return None
+        first, last = int(numeric.context().ceil(low)), int(numeric.context().floor(high))
+        first += part.low is not None and not part.low_closed and first == low
+        last -= not part.high_closed and last == high
+        found += range(first if least is None else max(first, least), last + 1)
+    return Items("set", tuple(Formula(("n", Fraction(n))) for n in found)) if found else None
 
 
 def unbounded(region: Region) -> bool:

@@ -6,12 +6,14 @@ import re
 
 from mmprm_jax.answers.normalise import trim
 
-_NOTE = re.compile(
-    r"\s*\(\s*(?:the answer is |answers? (?:are|is) )?(?:not unique|答案不唯一|不唯一)[^()]*\)\s*$", re.I
-)
+_NOTE = re.compile(r"\s*\(\s*(?:(?:the )?answers? (?:(?:are|is) )?)?(?:not unique|答案不唯一|不唯一)[^()]*\)\s*$", re.I)
+_FOR_ALL = re.compile(r"(?<=\S),? \(?for (?:all|any|every|each) (?:real )?(?:numbers? )?[a-z](?: ?∈ ?R)?\)?$")
 _OR = re.compile(r"\s*\(\s*(?:or|或)\s*(?:fill in\s*)?(.*)\)\s*$", re.I | re.S)
+_THAT_IS = re.compile(
+    r"[\s,;(]{1,4}(?:i\.e\.|that is(?: to say)?,|namely|or equivalently|equivalently|也就是|即)[\s,:]{0,4}", re.I
+)
 _BEHIND = re.compile(r"(?s)(.*\S)\s*\((?=[^()]*[^\W\d_]{2})((?:[^()]|\([^()]*\)){3,160})\)$")
-_REASON = re.compile(r"(?:since|because|due to)\b|因为|由于", re.I)
+_REASON = re.compile(r"(?:since|because|due to|by)\b|因为|由于|(?:SAS|ASA|AAS|SSS|HL|AA)$", re.I)
 _IS = re.compile(
     r"(?!.*\b(?:is|are|was|not?|wrong|incorrect|false|if|when)\b)the (?:[a-z-]+ ?){1,4}", re.I
 )  # no sentence
@@ -26,8 +28,8 @@ _SEVERAL = re.compile(r"[±∓,;\n]| or | and |或|和|、")
 
 
 def without_note(text: str) -> str:
-    """Without a remark that other answers are right as well."""
-    return trim(_NOTE.sub("", text))
+    """Without a remark that other answers are right as well, and without "for all x"."""
+    return trim(_FOR_ALL.sub("", _NOTE.sub("", text)))
 
 
 def has_note(text: str) -> bool:
@@ -35,7 +37,10 @@ def has_note(text: str) -> bool:
 
 
 def forms(text: str) -> tuple[str, ...]:
-    """A normalised answer, and the other form behind it: 5 (or 5.0)."""
+    """A normalised answer, and the other form behind it: 5 (or 5.0); x > 2, i.e. (2, ∞)."""
+    both = _THAT_IS.split(text)
+    if len(both) == 2 and all(both):
+        return (trim(both[0]), trim(both[1]))
     match = _OR.search(text)
     return (text[: match.start()].strip(), trim(match[1])) if match and match.start() else (text,)
 

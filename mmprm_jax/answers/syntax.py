@@ -131,6 +131,7 @@ class _Parser:
         tree = self._signed()
         while self.peek() in (("sign", "+"), ("sign", "-")):
             minus = self._take()[1] == "-"
+            minus ^= self._accept("-")  # 14.0 + -1.0i
             right = self._product()
             tree = ("+", tree, ("-", right) if minus else right)
         self._depth -= 1
@@ -153,7 +154,11 @@ class _Parser:
             if self._accept("*") or self._accept("/"):
                 right = ("-", self._power()) if self._accept("-") else self._power()
                 tree = ("*" if text == "*" else "/", tree, right)
-            elif kind in ("name", "command", "mixed") or (kind == "sign" and text in "([{"):
+            elif (
+                kind in ("name", "command", "mixed")
+                or (kind == "sign" and text in "([{")
+                or (kind == "number" and tree[0] == "^" and self._tokens[self._i - 1] == ("sign", "}"))  # 3^{n}2^{n}
+            ):
                 tree = ("*", tree, self._power())  # nothing between them: a product
             else:
                 return tree
@@ -171,7 +176,7 @@ class _Parser:
             elif self._accept("!"):
                 tree = ("!", tree)
             elif self._accept("°"):
-                tree = ("*", tree, ("/", ("c", "π"), ("n", Fraction(180))))
+                tree = ("*", tree, _PER_DEGREE)
             elif self._accept("%"):
                 tree = ("/", tree, ("n", Fraction(100)))
             else:
@@ -331,11 +336,53 @@ def replaced(tree: Tree, name: str, by: Tree) -> Tree:
     return tuple(replaced(t, name, by) if isinstance(t, tuple) else t for t in tree)
 
 
+def shape(tree: Tree) -> str:
+    """A tree as a text that is the same in whatever order its terms and factors are; nothing is multiplied out."""
+    kind = tree[0]
+    if kind in ("n", "v", "c"):
+        return f"{kind}{tree[1]}"
+    if kind == "f":
+        return f"{tree[1]}({', '.join(map(shape, tree[2:]))})"
+    if kind in "+*" or _is_product(tree):
+        joint = "*" if kind == "^" else kind
+        return f"({joint.join(sorted(_operands(tree, joint)))})"
+    return f"({kind}{','.join(map(shape, tree[1:]))})"
+
+
+def _is_product(tree: Tree) -> bool:
+    """a² and a³; of larger things, and of powers of powers, nothing is written out."""
+    return tree[0] == "^" and tree[1][0] == "v" and tree[2] in (("n", 2), ("n", 3))
+
+
+def _operands(tree: Tree, kind: str) -> list[str]:
+    """The shapes of all terms of a sum, or factors of a product; a² is two factors a."""
+    if tree[0] == kind:
+        return [*_operands(tree[1], kind), *_operands(tree[2], kind)]
+    if kind == "*" and _is_product(tree):
+        return [shape(tree[1])] * int(tree[2][1])
+    return [shape(tree)]
+
+
 def variables(tree: Tree) -> frozenset[str]:
     """The names in a tree."""
     if tree[0] == "v":
         return frozenset((tree[1],))
     return frozenset().union(*(variables(t) for t in tree[1:] if isinstance(t, tuple)))
+
+
+_PER_DEGREE: Tree = ("/", ("c", "π"), ("n", Fraction(180)))
+
+
+def without_degrees(tree: Tree) -> Tree:
+    """A tree with x in the place of each x°."""
+    if tree[0] == "*" and tree[2] == _PER_DEGREE:
+        return without_degrees(tree[1])
+    return tuple(without_degrees(t) if isinstance(t, tuple) else t for t in tree)
+
+
+def has_function(tree: Tree) -> bool:
+    """Whether there is a function such as a sine in a tree; a root is none."""
+    return tree[0] == "f" and tree[1] != "root" or any(has_function(t) for t in tree[1:] if isinstance(t, tuple))
 
 
 def nodes(tree: Tree) -> int:

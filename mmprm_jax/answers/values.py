@@ -100,6 +100,13 @@ class Time:
 
 
 @dataclasses.dataclass(frozen=True)
+class Date:
+    year: int | None  # None: it is not said
+    month: int
+    day: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Nothing:
     """No solution, the empty set."""
 
@@ -113,4 +120,4 @@ class Text:
     why: str = ""
 
 
-Value = Family | Formula | Quantity | Region | Relation | Equation | Items | Ratio | Time | Nothing | Text
+Value = Family | Formula | Quantity | Region | Relation | Equation | Items | Ratio | Time | Date | Nothing | Text

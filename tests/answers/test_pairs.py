@@ -13,7 +13,7 @@ from mmprm_jax.answers.verdict import Verdict
 
 GOLDEN = Path(__file__).parent.parent / "golden/answers"
 GIVEN = GOLDEN / "pairs.jsonl"  # a part of a set made to find the weak spots of well-known graders
-OURS = [Path(__file__).with_name(name) for name in ("more_pairs.jsonl", "blind_pairs.jsonl")]
+OURS = [Path(__file__).with_name(name) for name in ("more_pairs.jsonl", "blind_pairs.jsonl", "wide_pairs.jsonl")]
 GOLDS = json.loads((GOLDEN / "mm_k12_golds.json").read_text(encoding="utf-8"))
 
 
@@ -52,6 +52,14 @@ def test_most_of_what_differs_is_known_to_differ():
         ("5\x00", "5"),
         ("", "5"),
         ("9:10", "18:20"),
+        ("10500", "10 500"),
+        ("3,4", "3.4"),
+        ("x_1=1, x_2=3", "x_1=3, x_2=1"),
+        ("\\ln(ab)", "\\ln a+\\ln b"),
+        ("f(x)=\\begin{cases}x,&x\\ge 0\\\\-x,&x<0\\end{cases}", "|x|"),
+        ("May 1, 2024", "May 1"),
+        ("3", "x+y=3"),
+        ("5", "We add the two sides, " * 30),
     ],
 )
 def test_what_cannot_be_told_is_unknown(gold, prediction):
@@ -79,6 +87,10 @@ def test_what_cannot_be_told_is_unknown(gold, prediction):
         ("AB", "ab"),
         ("3, 5", "(1) 5; (2) 3"),
         ("A", "A(1, 2)"),
+        ("A", "(a) 3 (b) 4"),
+        ("3", "The height is 3 or 4"),
+        ("3", "The height is not 3"),
+        ("the volume is 5", "The height is 5"),
         ("1/6", "0.1(6)"),
         ("(2,3)", "2\\vec{i}+3\\vec{j}+1"),
         ("50", "三十二十"),
