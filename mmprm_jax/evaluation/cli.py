@@ -117,7 +117,7 @@ def _bon(argv: Sequence[str]) -> None:
         figures["by_category"] = best_of_n.by_group(each, [categories[name] for name in found.problems])
     if found.without:
         figures["left_out"] = found.without
-    _finish(figures, format_table(figures) + _groups(figures) + _left_out(found.without), args.json, bad)
+    _finish(figures, format_table(figures) + _groups(figures) + _left_out(found), args.json, bad)
 
 
 def _categories(path: str, key: str) -> dict[str, str]:
@@ -131,10 +131,11 @@ def _categories(path: str, key: str) -> dict[str, str]:
     return found
 
 
-def _left_out(without: Sequence[str]) -> str:
+def _left_out(found: Any) -> str:
     from mmprm_jax.evaluation.stored import NEEDS
 
-    return "".join(f"\nleft out: {name} (no candidate has {NEEDS[name]})" for name in without)
+    lines = ((name, "not every" if found.told[NEEDS[name]] else "no", NEEDS[name]) for name in found.without)
+    return "".join(f"\nleft out: {name} ({which} candidate has {need})" for name, which, need in lines)
 
 
 def _groups(figures: dict[str, Any]) -> str:
