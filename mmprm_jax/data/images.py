@@ -42,6 +42,8 @@ def decode_image(data: bytes, name: str, drop_alpha: bool = False) -> Image.Imag
                 raise UserError(f"{name}: {width} x {height} pixels; the limit is {MAX_PIXELS} in all")
             if max(width, height) > MAX_EDGE:
                 raise UserError(f"{name}: {width} x {height} pixels; the limit is {MAX_EDGE} for an edge")
+            if image.format == "EPS":  # Pillow would have Ghostscript run it
+                raise UserError(f"{name}: PostScript is a program, no image")
             return image.convert("RGB") if drop_alpha else to_rgb(image)
     except UserError:
         raise

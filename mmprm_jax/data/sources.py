@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mmprm_jax.data import sources_files
@@ -117,11 +118,11 @@ def find(name: str) -> Source:
     return SOURCES[name]
 
 
-def locate(source: Source, path_or_id: str, split: str) -> Located:
-    """The files of a split. Raises UserError when there are none."""
+def locate(source: Source, path_or_id: str, split: str, output: Path | None = None) -> Located:
+    """The files of a split; what is below ``output`` is none of them. Raises UserError when there are none."""
     if split not in source.files:
         raise UserError(f"{source.name} has no split {split!r}, only {', '.join(source.files)}")
-    return sources_files.locate(path_or_id, source.files[split])
+    return sources_files.locate(path_or_id, source.files[split], output)
 
 
 def read(name: str, path_or_id: str, split: str) -> Iterator[Item | Refused]:

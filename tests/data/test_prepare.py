@@ -269,6 +269,62 @@ def test_training_rows_of_a_benchmark_are_removed_and_listed(tmp_path, capsys):
     assert removed["figure"]["benchmark"] == "mm_k12" and "removed 2 rows" in capsys.readouterr().err
 
 
+def test_training_rows_may_lie_beside_their_benchmark_and_be_prepared_again(tmp_path):
+    """Neither the demonstrations nor the training problems of the run before are a benchmark."""
+    out, source = tmp_path / "k12", tmp_path / "train.jsonl"
+    run("mm_k12", K12, "--split=test", f"--output={out}")
+    copy = {"problem": json.loads(K12.read_text())[0]["question"], "solution": "$\\boxed{3}$"}
+    (tmp_path / "sft.jsonl").write_text(
+        json.dumps(copy) + '\n{"problem": "How many primes?", "solution": "So $\\\\boxed{3}$"}\n'
+    )
+    source.write_text('{"id": "z", "question": "Another question.", "answer": "1"}\n')
+    for _ in range(2):
+        run("mm_k12", source, f"--output={out}", f"--against={out}")
+        run("numina_math_cot", tmp_path / "sft.jsonl", f"--output={out}", f"--against={out}")
+        assert [p.id for p in read(out / "train.jsonl")] == ["z"]
+        assert [p.question for p in read(out / "sft.jsonl", SFTExample)] == ["How many primes?"]
+    with pytest.raises(UserError, match="no prepared benchmark"):
+        run("mm_k12", K12, "--split=test", f"--output={out}", f"--against={out}")
+    assert len(read(out / "test.jsonl")) == 24
+
+
+def test_what_was_prepared_is_not_read_again(tmp_path):
+    """With the output in the source's folder a second run finds the rows of the first one too."""
+    source, out = tmp_path / "train.jsonl", tmp_path / "out"
+    (tmp_path / "a.png").write_bytes(png())
+    source.write_text('{"id": "z", "question": "q", "answer": "1", "image": "a.png"}\n')
+    run("mm_k12", tmp_path, f"--output={out}")
+    before = tree(out)
+    run("mm_k12", tmp_path, f"--output={out}")
+    assert tree(out) == before
+    for given in (source, tmp_path):
+        with pytest.raises(UserError, match="train.jsonl: is read, and would be replaced"):
+            run("mm_k12", given, f"--output={tmp_path}")
+
+
+def test_the_scoring_of_a_benchmark_goes_with_it(tmp_path):
+    """Another source under the same name leaves nothing of the first one."""
+    run("mm_k12", K12, "--split=test", f"--output={tmp_path}")
+    assert (tmp_path / "prepare/test/benchmark.jsonl").exists()
+    run("mmk12", K12, "--split=test", f"--output={tmp_path}")
+    assert not (tmp_path / "prepare/test/benchmark.jsonl").exists()
+
+
+def test_many_images_of_one_row_are_refused_before_all_are_in_memory(tmp_path, monkeypatch):
+    """A row may name one large image a million times."""
+    (tmp_path / "a.png").write_bytes(png())
+    row = {"question": "q", "image": ["a.png"] * 1000, "response": {"steps": ["s"], "process_correctness": [1]}}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"image": ["a.png"] * 3}) + "\n")
+    opened = []
+    monkeypatch.setattr(prepare.images, "MAX_PIXELS", 2000)
+    monkeypatch.setattr(
+        prepare.images, "decode_image", lambda data, name: opened.append(name) or Image.open(io.BytesIO(data))
+    )
+    run("visualprocessbench", tmp_path, f"--output={tmp_path / 'out'}")
+    assert len(opened) == 4 + 3 and len(read(tmp_path / "out/test.jsonl", StepDetectionExample)) == 1
+    assert "its 1000 images have more than" in lines(tmp_path / "out/prepare/test/refused.jsonl")[0]["reason"]
+
+
 def test_several_images_of_a_problem_become_one(tmp_path):
     row = {
         "id": 5, "question": "Compare <image_1> with <image_2>.", "final_answer": ["3"], "answer_type": "Numerical",
