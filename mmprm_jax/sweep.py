@@ -167,7 +167,7 @@ def _result(cell: Cell, cell_run: CellRun) -> Result:
 def interval(values: np.ndarray, accuracy: bool = True) -> dict[str, Any]:
     """Mean of [seeds, P] values and its bootstrap interval: problems are resampled, and seeds if there are several."""
     seeds, problems = values.shape
-    if accuracy and (np.all(values == 0) or np.all(values == 1)):
+    if accuracy and (np.all(values == 0) or statistics.all_right(values)):
         return {"value": float(values.mean()), "ci95": statistics.interval(values[0])}
     resampled = statistics.resampled_sums(values.T) / problems  # [resamples, seeds]
     if seeds == 1:

@@ -145,6 +145,12 @@ def test_bins_of_length(steps, name):
     assert bon.length_group([scored("1", True, scores=(0.5,) * s) for s in steps]) == name
 
 
+def test_groups_of_any_name():
+    """Digits that are no numbers stand in names too."""
+    names = ["level 10", "level 9", "²", "①", ""]
+    assert list(bon.by_group({"x": np.ones(5)}, names)) == ["", "level 9", "level 10", "²", "①"]
+
+
 def test_ties_of_three_candidates_count_with_their_expectation():
     a = accuracy(
         [scored("1", True, "A"), scored("2", False, "B"), scored("2", False, "C"), scored("3", False, "D", -1)]

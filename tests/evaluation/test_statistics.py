@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -54,6 +55,22 @@ def test_all_right_and_all_wrong_leave_a_doubt(count):
     assert high == 1 and low == pytest.approx(stats.binomtest(count, count).proportion_ci().low)
     low, high = statistics.interval(np.zeros(count))
     assert low == 0 and high == pytest.approx(stats.binomtest(0, count).proportion_ci().high)
+
+
+def test_all_right_but_for_rounding():
+    """A PRM that is right in each subset of 57 of 64: the shares of the subsets add up to 1 - 1e-16."""
+    shares = np.full(60, 0.9999999999999999)
+    assert statistics.interval(shares) == statistics.interval(np.ones(60))
+
+
+def test_many_problems_are_compared_in_little_memory():
+    d = np.random.default_rng(0).random(40_000) - 0.5
+    tracemalloc.start()
+    got = statistics.paired(d, np.zeros(d.size))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    normal = 2 * stats.norm.sf(abs(d.sum()) / np.sqrt((d**2).sum()))
+    assert peak < 400e6 and got["p_value"] == pytest.approx(normal, abs=0.05)
 
 
 def test_paired_difference_by_hand():
