@@ -156,6 +156,9 @@ def items(source: Source, located: Located, split: str) -> Iterator[Item | Refus
             yield Refused(row.file, row.number, given, "the same row, id included, came before")
             continue
         same.append(digest)
-        id_ = id_ if len(same) == 1 else f"{id_}~{len(same)}"
+        if len(same) > 1:
+            next_one = f"{id_}~{len(same)}"
+            id_ = f"{id_}~{digest.hex()}" if next_one in seen else next_one  # a row may be called so
+            seen[id_] = [digest]
         record = named(item.record, id=id_, source=source.name)
         yield dataclasses.replace(item, record=record, file=row.file, row=row.number)

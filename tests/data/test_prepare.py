@@ -171,6 +171,15 @@ def test_ids_stay_unique_and_repeated_rows_are_told(tmp_path):
     assert found[2] == Refused("train.json", 3, "7", "the same row, id included, came before")
 
 
+def test_ids_that_look_like_ours_stay_unique_too(tmp_path):
+    ids = ["a", "a~2", "a", "a~3", "a", "mm_k12-train.json-7", None, "a~2"]
+    rows = [{"id": id_, "question": f"q{i}", "answer": "1"} for i, id_ in enumerate(ids)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    found = [item.record for item in sources.read("mm_k12", str(tmp_path), "train")]
+    assert [p.question for p in found] == [row["question"] for row in rows]
+    assert len({p.id for p in found}) == len(rows) and [p.id for p in found[:2]] == ["a", "a~2"]
+
+
 def test_a_limit_counts_good_rows(tmp_path):
     path, good, _ = corrupted(tmp_path / "source", ".jsonl")
     run("mm_k12", path, "--limit=30", f"--output={tmp_path / 'out'}", "--name=dev")
