@@ -117,6 +117,14 @@ def test_five_percent_bad_rows(tmp_path, suffix, capsys):
     assert png("blue") not in written and len(written) == sum(i % 3 == 0 for i in range(200) if i not in bad)
 
 
+def test_the_same_command_writes_the_same_bytes(tmp_path):
+    path, _, _ = corrupted(tmp_path / "source", ".jsonl", 600)
+    for name in "ab":
+        run("mm_k12", path, f"--output={tmp_path / name}")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert "text.png" in (tmp_path / "a/prepare/train/refused.jsonl").read_text()
+
+
 def test_the_command_ends_with_0_when_rows_were_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"id": "a", "question": "q", "answer": "1"}\n{"id": "b"}\n')
     argv = [sys.executable, "-m", "mmprm_jax.main", "prepare", "mm_k12", str(tmp_path), f"--output={tmp_path / 'o'}"]

@@ -49,6 +49,9 @@ def test_the_command(tmp_path, capsys):
     for dev, test, name in ((0, 9, "dev"), (9, 60, "dev"), (30, 30, "train")):
         with pytest.raises(UserError, match=f"none for {name}"):
             split.main([str(path), f"--dev={dev}", f"--test={test}"])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="directory"):
+        split.main([str(tmp_path / "folder"), "--dev=1", "--test=1"])
     records.write(path, [*PROBLEMS, PROBLEMS[7]])
     with pytest.raises(UserError, match="the id '7' is there twice"):
         split.main([str(path), "--dev=1", "--test=1"])
