@@ -117,6 +117,17 @@ def test_the_thresholds_are_the_best_ones(seed):
     assert detection.macro_f1(detection.step_counts(rows, chosen).sum(0)) == pytest.approx(best, abs=1e-12)
 
 
+def test_the_thresholds_are_the_best_ones_for_scores_that_mislead():
+    """Often the first wrong step has a higher score than one before it: no threshold finds that row."""
+    for seed in range(60):
+        rows = [*first_errors(12, seed, noise=1.0), Row("", "", (0.6,), label=-1), Row("", "", (0.4,), label=0)]
+        best = max(
+            detection.first_error_f1(detection.first_error_counts(rows, t).sum(0)) for t in np.linspace(0, 1, 2001)
+        )
+        counts = detection.first_error_counts(rows, detection.first_error_threshold(rows)).sum(0)
+        assert detection.first_error_f1(counts) == pytest.approx(best, abs=1e-12)
+
+
 def test_scores_of_zero_and_one_have_thresholds():
     rows = [Row("a", "", (1.0, 0.0), label=1), Row("b", "", (1.0, 1.0), label=-1)]
     assert detection.first_error_threshold(rows) == 0.5

@@ -98,6 +98,25 @@ def test_the_permutation_test_against_all_sign_flips():
     assert got["p_value"] == pytest.approx(exact, abs=4 * math.sqrt(exact / statistics.FLIPS))
 
 
+def test_a_sampled_p_value_is_never_0_and_depends_on_the_seed():
+    assert statistics.paired(np.full(60, 0.5), np.zeros(60))["p_value"] == 1 / (statistics.FLIPS + 1)
+    d = np.random.default_rng(4).random(50) - 0.4
+    first, second = (statistics.paired(d, np.zeros(50), seed)["p_value"] for seed in (0, 1))
+    assert first != second and abs(first - second) < 0.02
+
+
+def test_an_interval_depends_little_on_the_seed():
+    values = np.random.default_rng(5).random(200) < 0.5
+    ends = np.array([statistics.interval(values, seed) for seed in range(10)])
+    assert np.all(ends.std(axis=0) < 0.004)  # with 4,000 resamples 0.0015
+
+
+def test_quantiles_leave_out_what_is_undefined():
+    some = np.array([0.0, np.nan, 1.0, np.nan, 0.5])
+    assert statistics.quantiles(some, level=1.0) == [0.0, 1.0]
+    assert np.all(np.isnan(statistics.quantiles(np.array([np.nan]))))
+
+
 def test_the_tests_are_as_careful_as_they_say():
     """Two selectors of equal accuracy: p < 0.05 in at most 5 % of the data sets; a better one is found."""
     rng = np.random.default_rng(2)
