@@ -154,7 +154,8 @@ def _result(cell: Cell, cell_run: CellRun) -> Result:
     for x in records.read(cell_run.folder("evaluate") / "test_scored.jsonl", ScoredCandidate):
         groups[x.candidate.problem_id].append(x)
     problems, selected = list(groups.values()), cell_run.figures("evaluate")["prm_selected"]
-    each = {n: best_of_n.per_problem(problems, n) for n in best_of_n.sizes(problems)}
+    key = best_of_n.equivalent(problems)
+    each = {n: best_of_n.per_problem(problems, n, key) for n in best_of_n.sizes(problems)}
     return Result(
         cell, selected,
         chosen={n: x["prm"][selected] for n, x in each.items()},

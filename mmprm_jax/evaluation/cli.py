@@ -98,7 +98,7 @@ def _bon(argv: Sequence[str]) -> None:
         return
     problems, bad = list(found.problems.values()), list(found.bad)
     n = max(map(len, problems), default=0) or 1
-    figures, each = selectors(problems, n, without=found.without)
+    figures, each = selectors(problems, n, without=found.without, key=best_of_n.equivalent(problems))
     if args.dev:
         held_out = stored.read(args.dev)
         bad += held_out.bad

@@ -134,6 +134,8 @@ def test_scores_of_zero_and_one_have_thresholds():
     assert detection.first_error_threshold([Row("a", "", (0.9,), label=0), Row("b", "", (1.0,), label=-1)]) == 0.95
     rows = [Row("a", "", (0.0, 1.0), labels=(-1, 1))]
     assert detection.step_threshold(rows) == 0.5
+    rows = [Row("a", "", (0.0,) * 5 + (0.9, 0.5), labels=(1,) * 6 + (-1,))]
+    assert detection.step_threshold(rows) == 0  # to call all steps right is best, those of score 0 too
 
 
 def test_the_threshold_knows_nothing_of_the_test_rows():

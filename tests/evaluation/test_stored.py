@@ -201,6 +201,14 @@ def test_the_command(tmp_path, capsys):
     assert "majority vote" in out and "left out: unique (no candidate has segments)" in out
 
 
+def test_answers_vote_as_in_the_evaluation_of_a_run(tmp_path):
+    """0.5 and 1/2 are one answer."""
+    rows = problem("a", [1, 1, 0, 0, 0], [0.5] * 5, ["0.5", "1/2", "7", "7", "8"])
+    path = write(tmp_path / "c.jsonl", [*rows, *problem("b", [1, 1, 0], [0.5] * 3, ["\\frac12", "0.5", "3"])])
+    bon(path, f"--json={tmp_path / 'f.json'}")
+    assert json.loads((tmp_path / "f.json").read_text())["best_of_n"]["5"]["majority"]["accuracy"] == 0.75
+
+
 def test_options_that_do_not_fit(tmp_path):
     path = write(tmp_path / "c.jsonl", problem("a", [1, 0], [0.9, 0.2]))
     with pytest.raises(UserError, match="1 problems are in .* too, e.g. a"):
