@@ -92,6 +92,33 @@ def test_figures_that_share_much_are_still_two():
         assert why(bench("a b c d", drawing(seed)), "e f g h", more) is None
 
 
+def test_a_figure_of_another_shape_is_another_one():
+    """Stretched, it has the same thumbnail."""
+    assert why(bench("a b c d", drawing(0)), "e f g h", drawing(0).resize((180, 135))) == "near image"
+    assert why(bench("a b c d", drawing(0)), "e f g h", drawing(0).resize((120, 180))) is None
+
+
+def test_an_exact_question_is_told_before_a_like_image():
+    known = [
+        Known("b", "image", fingerprint("a b c d"), look(encoded(drawing(0)))),
+        Known("b", "text", fingerprint(LONG), None),
+    ]
+    for image in (drawing(0), drawing(0).resize((240, 180), Image.Resampling.NEAREST)):  # the same thumbnail to the bit
+        copy = look(encoded(image, "JPEG", quality=100) if image.width == 120 else encoded(image))
+        assert Benchmarks(known).match(fingerprint("e f g h"), copy).similarity < 1
+        match = Benchmarks(known).match(fingerprint(LONG), copy)
+        assert (match.benchmark_id, match.why) == ("text", "question")
+
+
+def test_a_speck_on_white_is_no_figure():
+    def speck(size):
+        page = Image.new("RGB", (size, size), "white")
+        page.putpixel((size // 2, size // 2), (250, 250, 250))
+        return page
+
+    assert why(bench("a b c d", speck(120)), "e f g h", speck(240)) is None
+
+
 def test_blank_images_are_like_no_other():
     white, black = Image.new("RGB", (50, 50), "white"), Image.new("RGB", (60, 60), "black")
     assert why(bench("a b c d", white), "e f g h", black) is None

@@ -188,6 +188,21 @@ def test_the_command(tmp_path, capsys):
     assert "chosen on 200 other rows" in capsys.readouterr().out
 
 
+def test_steps_without_rollouts_are_not_calibrated(tmp_path):
+    rows = [{"id": "a", "scores": [0.9, 0.5, 0.25], "k": [0, 2, 1], "n": [0, 4, 4]}]
+    got = detection.evaluate(detection.read(write(tmp_path / "s.jsonl", rows))[0], None, None)["calibration"]
+    assert (got["steps"], got["rollouts"], got["ece"]) == (2, 8, 0)
+
+
+def test_each_kind_of_row_is_held_out_for_its_own():
+    mixed, dev = [*first_errors(60, 0), *step_rows(60, 1)], [*first_errors(40, 2), *step_rows(30, 3)]
+    got = detection.evaluate(mixed, dev, None)
+    assert (got["process_bench"]["held_out_rows"], got["process_bench"]["rows"]) == (40, 60)
+    assert (got["visual_process_bench"]["held_out_rows"], got["visual_process_bench"]["rows"]) == (30, 60)
+    assert got["process_bench"]["threshold"] == detection.first_error_threshold(dev[:40])
+    assert got["visual_process_bench"]["threshold"] == detection.step_threshold(dev[40:])
+
+
 GOOD = {"id": "good", "scores": [0.5], "label": 0}
 BAD = [
     ("{", "not JSON"),
