@@ -46,6 +46,7 @@ def why(benchmarks, question, image=None):
     [
         (LONG, "question"),
         (LONG.upper().replace("$", "").replace("  ", " "), "question"),
+        (LONG.replace("8", "８").replace("A", "Ａ"), "question"),
         ("<image>\n" + LONG.replace("\\dfrac", "\\frac").replace("\\vartriangle", "\\triangle"), "question"),
         (LONG.replace("two trisection points on", "two trisecting points of"), "near question"),
         (LONG.replace("7", "9"), None),
@@ -113,7 +114,7 @@ def test_an_exact_question_is_told_before_a_like_image():
 def test_a_speck_on_white_is_no_figure():
     def speck(size):
         page = Image.new("RGB", (size, size), "white")
-        page.putpixel((size // 2, size // 2), (250, 250, 250))
+        page.paste((254, 254, 254), (size // 2, size // 2, size * 13 // 24, size * 13 // 24))
         return page
 
     assert why(bench("a b c d", speck(120)), "e f g h", speck(240)) is None
@@ -122,6 +123,8 @@ def test_a_speck_on_white_is_no_figure():
 def test_blank_images_are_like_no_other():
     white, black = Image.new("RGB", (50, 50), "white"), Image.new("RGB", (60, 60), "black")
     assert why(bench("a b c d", white), "e f g h", black) is None
+    wide, high = Image.new("RGB", (60, 40), "white"), Image.new("RGB", (40, 60), "white")
+    assert why(bench("a b c d", wide), "e f g h", high) is None  # pixels alone do not tell the shape
     assert why(bench("a b c d", white), "e f g h", white) == "image"  # the same file
 
 
