@@ -156,7 +156,7 @@ def _check(name: str, kind: str, value: Any) -> None:
     if kind in ("str", "str | None"):
         if not (isinstance(value, str) or (value is None and kind != "str")):
             raise ValueError(f"{name} must be a text, found {value!r:.80}")
-    elif kind.startswith("tuple") and not isinstance(value, list):
+    elif kind.startswith("tuple") and not isinstance(value, list | tuple):
         raise ValueError(f"{name} must be a list, found {value!r:.80}")
     elif kind == "tuple[str, ...]" and not all(isinstance(x, str) for x in value):
         raise ValueError(f"{name} must be a list of texts")
