@@ -64,7 +64,7 @@ def locate(path_or_id: str, patterns: Sequence[str], output: Path | None = None)
     """
     path = Path(path_or_id)
     if path.is_file():
-        return Located(path.parent, (path,), (path.parent,))
+        return Located(path.parent, (path,), (path.parent, path.resolve().parent))
     trusted, revision = path, ""
     if not path.is_dir():
         path = _download(path_or_id)
@@ -102,6 +102,9 @@ def read_rows(located: Located) -> Iterator[Row]:
     """The rows of all files, in order."""
     for path in located.files:
         name = path.relative_to(located.folder).as_posix()
+        if not any(path.resolve().is_relative_to(root.resolve()) for root in located.trusted):
+            yield Row(name, 0, None, "a link that leads out of the source's folder")
+            continue
         try:
             if path.suffix == ".parquet":
                 yield from _parquet(path, name)

@@ -224,6 +224,22 @@ def test_paths_that_lead_elsewhere_are_refused(source, name):
         ImageFiles(located(source / "rows.json"), ("", "images")).read(name)
 
 
+def test_rows_behind_a_link_that_leads_out_are_refused(tmp_path):
+    """Unless it is the link that was named."""
+    secret, folder = tmp_path / "secret.jsonl", tmp_path / "source"
+    secret.write_text('{"id": "s"}\n')
+    folder.mkdir()
+    (folder / "b.jsonl").write_text('{"id": "b"}\n')
+    os.symlink("../secret.jsonl", folder / "a.jsonl")
+    os.symlink("b.jsonl", folder / "c.jsonl")
+    found = list(sources_files.read_rows(sources_files.locate(str(folder), ("*.jsonl",))))
+    assert [(row.file, row.value and row.value["id"]) for row in found] == [
+        ("a.jsonl", None), ("b.jsonl", "b"), ("c.jsonl", "b")
+    ]  # fmt: skip
+    assert found[0].error == "a link that leads out of the source's folder"
+    assert values(sources_files.read_rows(sources_files.locate(str(folder / "a.jsonl"), ()))) == [{"id": "s"}]
+
+
 def test_links_of_a_hub_snapshot_may_lead_to_its_blobs(tmp_path):
     """The hub's cache keeps files as ``snapshots/REVISION/NAME -> ../../blobs/HASH``."""
     snapshot, blobs = tmp_path / "datasets--a--b" / "snapshots" / ("0" * 40), tmp_path / "datasets--a--b" / "blobs"
