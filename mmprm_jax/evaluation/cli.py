@@ -82,6 +82,8 @@ def _bon(argv: Sequence[str]) -> None:
     parser.add_argument("--output", metavar="FILE", help="write the candidates: .jsonl ours, .json as the original")
     _json_option(parser)
     args = parser.parse_args(argv)
+    if args.mode == "paper" and (args.dev or args.problems):
+        raise UserError("--mode=paper knows neither --dev nor --problems: it has every aggregator, over all problems")
 
     from mmprm_jax.evaluation import best_of_n, paper, statistics, stored
     from mmprm_jax.evaluation.stage import selectors

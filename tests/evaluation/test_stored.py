@@ -213,6 +213,8 @@ def test_options_that_do_not_fit(tmp_path):
     path = write(tmp_path / "c.jsonl", problem("a", [1, 0], [0.9, 0.2]))
     with pytest.raises(UserError, match="1 problems are in .* too, e.g. a"):
         bon(path, f"--dev={path}")
+    with pytest.raises(UserError, match="--mode=paper knows neither --dev"):
+        bon(path, "--mode=paper", f"--dev={path}")
     with pytest.raises(UserError, match="1 problems of .* are missing, e.g. a"):
         bon(path, f"--problems={write(tmp_path / 'p.jsonl', [{'id': 'b', 'source': 's'}])}")
     with pytest.raises(UserError, match="line 1: expected an object with id and topic"):
