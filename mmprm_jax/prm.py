@@ -261,6 +261,8 @@ def _parse(row: Any) -> tuple[str, list[str], list[list[str]]]:
         raise UserError("expected a JSON object")
     if not isinstance(row.get("question"), str):
         raise UserError("question must be a string")
+    if row.get("image") is not None and "images" not in row:  # as Problem has it: else scored without its image
+        raise UserError("image: write images, a list of file names")
     if not texts(row.get("images", [])):
         raise UserError("images must be a list of file names")
     candidates = row.get("candidates", [row["steps"]] if "steps" in row else None)

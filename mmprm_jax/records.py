@@ -151,8 +151,19 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
+def _check(name: str, kind: str, value: Any) -> None:
+    """Raises ValueError when a text or a list is something else, which would be found out late or never."""
+    if kind in ("str", "str | None"):
+        if not (isinstance(value, str) or (value is None and kind != "str")):
+            raise ValueError(f"{name} must be a text, found {value!r:.80}")
+    elif kind.startswith("tuple") and not isinstance(value, list | tuple):
+        raise ValueError(f"{name} must be a list, found {value!r:.80}")
+    elif kind == "tuple[str, ...]" and not all(isinstance(x, str) for x in value):
+        raise ValueError(f"{name} must be a list of texts")
+
+
 def from_dict(cls: type[Record], row: dict[str, Any]) -> Record:
-    """Builds a record from its JSON object. Raises ValueError naming missing and unknown keys."""
+    """Builds a record from its JSON object. Raises ValueError naming missing and unknown keys, and wrong types."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(row) - set(fields))
     missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in row)
@@ -160,6 +171,7 @@ def from_dict(cls: type[Record], row: dict[str, Any]) -> Record:
         raise ValueError(f"not a {cls.__name__}: missing keys {missing}, unknown keys {unknown}")
     values = {}
     for name, value in row.items():
+        _check(name, fields[name].type, value)
         nested = _NESTED.get(name)
         if nested and isinstance(value, list):
             values[name] = tuple(from_dict(nested, v) for v in value)
@@ -204,7 +216,7 @@ def read(path: epath.PathLike, cls: type[Record]) -> Iterator[Record]:
                 if not isinstance(row, dict):
                     raise ValueError(f"expected a JSON object, found {type(row).__name__}")
                 record = from_dict(cls, row)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
             yield record
 

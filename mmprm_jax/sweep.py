@@ -154,7 +154,8 @@ def _result(cell: Cell, cell_run: CellRun) -> Result:
     for x in records.read(cell_run.folder("evaluate") / "test_scored.jsonl", ScoredCandidate):
         groups[x.candidate.problem_id].append(x)
     problems, selected = list(groups.values()), cell_run.figures("evaluate")["prm_selected"]
-    each = {n: best_of_n.per_problem(problems, n) for n in best_of_n.sizes(problems)}
+    key = best_of_n.equivalent(problems)
+    each = {n: best_of_n.per_problem(problems, n, key) for n in best_of_n.sizes(problems)}
     return Result(
         cell, selected,
         chosen={n: x["prm"][selected] for n, x in each.items()},
@@ -167,7 +168,7 @@ def _result(cell: Cell, cell_run: CellRun) -> Result:
 def interval(values: np.ndarray, accuracy: bool = True) -> dict[str, Any]:
     """Mean of [seeds, P] values and its bootstrap interval: problems are resampled, and seeds if there are several."""
     seeds, problems = values.shape
-    if accuracy and (np.all(values == 0) or np.all(values == 1)):
+    if accuracy and (np.all(values == 0) or statistics.all_right(values)):
         return {"value": float(values.mean()), "ci95": statistics.interval(values[0])}
     resampled = statistics.resampled_sums(values.T) / problems  # [resamples, seeds]
     if seeds == 1:

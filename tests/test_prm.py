@@ -582,6 +582,7 @@ BAD = {
     json.dumps(row("words", candidates=[["a", 1]])): "candidates must be a list of lists",
     json.dumps(row("none", candidates=None)): "candidates must be a list of lists",
     json.dumps(row("names", images="square.png")): "images must be a list of file names",
+    json.dumps({"id": "p", "question": QUESTION, "image": "square.png", "steps": STEPS}): "write images, a list",
     json.dumps(row("gone", images=["gone.png"])): "gone.png: image not found",
     json.dumps(row("zero", images=["a\0b.png"])): "null",
     json.dumps(row("half", images=["\ud800.png"])): "surrogates not allowed",

@@ -69,6 +69,9 @@ def message(path, cls):
         ({"id": "a", "question": "q"}, "missing keys ['answer']"),
         ({"id": "a", "question": "q", "answer": "1", "anwser": "1"}, "unknown keys ['anwser']"),
         ([1], "expected a JSON object, found list"),
+        ({"id": "a", "question": None, "answer": "1"}, "question must be a text, found None"),
+        ({"id": "a", "question": "q", "answer": 1}, "answer must be a text, found 1"),
+        ({"id": "a", "question": "q", "answer": "1", "image": ["x.png"]}, "image must be a text, found ['x.png']"),
     ],
 )
 def test_bad_row_names_file_and_line(tmp_path, bad, wanted):
@@ -76,6 +79,17 @@ def test_bad_row_names_file_and_line(tmp_path, bad, wanted):
     path.write_text(records.to_json(PROBLEM) + "\n\n" + json.dumps(bad) + "\n")
     text = message(path, Problem)
     assert text.startswith(f"{path}, line 3: ") and wanted in text
+
+
+@pytest.mark.parametrize(
+    "values, wanted",
+    [({"segments": "s1"}, "segments must be a list, found 's1'"), ({"segments": ["s1", 2]}, "a list of texts"),
+     ({"k": 3}, "k must be a list")],
+)  # fmt: skip
+def test_lists_are_lists(tmp_path, values, wanted):
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps(json.loads(records.to_json(ALL[6])) | values))
+    assert wanted in message(path, StepExample)
 
 
 def test_bad_nested_row_names_the_nested_type(tmp_path):
@@ -89,6 +103,8 @@ def test_bad_nested_row_names_the_nested_type(tmp_path):
 def test_invalid_json_empty_and_missing_files(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"id": ')
+    assert message(path, Problem).startswith(f"{path}, line 1: ")
+    path.write_text("[" * 100_000)
     assert message(path, Problem).startswith(f"{path}, line 1: ")
     path.write_text("\n")
     assert message(path, Problem) == f"{path}: holds no Problem record"

@@ -1,10 +1,12 @@
 """The grid, and tables whose figures are known."""
 
+import types
+
 import numpy as np
 import pytest
 
-from mmprm_jax import sweep
-from mmprm_jax.records import UserError
+from mmprm_jax import records, sweep
+from mmprm_jax.records import Candidate, Problem, ScoredCandidate, UserError
 
 
 def test_cells_are_all_combinations():
@@ -49,6 +51,19 @@ def results(effects, problems=400, noise=0.0):
         by_n = {n: base + shift + gain for n, gain in ((1, 0.0), (4, 0.05))}
         found.append(sweep.Result(cell, "min", by_n, {n: v - 0.1 for n, v in by_n.items()}, by_n, base))
     return grid, found, base
+
+
+def test_answers_vote_as_in_the_evaluation(tmp_path):
+    """0.5 and 1/2 are one answer."""
+    answers = ("0.5", "1/2", "7", "7", "\\frac{1}{2}")
+    rows = [ScoredCandidate(Candidate("p", (), a, a != "7", 0.0, 0), ()) for a in answers]
+    records.write(tmp_path / "test_scored.jsonl", rows)
+    run = types.SimpleNamespace(
+        problems=lambda split: [Problem("p", "q", "0.5")],
+        folder=lambda stage: tmp_path,
+        figures=lambda stage: {"prm_selected": "mean"},
+    )
+    assert sweep._result(sweep.Cell({}), run).majority[5].tolist() == [1.0]
 
 
 def test_differences_are_those_of_the_simulation():

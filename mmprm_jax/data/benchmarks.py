@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmprm_jax.data.sources_base import Item, Picture, Source, identity, picture, placed, text, texts
+from mmprm_jax.data.sources_base import Item, Picture, Source, identity, optional, picture, placed, text, texts
 from mmprm_jax.records import Problem, UserError
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -91,11 +91,11 @@ def mathvista(row: Mapping[str, Any], split: str) -> Item:
     if asked == "multi_choice" and answer not in options:
         raise UserError(f"the answer {answer!r:.40} is none of the choices")
     precision = row.get("precision")
-    if precision is not None and not isinstance(precision, int | float):
-        raise UserError(f"precision is {type(precision).__name__}, not a number")
-    precision, unit = None if precision is None else int(precision), str(row.get("unit") or "")
+    if precision is not None and not (isinstance(precision, int | float) and abs(precision) <= 100):
+        raise UserError(f"precision is {precision!r:.40}, not a number of places")
+    precision, unit = None if precision is None else int(precision), optional(row, "unit")
     question = text(row, "origin_question", "question")
-    prompt = str(row.get("query") or "") or _mathvista_prompt(question, options, unit, kind, precision)
+    prompt = optional(row, "query") or _mathvista_prompt(question, options, unit, kind, precision)
     bare = question + (f" (Unit: {unit})" if unit else "") + listed(options)
     return _item(
         identity(row, "pid", "id"), bare, answer, picture(row.get("image_path") or _image(row)), prompt, "mathvista",
@@ -108,14 +108,14 @@ def _image(row: Mapping[str, Any]) -> Any:
     return row.get("decoded_image") or row.get("image")
 
 
-_VERSE_CHOICE = re.compile(r"(?:^|\n)\s*\(?([A-F])\s*[:.)、]\s*(.*)")
+_VERSE_CHOICE = re.compile(r"^[^\S\n]*\(?([A-F])\s*[:.)、]\s*(.*)", re.MULTILINE)
 
 
 def mathverse(row: Mapping[str, Any], split: str) -> Item:
     """MathVerse testmini; ``category`` in the scoring row is the problem's version. Vision Only has no question."""
     version, kind = text(row, "problem_version"), text(row, "question_type")
-    given = text(row, "question", empty=True) if row.get("question") is not None else ""
-    asked = str(row.get("question_for_eval") or "") or given
+    given = optional(row, "question")
+    asked = optional(row, "question_for_eval") or given
     found = _VERSE_CHOICE.findall(asked)
     choices = kind == "multi-choice" and [letter for letter, _ in found] == list(_LETTERS[: len(found)])
     options = tuple(option.strip() for _, option in found) if choices else ()
@@ -143,7 +143,7 @@ def mathvision(row: Mapping[str, Any], split: str) -> Item:
     prompt = f"{_VISION_TASK}{question}\n{given}{chr(10) if given else ''}"
     return _item(
         identity(row, "id"), question + listed(options), answer, picture(_image(row)), prompt, "mathvision",
-        options=options, category=str(row.get("subject") or ""), level=row.get("level"),
+        options=options, category=optional(row, "subject"), level=optional(row, "level") and row["level"],
     )  # fmt: skip
 
 
@@ -182,14 +182,15 @@ def olympiadbench(row: Mapping[str, Any], split: str) -> Item:
     if not golds or not golds[0].strip():
         raise UserError("no final_answer: a problem to prove has no answer to verify")
     pictures = [p for i in range(1, 10) for p in picture(row.get(f"image_{i}"))]
-    pictures += [p for value in row.get("images") or () for p in picture(value)]
-    kind, unit = str(row.get("answer_type") or ""), str(row.get("unit") or "")
-    error = row.get("error")
+    more = row.get("images") or []
+    if not isinstance(more, list):
+        raise UserError(f"images is {type(more).__name__}, not a list")
+    pictures += [p for value in more for p in picture(value)]
+    kind, unit = optional(row, "answer_type"), optional(row, "unit")
     prompt = _olympiad_prompt(row, kind, bool(row.get("is_multiple_answer")), unit)
     return _item(
         identity(row, "id"), text(row, "question"), golds[0], tuple(pictures), prompt, "olympiadbench",
-        answer_type=kind, error=None if error is None else str(error), unit=unit,
-        category=str(row.get("subfield") or ""),
+        answer_type=kind, error=optional(row, "error"), unit=unit, category=optional(row, "subfield"),
     )  # fmt: skip
 
 
@@ -209,7 +210,7 @@ def visualprocessbench(row: Mapping[str, Any], split: str) -> Item:
     )
     example = StepDetectionExample(
         identity(row, "id"), _tags(text(row, "question"), len(pictures)), steps, tuple(labels),
-        category=str(row.get("data_source") or ""), generator=str(row.get("policy_model") or ""),
+        category=optional(row, "data_source"), generator=optional(row, "policy_model"),
     )  # fmt: skip
     return Item(example, pictures)
 
@@ -232,7 +233,7 @@ def processbench(row: Mapping[str, Any], split: str) -> Item:
     id_ = identity(row, "id")
     example = StepDetectionExample(
         id_, text(row, "problem"), steps, (1,) * right + (-1,) * (len(steps) - right), first_error=label,
-        final_correct=final if isinstance(final, bool) else None, generator=str(row.get("generator") or ""),
+        final_correct=final if isinstance(final, bool) else None, generator=optional(row, "generator"),
         category=re.sub(r"-\d+$", "", id_) or split,
     )  # fmt: skip
     return Item(example)

@@ -7,7 +7,7 @@ import io
 
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mmprm_jax.records import UserError
 
@@ -42,9 +42,13 @@ def decode_image(data: bytes, name: str, drop_alpha: bool = False) -> Image.Imag
                 raise UserError(f"{name}: {width} x {height} pixels; the limit is {MAX_PIXELS} in all")
             if max(width, height) > MAX_EDGE:
                 raise UserError(f"{name}: {width} x {height} pixels; the limit is {MAX_EDGE} for an edge")
+            if image.format == "EPS":  # Pillow would have Ghostscript run it
+                raise UserError(f"{name}: PostScript is a program, no image")
             return image.convert("RGB") if drop_alpha else to_rgb(image)
     except UserError:
         raise
+    except UnidentifiedImageError:  # whose message has an address in memory
+        raise UserError(f"{name}: not a readable image (of no format that is known)") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise UserError(f"{name}: not a readable image ({error})") from None
 

@@ -63,7 +63,7 @@ class _Images:
 
     def merged(self, pictures: Sequence[Picture]) -> list[tuple[bytes, Image.Image]]:
         """The one image of a problem, encoded and opened: its only one, or all of them below each other as PNG."""
-        opened = [self.open(picture) for picture in pictures]
+        opened = self.opened(pictures)
         if len(opened) < 2:
             return opened
         width = max(image.width for _, image in opened)
@@ -78,10 +78,18 @@ class _Images:
         page.save(encoded, "PNG")
         return [(encoded.getvalue(), page)]
 
-    def open(self, picture: Picture) -> tuple[bytes, Image.Image]:
-        """An image's bytes and pixels. Raises UserError when it is refused."""
-        data, name = self._load(picture)
-        return data, images.decode_image(data, name)
+    def opened(self, pictures: Sequence[Picture]) -> list[tuple[bytes, Image.Image]]:
+        """The images' bytes and pixels. Raises UserError when one is refused; all together have one image's limits."""
+        found, size, pixels = [], 0, 0
+        for picture in pictures:
+            data, name = self._load(picture)
+            image = images.decode_image(data, name)
+            size, pixels = size + len(data), pixels + image.width * image.height
+            if size > images.MAX_BYTES or pixels > images.MAX_PIXELS:
+                limits = f"{images.MAX_BYTES} bytes or {images.MAX_PIXELS} pixels"
+                raise UserError(f"its {len(pictures)} images have more than {limits} in all")
+            found.append((data, image))
+        return found
 
     def keep(self, data: bytes, image: Image.Image) -> str:
         """Writes an image unless it is there. Returns its path relative to the output folder."""
@@ -124,11 +132,23 @@ def _kind(reason: str) -> str:
     return reason.rpartition(": ")[2].split(" (")[0][:80]
 
 
-def known(folders: Iterable[Path]) -> Iterator[decontaminate.Known]:
-    """The problems of prepared benchmarks. Raises UserError when a folder is none."""
+def _held_out(summary: Path) -> bool:
+    """Whether prepared rows are no training data, which may lie beside a benchmark. Raises UserError."""
+    try:
+        return json.loads(summary.read_text(encoding="utf-8"))["split"] != "train"
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{summary}: damaged; run mmprm prepare again") from None
+
+
+def known(folders: Iterable[Path], target: Path) -> Iterator[decontaminate.Known]:
+    """The problems of prepared benchmarks, but those that ``target`` holds from a run before this one.
+
+    Raises UserError when a folder is none.
+    """
     for folder in folders:
-        names = sorted(path.parent.name for path in folder.glob(f"{FOLDER}/*/summary.json"))
+        names = sorted(path.parent.name for path in folder.glob(f"{FOLDER}/*/summary.json") if _held_out(path))
         files = [folder / f"{name}.jsonl" for name in names] or sorted(folder.glob("test*.jsonl"))
+        files = [path for path in files if path.resolve() != target.resolve()]
         if not files:
             raise UserError(
                 f"{folder}: no prepared benchmark; make it with mmprm prepare BENCHMARK … --output={folder}"
@@ -146,11 +166,14 @@ def known(folders: Iterable[Path]) -> Iterator[decontaminate.Known]:
 def run(settings: Settings) -> dict[str, Any]:
     """Prepares a source. Returns the summary. Raises UserError when no row at all was good."""
     source = sources.find(settings.source)
-    located = sources.locate(source, settings.path, settings.split)
+    located = sources.locate(source, settings.path, settings.split, settings.output)
     name = settings.name or ("sft" if source.kind == "sft" else settings.split)
+    target = settings.output / f"{name}.jsonl"
+    if target.resolve() in [path.resolve() for path in located.files]:
+        raise UserError(f"{target}: is read, and would be replaced; choose another --output or --name")
     if source.kind == "steps" and settings.against:
         raise UserError(f"--against is for training data; {source.name} is a benchmark")
-    benchmarks = decontaminate.Benchmarks(known(settings.against)) if settings.against else None
+    benchmarks = decontaminate.Benchmarks(known(settings.against, target)) if settings.against else None
     folder = settings.output / FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _Images(sources_files.ImageFiles(located, source.image_folders), settings.output)
@@ -161,7 +184,7 @@ def run(settings: Settings) -> dict[str, Any]:
         if settings.rewriter:
             rows = settings.rewriter.rewrite(rows)
         with progress(None, f"prepare {source.name}", "row") as bar:
-            report.written = records.write(settings.output / f"{name}.jsonl", _told(rows, scoring, bar))
+            report.written = records.write(target, _told(rows, scoring, bar))
     summary = {
         "source": source.name, "split": settings.split, "from": settings.path, "revision": located.revision,
         "file": f"{name}.jsonl", "rows": report.rows, "written": report.written, "refused": report.reasons.total(),
@@ -173,6 +196,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if scoring:
         with _replacing(folder / "benchmark.jsonl") as file:
             file.writelines(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in scoring)
+    else:  # of another source that was prepared under this name
+        (folder / "benchmark.jsonl").unlink(missing_ok=True)
     with _replacing(folder / "summary.json") as file:
         file.write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if not report.written:
@@ -208,7 +233,7 @@ def _kept(
                 opened = pictures.merged(row.pictures)
                 record = named(row.record, image=None)
             else:
-                opened = [pictures.open(picture) for picture in row.pictures]
+                opened = pictures.opened(row.pictures)
                 record = row.record
         except UserError as error:
             report.refuse(Refused(row.file, row.row, row.record.id, str(error)))

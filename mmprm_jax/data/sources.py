@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mmprm_jax.data import sources_files
@@ -117,11 +118,11 @@ def find(name: str) -> Source:
     return SOURCES[name]
 
 
-def locate(source: Source, path_or_id: str, split: str) -> Located:
-    """The files of a split. Raises UserError when there are none."""
+def locate(source: Source, path_or_id: str, split: str, output: Path | None = None) -> Located:
+    """The files of a split; what is below ``output`` is none of them. Raises UserError when there are none."""
     if split not in source.files:
         raise UserError(f"{source.name} has no split {split!r}, only {', '.join(source.files)}")
-    return sources_files.locate(path_or_id, source.files[split])
+    return sources_files.locate(path_or_id, source.files[split], output)
 
 
 def read(name: str, path_or_id: str, split: str) -> Iterator[Item | Refused]:
@@ -155,6 +156,9 @@ def items(source: Source, located: Located, split: str) -> Iterator[Item | Refus
             yield Refused(row.file, row.number, given, "the same row, id included, came before")
             continue
         same.append(digest)
-        id_ = id_ if len(same) == 1 else f"{id_}~{len(same)}"
+        if len(same) > 1:
+            next_one = f"{id_}~{len(same)}"
+            id_ = f"{id_}~{digest.hex()}" if next_one in seen else next_one  # a row may be called so
+            seen[id_] = [digest]
         record = named(item.record, id=id_, source=source.name)
         yield dataclasses.replace(item, record=record, file=row.file, row=row.number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -67,12 +68,19 @@ def text(row: Mapping[str, Any], *keys: str, empty: bool = False) -> str:
     value = row[key]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{key} is {type(value).__name__}, not a text")
+    if value != value or value in (math.inf, -math.inf):
+        raise UserError(f"{key} is {value}")
     value = str(value)
     if not value.strip() and not empty:
         raise UserError(f"{key} is empty")
     if len(value) > MAX_TEXT:
         raise UserError(f"{key} has {len(value)} characters; the limit is {MAX_TEXT}")
     return value
+
+
+def optional(row: Mapping[str, Any], key: str) -> str:
+    """The key's text; "" where the row has none. Raises UserError."""
+    return "" if row.get(key) is None else text(row, key, empty=True)
 
 
 def texts(value: Any, key: str) -> tuple[str, ...]:

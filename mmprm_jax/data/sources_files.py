@@ -10,6 +10,7 @@ import fnmatch
 import functools
 import io
 import json
+import lzma
 import re
 import stat
 import zipfile
@@ -54,20 +55,27 @@ class Located:
     revision: str = ""  # the commit on the hub; "": local files
 
 
-def locate(path_or_id: str, patterns: Sequence[str]) -> Located:
+def locate(path_or_id: str, patterns: Sequence[str], output: Path | None = None) -> Located:
     """The data files of a source: a file, a folder, or a hub id (``org/name`` or ``org/name@revision``) downloaded.
 
-    patterns: tried in order below the folder; the files of the first one that has any are taken, sorted.
+    patterns: tried in order below the folder; the files of the first one that has any are taken, sorted. output: a
+    folder in it whose files do not count: they were made from the others.
     Raises UserError when there is nothing.
     """
     path = Path(path_or_id)
     if path.is_file():
-        return Located(path.parent, (path,), (path.parent,))
+        return Located(path.parent, (path,), (path.parent, path.resolve().parent))
     trusted, revision = path, ""
     if not path.is_dir():
         path = _download(path_or_id)
         trusted, revision = path.parent.parent, path.name  # a snapshot is links to ../../blobs
-    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+    folder, made = path.resolve(), output and output.resolve()
+    made = made if made and made != folder and made.is_relative_to(folder) else None
+    names = sorted(
+        p.relative_to(path).as_posix()
+        for p in path.rglob("*")
+        if p.suffix in _SUFFIXES and p.is_file() and not (made and p.resolve().is_relative_to(made))
+    )
     for pattern in patterns:
         found = [name for name in names if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(Path(name).name, pattern)]
         if found:
@@ -94,6 +102,9 @@ def read_rows(located: Located) -> Iterator[Row]:
     """The rows of all files, in order."""
     for path in located.files:
         name = path.relative_to(located.folder).as_posix()
+        if not any(path.resolve().is_relative_to(root.resolve()) for root in located.trusted):
+            yield Row(name, 0, None, "a link that leads out of the source's folder")
+            continue
         try:
             if path.suffix == ".parquet":
                 yield from _parquet(path, name)
@@ -263,9 +274,12 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(_BATCH):
-                for value in batch.to_pylist():
+                for i in range(batch.num_rows):
                     number += 1
-                    yield Row(name, number, value)
+                    try:
+                        yield Row(name, number, batch.slice(i, 1).to_pylist()[0])
+                    except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a date out of range
+                        yield Row(name, number, None, f"a value that cannot be read ({_brief(error)})")
     except (pa.ArrowException, OSError) as error:
         yield Row(name, number + 1 if number else 0, None, f"Parquet damaged from here on ({_brief(error)})")
 
@@ -319,7 +333,7 @@ class ImageFiles:
                 continue
             try:
                 archive = zipfile.ZipFile(path)
-            except (OSError, zipfile.BadZipFile):
+            except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
                 continue  # its images are then not found, and each row says so
             for info in archive.infolist():
                 found.setdefault(info.filename, (archive, info))
@@ -342,7 +356,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> bytes
     try:
         with archive.open(info) as file:
             return file.read(images.MAX_BYTES + 1)  # the size in the archive's index may be a lie
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{name}: cannot be read from {Path(archive.filename).name} ({_brief(error)})") from None
 
 

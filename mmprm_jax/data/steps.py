@@ -26,12 +26,16 @@ def restructure(solution: str, answer: str | None = None) -> str | None:
     segments = split_segments(solution)
     if segments and final_answer(segments) and _packed("".join(segments)) == _packed(solution):
         return "".join(segments)
-    solution = _TAGS.sub("", solution.replace("\r\n", "\n").replace("\r", "\n")).strip()
-    answer = _TAGS.sub("", answer).strip() if answer else extract.answer(solution)
-    if not answer:
+    solution = _untagged(solution.replace("\r\n", "\n").replace("\r", "\n"))
+    answer = _untagged(answer) if answer else extract.answer(solution)
+    if not answer or not extract.PHRASE.sub("", answer).strip(" :：*.#"):  # "The answer is", and no more
         return None
     steps = [step for step in split_steps(solution) if not _only_answer(step, answer)]
     return "".join(f"<step>{step}</step>" for step in steps) + f"<answer>{answer}</answer>"
+
+
+def _untagged(text: str) -> str:
+    return _TAGS.sub(" ", _TAGS.sub("", text)).strip()  # the blank: "</st</step>ep>" gives a tag once, but not twice
 
 
 def _packed(text: str) -> str:

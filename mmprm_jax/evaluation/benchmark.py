@@ -35,7 +35,8 @@ def scoring_rows(problems: epath.Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        rows = {str(row["id"]): row for row in map(json.loads, path.read_text().splitlines())}
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also splits at what may stand in a text
+        rows = {str(row["id"]): row for row in map(json.loads, filter(None, lines))}
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{path}: damaged; run mmprm prepare again") from None
     unknown = {row.get("mode") for row in rows.values()} - set(MODES)

@@ -245,7 +245,7 @@ def by_group(each: dict[str, Any], groups: Sequence[str]) -> dict[str, Any]:
 
 def natural(name: str) -> list[Any]:
     """Sorts the numbers in names as numbers."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def length_group(scored: Sequence[ScoredCandidate]) -> str:

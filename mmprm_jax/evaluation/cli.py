@@ -69,6 +69,8 @@ def _bon(argv: Sequence[str]) -> None:
     parser.add_argument("--output", metavar="FILE", help="write the candidates: .jsonl ours, .json as the original")
     _json_option(parser)
     args = parser.parse_args(argv)
+    if args.mode == "paper" and (args.dev or args.problems):
+        raise UserError("--mode=paper knows neither --dev nor --problems: it has every aggregator, over all problems")
 
     from mmprm_jax.evaluation import best_of_n, paper, statistics, stored
     from mmprm_jax.evaluation.stage import selectors
@@ -85,7 +87,7 @@ def _bon(argv: Sequence[str]) -> None:
         return
     problems, bad = list(found.problems.values()), list(found.bad)
     n = max(map(len, problems), default=0) or 1
-    figures, each = selectors(problems, n, without=found.without)
+    figures, each = selectors(problems, n, without=found.without, key=best_of_n.equivalent(problems))
     if args.dev:
         held_out = stored.read(args.dev)
         bad += held_out.bad
@@ -104,7 +106,7 @@ def _bon(argv: Sequence[str]) -> None:
         figures["by_category"] = best_of_n.by_group(each, [categories[name] for name in found.problems])
     if found.without:
         figures["left_out"] = found.without
-    _finish(figures, format_table(figures) + _groups(figures) + _left_out(found.without), args.json, bad)
+    _finish(figures, format_table(figures) + _groups(figures) + _left_out(found), args.json, bad)
 
 
 def _categories(path: str, key: str) -> dict[str, str]:
@@ -118,10 +120,11 @@ def _categories(path: str, key: str) -> dict[str, str]:
     return found
 
 
-def _left_out(without: Sequence[str]) -> str:
+def _left_out(found: Any) -> str:
     from mmprm_jax.evaluation.stored import NEEDS
 
-    return "".join(f"\nleft out: {name} (no candidate has {NEEDS[name]})" for name in without)
+    lines = ((name, "not every" if found.told[NEEDS[name]] else "no", NEEDS[name]) for name in found.without)
+    return "".join(f"\nleft out: {name} ({which} candidate has {need})" for name, which, need in lines)
 
 
 def _groups(figures: dict[str, Any]) -> str:

@@ -27,6 +27,8 @@ from mmprm_jax.evaluation import calibration, statistics
 from mmprm_jax.evaluation.stored import each_row, parse_scores
 from mmprm_jax.records import UserError
 
+MAX_ROLLOUTS = 10**9  # behind a step
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -40,6 +42,7 @@ class Row:
     counts: tuple[tuple[int, int], ...] | None = (
         None  # (k, n): k of n rollouts from this step on were right; n = 0: none
     )
+    named: bool = True  # False: the file has no id for it, ``id`` is its place there
 
 
 def read(path: epath.PathLike, truth: epath.PathLike | None = None) -> tuple[list[Row], list[str]]:
@@ -47,10 +50,14 @@ def read(path: epath.PathLike, truth: epath.PathLike | None = None) -> tuple[lis
 
     truth: a file with all but the scores, joined by id; ``path`` may then be what `mmprm score` writes, and ``truth``
     what `mmprm prepare` makes of a benchmark (``StepDetectionExample``; its category is the source here).
-    Raises UserError if no row is good, and if every label 0 must be a mistake (there is no -1 beside them).
+    Raises UserError if no row is good, if an id is twice in ``truth``, and if every label 0 must be a mistake (there is
+    no -1 beside them).
     """
     rows, bad = [], []
-    known = {} if truth is None else {str(row["id"]): row for _, row in each_row(truth) if _named(row)}
+    known: dict[str, Any] = {}
+    for _, row in () if truth is None else each_row(truth):
+        if _named(row) and known.setdefault(str(row["id"]), row) is not row:
+            raise UserError(f"{truth}: the id {row['id']!r:.80} is there twice; rows are joined by it")
     for where, row in each_row(path):
         try:
             if isinstance(row, ValueError):
@@ -93,23 +100,23 @@ def _row(row: Any, where: str) -> Row:
     elif kinds == ["labels"]:
         known["labels"] = _integers(row["labels"], "labels", -1, 1, len(scores))
     else:
-        n = _integers(row.get("n"), "n", 0, None, len(scores))
-        k = _integers(row["k"], "k", 0, None, len(scores))
+        n = _integers(row.get("n"), "n", 0, MAX_ROLLOUTS, len(scores))
+        k = _integers(row["k"], "k", 0, MAX_ROLLOUTS, len(scores))
         if any(a > b for a, b in zip(k, n, strict=True)):
             raise ValueError("k must not be larger than n")
         known["counts"] = tuple(zip(k, n, strict=True))
     name, source = row.get("id"), row.get("source")
-    return Row(where if name is None else str(name), "" if source is None else str(source), scores, **known)
+    named = name is not None
+    return Row(str(name) if named else where, "" if source is None else str(source), scores, named=named, **known)
 
 
-def _integers(values: Any, key: str, low: int, high: int | None, length: int | None = None) -> tuple[int, ...]:
+def _integers(values: Any, key: str, low: int, high: int, length: int | None = None) -> tuple[int, ...]:
     if not isinstance(values, list) or (length is not None and len(values) != length):
         raise ValueError(f"{key} must be a list with a whole number for each score")
     for value in values:
-        if not isinstance(value, int) or value < low or (high is not None and value > high):
-            upper = "" if high is None else f" to {high}"
-            raise ValueError(f"{key} must be whole numbers from {low}{upper}, found {value!r:.80}")
-    return tuple(map(int, values))
+        if type(value) is not int or not low <= value <= high:  # true and false are ints too
+            raise ValueError(f"{key} must be whole numbers from {low} to {high}, found {value!r:.80}")
+    return tuple(values)
 
 
 def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -142,7 +149,8 @@ def macro_f1(counts: np.ndarray) -> np.ndarray:
     A class that is neither there nor predicted is left out of the mean.
     """
     tr, fr, tw, fw = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
-    return np.nanmean(np.stack([_ratio(2 * tr, 2 * tr + fr + fw), _ratio(2 * tw, 2 * tw + fw + fr)]), axis=0)
+    each = np.stack([_ratio(2 * tr, 2 * tr + fr + fw), _ratio(2 * tw, 2 * tw + fw + fr)])
+    return _ratio(np.nansum(each, 0), np.isfinite(each).sum(0))
 
 
 def first_error_counts(rows: Sequence[Row], threshold: float) -> np.ndarray:
@@ -246,7 +254,8 @@ def _figures(
 
     result = {"rows": len(rows), "pooled": told(f1(sums(per_row)))}
     total = np.sum(weights, 0)
-    result["mean_of_sources"] = told(_ratio(np.sum(np.array(values) * weights, 0), total))
+    counted = np.where(np.array(weights) == 0, 0, values)  # without a judged step a source has neither F1 nor weight
+    result["mean_of_sources"] = told(_ratio(np.sum(counted * weights, 0), total))
     result["sources"] = {
         name: {"rows": int((sources == name).sum())} | told(x) for name, x in zip(names, values, strict=True)
     }
@@ -278,7 +287,7 @@ def evaluate(
                 chosen_on, tested = split(tested, share, seed)
             else:
                 chosen_on = [row for row in dev if getattr(row, key) is not None]
-                both = {row.id for row in chosen_on} & {row.id for row in tested}
+                both = {row.id for row in chosen_on if row.named} & {row.id for row in tested if row.named}
                 if both:
                     raise UserError(f"{len(both)} ids are in the held-out file too, e.g. {sorted(both)[0]}")
             t, held_out = choose(chosen_on), len(chosen_on)

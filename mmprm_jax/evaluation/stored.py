@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from etils import epath
 
-from mmprm_jax import records
 from mmprm_jax.data.prompts import final_answer
 from mmprm_jax.records import Candidate, ScoredCandidate, UserError
 
@@ -39,9 +39,15 @@ class Stored:
     """What a file holds. ``bad``: a line for each row that was left out."""
 
     problems: dict[str, list[ScoredCandidate]]  # by problem id, in the order of the file
-    known: frozenset[str]  # of "answer", "logprob", "segments": those that some candidate has
+    told: Counter[str]  # how many candidates have "answer", "logprob", "segments"
     rows: dict[str, dict[str, Any]]  # what else the original's rows say, by problem id
     bad: list[str]
+
+    @property
+    def known(self) -> set[str]:
+        """What selectors may go by. All must have a log-probability: what stands for a missing one, 0, beats any."""
+        every = sum(map(len, self.problems.values()))
+        return {name for name, count in self.told.items() if count == every or name != "logprob"}
 
     @property
     def without(self) -> list[str]:
@@ -78,8 +84,7 @@ def each_row(path: epath.PathLike) -> Iterator[tuple[str, Any]]:
 
 def read(path: epath.PathLike) -> Stored:
     """Reads a file of either layout. Raises UserError if there is no file, or no good row in it."""
-    found = Stored({}, frozenset(), {}, [])
-    known: set[str] = set()
+    found = Stored({}, Counter(), {}, [])
     for where, row in each_row(path):
         try:
             if isinstance(row, ValueError):
@@ -97,12 +102,12 @@ def read(path: epath.PathLike) -> Stored:
                 found.rows[name] = {k: v for k, v in row.items() if k not in _WRITTEN}
             else:
                 raise ValueError("neither candidate (one row per candidate) nor prm_scores (one per problem) is there")
-            known |= says
+            found.told.update(says)
         except (ValueError, TypeError) as error:
             found.bad.append(f"{path}, {where}: {error}")
     if not found.problems:
         raise UserError("; ".join(found.bad[:3]) or f"{path}: is empty")
-    return dataclasses.replace(found, known=frozenset(known))
+    return found
 
 
 _WRITTEN = ("solutions_splits", "labels", "prm_scores", "answers")
@@ -122,18 +127,21 @@ def _candidate(row: dict[str, Any]) -> tuple[ScoredCandidate, set[str]]:
     if segments is not None and len(segments) != len(scores):
         raise ValueError(f"{len(segments)} segments, but {len(scores)} scores")
     logprob = c.get("logprob")
-    if logprob is not None and not (_number(logprob) and math.isfinite(logprob)):
+    if logprob is not None and not (_number(logprob) and abs(logprob) <= sys.float_info.max):
         raise ValueError(f"logprob must be a finite number, found {_short(logprob)}")
+    n_tokens = 0 if c.get("n_tokens") is None else c["n_tokens"]
+    if type(n_tokens) is not int or n_tokens < 0:
+        raise ValueError(f"n_tokens must be a whole number, found {_short(n_tokens)}")
     answer, correct = _answer(c.get("answer")), _flag(c.get("correct"), "correct")
     told = {"answer": answer, "logprob": logprob, "segments": segments}
-    candidate = Candidate(c["problem_id"], segments or (), answer, correct, logprob or 0.0, c.get("n_tokens") or 0)
+    candidate = Candidate(c["problem_id"], segments or (), answer, correct, logprob or 0.0, n_tokens)
     return ScoredCandidate(candidate, scores), {name for name, value in told.items() if value is not None}
 
 
 _KEYS = {"candidate", "scores"}
 
 
-def _problem(name: str, row: dict[str, Any]) -> tuple[list[ScoredCandidate], set[str]]:
+def _problem(name: str, row: dict[str, Any]) -> tuple[list[ScoredCandidate], Counter[str]]:
     labels, scores, steps, answers = (row.get(k) for k in ("labels", "prm_scores", "solutions_splits", "answers"))
     for key, value in (("labels", labels), ("prm_scores", scores)):
         if not isinstance(value, list):
@@ -141,14 +149,15 @@ def _problem(name: str, row: dict[str, Any]) -> tuple[list[ScoredCandidate], set
     for key, value in (("labels", labels), ("solutions_splits", steps), ("answers", answers)):
         if value is not None and (not isinstance(value, list) or len(value) != len(scores)):
             raise ValueError(f"{key} must be a list as long as prm_scores, {len(scores)}")
-    found, says = [], set()
+    found: list[ScoredCandidate] = []
+    says: Counter[str] = Counter()
     for i, values in enumerate(scores):
         values = parse_scores(values, f"prm_scores[{i}]")
         segments = _texts(steps[i], f"solutions_splits[{i}]") if steps else None
         if segments is not None and len(segments) != len(values):
             raise ValueError(f"solutions_splits[{i}] has {len(segments)} steps, but there are {len(values)} scores")
         answer = _answer(answers[i]) if answers else final_answer(segments or ())
-        says |= {key for key, value in (("answer", answer), ("segments", segments)) if value is not None}
+        says.update(key for key, value in (("answer", answer), ("segments", segments)) if value is not None)
         correct = _flag(labels[i], f"labels[{i}]")
         found.append(ScoredCandidate(Candidate(name, segments or (), answer, correct, 0.0, 0), values))
     return found, says
@@ -193,25 +202,48 @@ def _flag(value: Any, key: str) -> bool:
 
 
 def write(path: epath.PathLike, stored: Stored) -> None:
-    """Writes our layout (``*.jsonl``) or the original's (``*.json``), atomically. Raises UserError for another name."""
+    """Writes our layout (``*.jsonl``) or the original's (``*.json``), atomically; what is not known is left out.
+
+    Raises UserError for another name, and for problems without candidates in our layout, which cannot hold them.
+    """
     path = epath.Path(path)
     if path.suffix == ".jsonl":
-        records.write(path, (s for group in stored.problems.values() for s in group))
-        return
-    if path.suffix != ".json":
+        empty = [name for name, group in stored.problems.items() if not group]
+        if empty:
+            raise UserError(f"{path}: {len(empty)} problems have no candidates, e.g. {empty[0]}; only .json holds them")
+        rows = [_our_row(s, stored.known) for group in stored.problems.values() for s in group]
+        text = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+    elif path.suffix == ".json":
+        text = json.dumps([_their_row(name, group, stored) for name, group in stored.problems.items()]) + "\n"
+    else:
         raise UserError(f"{path}: end the name in .jsonl (a candidate per row) or .json (as the original's files)")
-    rows = []
-    for name, group in stored.problems.items():
-        row = stored.rows.get(name, {"id": name}) | {
-            "labels": [int(s.candidate.correct) for s in group],
-            "prm_scores": [s.scores for s in group],
-        }
-        if "segments" in stored.known:
-            row["solutions_splits"] = [s.candidate.segments for s in group]
-        if "answer" in stored.known:
-            row["answers"] = [s.candidate.answer for s in group]
-        rows.append(row)
     temporary = path.parent / f"{path.name}.tmp"
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(rows) + "\n")
+    # half a surrogate pair, which UTF-8 cannot hold, stays a JSON escape
+    temporary.write_bytes(text.encode(errors="backslashreplace"))
     temporary.replace(path)
+
+
+def _has_steps(s: ScoredCandidate) -> bool:
+    return len(s.candidate.segments) == len(s.scores)
+
+
+def _our_row(s: ScoredCandidate, known: Collection[str]) -> dict[str, Any]:
+    row = dataclasses.asdict(s)
+    if "segments" not in known or not _has_steps(s):
+        del row["candidate"]["segments"]
+    if "logprob" not in known:
+        del row["candidate"]["logprob"]
+    return row
+
+
+def _their_row(name: str, group: list[ScoredCandidate], stored: Stored) -> dict[str, Any]:
+    row = stored.rows.get(name, {"id": name}) | {
+        "labels": [int(s.candidate.correct) for s in group],
+        "prm_scores": [s.scores for s in group],
+    }
+    if "segments" in stored.told and all(map(_has_steps, group)):
+        row["solutions_splits"] = [s.candidate.segments for s in group]
+    if "answer" in stored.told:
+        row["answers"] = [s.candidate.answer for s in group]
+    return row

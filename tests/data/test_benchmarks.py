@@ -1,6 +1,7 @@
 """Benchmark rows: the question, the official prompt and what the official scoring needs, from real rows and by hand."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,8 @@ def test_mathverse_rows():
     item = benchmarks.mathverse(row, "testmini")
     assert item.benchmark["options"] == ("30°", "40°") and item.benchmark["category"] == "Text Dominant"
     assert item.benchmark["prompt"].startswith("Please first") and item.record.answer == "B"
+    spread = benchmarks.mathverse(row | {"question_for_eval": "q\n" * 40_000 + "\n" * 9_000 + " (A) 1\n\n\tB.\n2"}, "")
+    assert spread.benchmark["options"] == ("1", "2")
     vision = benchmarks.mathverse(row | {"problem_version": "Vision Only", "question": ""}, "testmini")
     assert "in the image" in vision.record.question and vision.benchmark["options"] == ("30°", "40°")
 
@@ -101,6 +104,15 @@ def test_mathverse_rows():
                        "answer_type": "text"}, "none of the choices"),
         ("mathvista", {"question": "q", "answer": "5", "answer_type": "float", "precision": "2", "image": "a",
                        "question_type": "free_form"}, "precision"),
+        ("mathvista", {"question": "q", "answer": "5", "answer_type": "float", "precision": math.nan,
+                       "question_type": "free_form"}, "precision is nan"),
+        ("mathvista", {"question": "q", "answer": "5", "answer_type": "integer", "unit": math.nan,
+                       "question_type": "free_form"}, "unit is nan"),
+        ("mathvision", {"question": "q", "answer": math.inf}, "answer is inf"),
+        ("mathvision", {"question": "q", "answer": "5", "level": b"1"}, "level is bytes"),
+        ("mathverse", {"problem_version": "v", "question_type": "t", "answer": "A", "question_for_eval": "q" * 200_000},
+         "question_for_eval has 200000 characters"),
+        ("olympiadbench", {"question": "q", "final_answer": ["1"], "images": 5}, "images is int, not a list"),
         ("olympiadbench", {"question": "Prove it.", "final_answer": None}, "a problem to prove"),
         ("visualprocessbench", {"question": "q", "response": {"steps": ["a"], "process_correctness": [2]}}, "1, 0 or"),
         ("visualprocessbench", {"question": "q", "response": None}, "no object response"),

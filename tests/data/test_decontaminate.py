@@ -46,6 +46,7 @@ def why(benchmarks, question, image=None):
     [
         (LONG, "question"),
         (LONG.upper().replace("$", "").replace("  ", " "), "question"),
+        (LONG.replace("8", "８").replace("A", "Ａ"), "question"),
         ("<image>\n" + LONG.replace("\\dfrac", "\\frac").replace("\\vartriangle", "\\triangle"), "question"),
         (LONG.replace("two trisection points on", "two trisecting points of"), "near question"),
         (LONG.replace("7", "9"), None),
@@ -92,9 +93,38 @@ def test_figures_that_share_much_are_still_two():
         assert why(bench("a b c d", drawing(seed)), "e f g h", more) is None
 
 
+def test_a_figure_of_another_shape_is_another_one():
+    """Stretched, it has the same thumbnail."""
+    assert why(bench("a b c d", drawing(0)), "e f g h", drawing(0).resize((180, 135))) == "near image"
+    assert why(bench("a b c d", drawing(0)), "e f g h", drawing(0).resize((120, 180))) is None
+
+
+def test_an_exact_question_is_told_before_a_like_image():
+    known = [
+        Known("b", "image", fingerprint("a b c d"), look(encoded(drawing(0)))),
+        Known("b", "text", fingerprint(LONG), None),
+    ]
+    for image in (drawing(0), drawing(0).resize((240, 180), Image.Resampling.NEAREST)):  # the same thumbnail to the bit
+        copy = look(encoded(image, "JPEG", quality=100) if image.width == 120 else encoded(image))
+        assert Benchmarks(known).match(fingerprint("e f g h"), copy).similarity < 1
+        match = Benchmarks(known).match(fingerprint(LONG), copy)
+        assert (match.benchmark_id, match.why) == ("text", "question")
+
+
+def test_a_speck_on_white_is_no_figure():
+    def speck(size):
+        page = Image.new("RGB", (size, size), "white")
+        page.paste((254, 254, 254), (size // 2, size // 2, size * 13 // 24, size * 13 // 24))
+        return page
+
+    assert why(bench("a b c d", speck(120)), "e f g h", speck(240)) is None
+
+
 def test_blank_images_are_like_no_other():
     white, black = Image.new("RGB", (50, 50), "white"), Image.new("RGB", (60, 60), "black")
     assert why(bench("a b c d", white), "e f g h", black) is None
+    wide, high = Image.new("RGB", (60, 40), "white"), Image.new("RGB", (40, 60), "white")
+    assert why(bench("a b c d", wide), "e f g h", high) is None  # pixels alone do not tell the shape
     assert why(bench("a b c d", white), "e f g h", white) == "image"  # the same file
 
 

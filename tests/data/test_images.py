@@ -109,6 +109,15 @@ def test_unreadable_files(tmp_path, picture):
         load(tmp_path, 8)
 
 
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    """Pillow hands an EPS file to Ghostscript where there is one: a program from a data set."""
+    page = Image.new("RGB", (8, 8), "red")
+    page.save(tmp_path / "a.eps")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: page.im)
+    with pytest.raises(UserError, match="a.eps: PostScript is a program, no image"):
+        images.open_image(tmp_path / "a.eps")
+
+
 def test_too_many_bytes(tmp_path, picture, monkeypatch):
     Image.fromarray(picture).save(tmp_path / "a.png")
     monkeypatch.setattr(images, "MAX_BYTES", 100)

@@ -117,6 +117,14 @@ def test_five_percent_bad_rows(tmp_path, suffix, capsys):
     assert png("blue") not in written and len(written) == sum(i % 3 == 0 for i in range(200) if i not in bad)
 
 
+def test_the_same_command_writes_the_same_bytes(tmp_path):
+    path, _, _ = corrupted(tmp_path / "source", ".jsonl", 600)
+    for name in "ab":
+        run("mm_k12", path, f"--output={tmp_path / name}")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert "text.png" in (tmp_path / "a/prepare/train/refused.jsonl").read_text()
+
+
 def test_the_command_ends_with_0_when_rows_were_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"id": "a", "question": "q", "answer": "1"}\n{"id": "b"}\n')
     argv = [sys.executable, "-m", "mmprm_jax.main", "prepare", "mm_k12", str(tmp_path), f"--output={tmp_path / 'o'}"]
@@ -169,6 +177,15 @@ def test_ids_stay_unique_and_repeated_rows_are_told(tmp_path):
     found = list(sources.read("mm_k12", str(tmp_path), "train"))
     assert [item.record.id for item in found if not isinstance(item, Refused)] == ["7", "7~2", "mm_k12-train.json-4"]
     assert found[2] == Refused("train.json", 3, "7", "the same row, id included, came before")
+
+
+def test_ids_that_look_like_ours_stay_unique_too(tmp_path):
+    ids = ["a", "a~2", "a", "a~3", "a", "mm_k12-train.json-7", None, "a~2"]
+    rows = [{"id": id_, "question": f"q{i}", "answer": "1"} for i, id_ in enumerate(ids)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    found = [item.record for item in sources.read("mm_k12", str(tmp_path), "train")]
+    assert [p.question for p in found] == [row["question"] for row in rows]
+    assert len({p.id for p in found}) == len(rows) and [p.id for p in found[:2]] == ["a", "a~2"]
 
 
 def test_a_limit_counts_good_rows(tmp_path):
@@ -267,6 +284,62 @@ def test_training_rows_of_a_benchmark_are_removed_and_listed(tmp_path, capsys):
     assert (removed["text"]["benchmark_id"], removed["text"]["why"]) == (first["id"], "question")
     assert (removed["figure"]["benchmark_id"], removed["figure"]["why"]) == (given[1]["id"], "image")
     assert removed["figure"]["benchmark"] == "mm_k12" and "removed 2 rows" in capsys.readouterr().err
+
+
+def test_training_rows_may_lie_beside_their_benchmark_and_be_prepared_again(tmp_path):
+    """Neither the demonstrations nor the training problems of the run before are a benchmark."""
+    out, source = tmp_path / "k12", tmp_path / "train.jsonl"
+    run("mm_k12", K12, "--split=test", f"--output={out}")
+    copy = {"problem": json.loads(K12.read_text())[0]["question"], "solution": "$\\boxed{3}$"}
+    (tmp_path / "sft.jsonl").write_text(
+        json.dumps(copy) + '\n{"problem": "How many primes?", "solution": "So $\\\\boxed{3}$"}\n'
+    )
+    source.write_text('{"id": "z", "question": "Another question.", "answer": "1"}\n')
+    for _ in range(2):
+        run("mm_k12", source, f"--output={out}", f"--against={out}")
+        run("numina_math_cot", tmp_path / "sft.jsonl", f"--output={out}", f"--against={out}")
+        assert [p.id for p in read(out / "train.jsonl")] == ["z"]
+        assert [p.question for p in read(out / "sft.jsonl", SFTExample)] == ["How many primes?"]
+    with pytest.raises(UserError, match="no prepared benchmark"):
+        run("mm_k12", K12, "--split=test", f"--output={out}", f"--against={out}")
+    assert len(read(out / "test.jsonl")) == 24
+
+
+def test_what_was_prepared_is_not_read_again(tmp_path):
+    """With the output in the source's folder a second run finds the rows of the first one too."""
+    source, out = tmp_path / "train.jsonl", tmp_path / "out"
+    (tmp_path / "a.png").write_bytes(png())
+    source.write_text('{"id": "z", "question": "q", "answer": "1", "image": "a.png"}\n')
+    run("mm_k12", tmp_path, f"--output={out}")
+    before = tree(out)
+    run("mm_k12", tmp_path, f"--output={out}")
+    assert tree(out) == before
+    for given in (source, tmp_path):
+        with pytest.raises(UserError, match="train.jsonl: is read, and would be replaced"):
+            run("mm_k12", given, f"--output={tmp_path}")
+
+
+def test_the_scoring_of_a_benchmark_goes_with_it(tmp_path):
+    """Another source under the same name leaves nothing of the first one."""
+    run("mm_k12", K12, "--split=test", f"--output={tmp_path}")
+    assert (tmp_path / "prepare/test/benchmark.jsonl").exists()
+    run("mmk12", K12, "--split=test", f"--output={tmp_path}")
+    assert not (tmp_path / "prepare/test/benchmark.jsonl").exists()
+
+
+def test_many_images_of_one_row_are_refused_before_all_are_in_memory(tmp_path, monkeypatch):
+    """A row may name one large image a million times."""
+    (tmp_path / "a.png").write_bytes(png())
+    row = {"question": "q", "image": ["a.png"] * 1000, "response": {"steps": ["s"], "process_correctness": [1]}}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"image": ["a.png"] * 3}) + "\n")
+    opened = []
+    monkeypatch.setattr(prepare.images, "MAX_PIXELS", 2000)
+    monkeypatch.setattr(
+        prepare.images, "decode_image", lambda data, name: opened.append(name) or Image.open(io.BytesIO(data))
+    )
+    run("visualprocessbench", tmp_path, f"--output={tmp_path / 'out'}")
+    assert len(opened) == 4 + 3 and len(read(tmp_path / "out/test.jsonl", StepDetectionExample)) == 1
+    assert "its 1000 images have more than" in lines(tmp_path / "out/prepare/test/refused.jsonl")[0]["reason"]
 
 
 def test_several_images_of_a_problem_become_one(tmp_path):

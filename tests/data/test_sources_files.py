@@ -172,6 +172,17 @@ def test_parquet_in_batches_and_damaged(tmp_path):
     assert values(found) == wanted[: len(values(found))] and len(values(found)) >= 64 and found[-1].error
 
 
+def test_a_value_of_a_parquet_row_that_cannot_be_read_costs_its_row_only(tmp_path):
+    texts = pa.array([b"a", b"\xff", b"c", b"d"], pa.binary()).view(pa.string())
+    dates = pa.array([0, 0, 0, 2**61], pa.timestamp("us"))
+    pq.write_table(pa.table({"id": texts, "when": dates}), tmp_path / "a.parquet")
+    found = rows(tmp_path / "a.parquet")
+    assert [row.value and row.value["id"] for row in found] == ["a", None, "c", None]
+    assert [(row.number, row.error[:28]) for row in found if row.error] == [
+        (2, "a value that cannot be read "), (4, "a value that cannot be read ")
+    ]  # fmt: skip
+
+
 def png(size=(4, 4), color="red"):
     out = io.BytesIO()
     Image.new("RGB", size, color).save(out, "PNG")
@@ -213,6 +224,22 @@ def test_paths_that_lead_elsewhere_are_refused(source, name):
         ImageFiles(located(source / "rows.json"), ("", "images")).read(name)
 
 
+def test_rows_behind_a_link_that_leads_out_are_refused(tmp_path):
+    """Unless it is the link that was named."""
+    secret, folder = tmp_path / "secret.jsonl", tmp_path / "source"
+    secret.write_text('{"id": "s"}\n')
+    folder.mkdir()
+    (folder / "b.jsonl").write_text('{"id": "b"}\n')
+    os.symlink("../secret.jsonl", folder / "a.jsonl")
+    os.symlink("b.jsonl", folder / "c.jsonl")
+    found = list(sources_files.read_rows(sources_files.locate(str(folder), ("*.jsonl",))))
+    assert [(row.file, row.value and row.value["id"]) for row in found] == [
+        ("a.jsonl", None), ("b.jsonl", "b"), ("c.jsonl", "b")
+    ]  # fmt: skip
+    assert found[0].error == "a link that leads out of the source's folder"
+    assert values(sources_files.read_rows(sources_files.locate(str(folder / "a.jsonl"), ()))) == [{"id": "s"}]
+
+
 def test_links_of_a_hub_snapshot_may_lead_to_its_blobs(tmp_path):
     """The hub's cache keeps files as ``snapshots/REVISION/NAME -> ../../blobs/HASH``."""
     snapshot, blobs = tmp_path / "datasets--a--b" / "snapshots" / ("0" * 40), tmp_path / "datasets--a--b" / "blobs"
@@ -237,6 +264,29 @@ def test_images_in_archives(source, monkeypatch):
     for name in ("bomb.png", "../evil.png", "nothing.png"):
         with pytest.raises(UserError):
             files.read(name)
+
+
+def test_damaged_archives_cost_their_images_only(source):
+    """LZMA data that is none; a version of the format, and a member's name, that zipfile stops at."""
+    for name, compression, at, new in (("a", zipfile.ZIP_LZMA, None, None), ("b", zipfile.ZIP_STORED, 6, b"\x63\0"),
+                                       ("c", zipfile.ZIP_STORED, 8, b"\0\x08")):  # fmt: skip
+        with zipfile.ZipFile(source / f"{name}.zip", "w", compression) as archive:
+            archive.writestr(f"{name}/x.png", png((40, 40)))
+        data = bytearray((source / f"{name}.zip").read_bytes())
+        index = data.rfind(b"PK\1\2")
+        if new:
+            data[index + at : index + at + 2] = new
+            data[data.rfind(b"c/x.png")] = 0xFF if name == "c" else data[data.rfind(b"c/x.png")]
+        else:
+            data[60 : index - 2] = bytes(x ^ 255 for x in data[60 : index - 2])
+        (source / f"{name}.zip").write_bytes(data)
+    with zipfile.ZipFile(source / "d.zip", "w") as archive:
+        archive.writestr("d/x.png", png())
+    files = ImageFiles(located(source / "rows.json"))
+    assert files.read("d/x.png") == png()
+    for name, reason in (("a", "cannot be read from a.zip"), ("b", "image not found"), ("c", "image not found")):
+        with pytest.raises(UserError, match=reason):
+            files.read(f"{name}/x.png")
 
 
 def test_locate_tells_what_is_missing(tmp_path):

@@ -31,6 +31,15 @@ def test_what_is_one_problem_stays_together():
         assert sum(map(len, images)) == len(set.union(*images)) == 20
 
 
+def test_no_part_is_larger_than_asked_for():
+    """Ten figures of seven problems each: one for dev, one for test."""
+    problems = [problem(i, f"{i % 10}.png") for i in range(70)]
+    for seed in range(3):
+        assert {name: len(part) for name, part in split.split(problems, 8, 13, seed).items()} == {
+            "test": 7, "dev": 7, "train": 56
+        }  # fmt: skip
+
+
 def test_the_choice_depends_on_the_texts_and_the_seed():
     chosen = {p.id for p in split.split(PROBLEMS, 9, 15)["test"]}
     assert {p.id for p in split.split(PROBLEMS[::-1], 9, 15)["test"]} == chosen
@@ -49,6 +58,9 @@ def test_the_command(tmp_path, capsys):
     for dev, test, name in ((0, 9, "dev"), (9, 60, "dev"), (30, 30, "train")):
         with pytest.raises(UserError, match=f"none for {name}"):
             split.main([str(path), f"--dev={dev}", f"--test={test}"])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="directory"):
+        split.main([str(tmp_path / "folder"), "--dev=1", "--test=1"])
     records.write(path, [*PROBLEMS, PROBLEMS[7]])
     with pytest.raises(UserError, match="the id '7' is there twice"):
         split.main([str(path), "--dev=1", "--test=1"])

@@ -44,9 +44,27 @@ def test_nothing_is_lost_but_what_says_only_the_answer():
         assert kept == said[: len(kept)] and len(said) - len(kept) <= 18 + len(answer)
 
 
-@pytest.mark.parametrize("solution", ["", "  \n", "I wonder, and wonder.\nStill no idea.", "word " * 13, "\\boxed{"])
+@pytest.mark.parametrize(
+    "solution",
+    [
+        "",
+        "  \n",
+        "I wonder, and wonder.\nStill no idea.",
+        "word " * 13,
+        "\\boxed{",
+        "Answer:",
+        "The answer is.",
+        "####",
+    ],
+)
 def test_no_answer_is_told(solution):
     assert restructure(solution) is None
+
+
+@pytest.mark.parametrize("answer", [None, "3</ans</step>wer>", "<ans<answer>wer>3"])
+def test_tags_inside_of_tags_give_none(answer):
+    response = restructure("One </st</step>ep> two <answ<step>er> three.\n\nSo.\n\nAnswer: 3", answer)
+    assert "".join(split_segments(response)) == response and len(split_segments(response)) == 3
 
 
 def test_the_data_set_may_say_the_answer():

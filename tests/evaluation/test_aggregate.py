@@ -69,3 +69,10 @@ def test_weights_lie_in_the_unit_interval(name):
     values = np.array([AGGREGATORS[name](np.full(500, p)) for p in (0.0, 0.3, 1.0)])
     weights = vote_weight(name, values)
     assert np.all((weights >= 0) & (weights <= 1)) and np.all(np.diff(weights) >= 0)
+
+
+def test_saturated_scores_have_the_odds_of_a_million():
+    """One of them outweighs what float32 can tell, and not everything else."""
+    assert AGGREGATORS["sum_log_odds"](np.array([1.0])) == pytest.approx(np.log(1e6))
+    assert AGGREGATORS["sum_log_odds"](np.array([0.0])) == pytest.approx(-np.log(1e6))
+    assert AGGREGATORS["mean_odds"](np.array([1.0, 0.0])) == pytest.approx(5e5, rel=1e-5)

@@ -82,6 +82,14 @@ def test_what_only_a_judge_could_tell_counts_as_wrong(base, file):
     assert not run.judged(candidate("1", "15 (students)", True)).correct and run.verdicts == {"unknown": 1}
 
 
+def test_scoring_rows_may_hold_any_text(base, file):
+    """U+2028 and U+0085 end a line of text for Python, but not a row of JSON."""
+    prepared(file, CHOICES, FLOAT)
+    path = file.parent / "prepare" / "testmini" / "benchmark.jsonl"
+    path.write_text(path.read_text().replace('"q"', '"a\u2028b\x85c"'))
+    assert benchmark.scoring_rows(file)["2"]["prompt"] == "a\u2028b\x85c"
+
+
 def test_one_mode_for_all(base, file):
     run = benchmark.BenchmarkRun(base, file, "olympiadbench")
     assert run.judged(candidate("2", "\\frac{3}{10}")).correct and not run.judged(candidate("2", "0.4")).correct

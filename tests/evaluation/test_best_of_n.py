@@ -145,6 +145,36 @@ def test_bins_of_length(steps, name):
     assert bon.length_group([scored("1", True, scores=(0.5,) * s) for s in steps]) == name
 
 
+def test_sums_in_another_order_are_tied():
+    """0.1 + 0.2 + 0.3 is not 0.3 + 0.2 + 0.1 to the last bit."""
+    a = accuracy([scored("7", True, scores=(0.1, 0.2, 0.3)), scored("8", False, scores=(0.3, 0.2, 0.1))])
+    assert a["prm"]["mean"] == a["prm"]["mean_odds"] == a["prm"]["product"] == 0.5
+    assert a["prm_weighted_majority"]["mean"] == 0.5
+
+
+def test_an_answer_that_is_not_in_the_subset_gets_no_vote():
+    """Not even where those that are there weigh nothing."""
+    pair = [scored("7", True, scores=(0.0,)), scored("8", False, scores=(0.0,))]
+    assert accuracy(pair, n=1)["prm_weighted_majority"]["min"] == 0.5
+
+
+def test_an_answer_counts_as_its_candidates_of_the_subset_do():
+    """The first two give the same answer, of which only one was found right: 0.5, 1 and 0 of the pairs."""
+    judged = [scored("7", True, "A", scores=(0.9,)), scored("7", False, "B", scores=(0.1,)), scored("8", False, "C")]
+    assert accuracy(judged, n=2)["prm_weighted_majority"]["last"] == pytest.approx((0.5 + 1 + 0) / 3)
+
+
+def test_sampled_subsets_have_their_size():
+    found = bon._subsets(20, 10)
+    assert found.shape == (bon.SUBSETS, 20) and set(found.ravel()) == {0.0, 1.0} and np.all(found.sum(1) == 10)
+
+
+def test_groups_of_any_name():
+    """Digits that are no numbers stand in names too."""
+    names = ["level 10", "level 9", "²", "①", ""]
+    assert list(bon.by_group({"x": np.ones(5)}, names)) == ["", "level 9", "level 10", "²", "①"]
+
+
 def test_ties_of_three_candidates_count_with_their_expectation():
     a = accuracy(
         [scored("1", True, "A"), scored("2", False, "B"), scored("2", False, "C"), scored("3", False, "D", -1)]

@@ -62,6 +62,12 @@ def test_single_rollouts_tell_nothing_of_the_floor():
     assert got["brier"] == 0.25 and math.isnan(got["brier_perfect"]) and math.isnan(got["squared_error"])
 
 
+def test_single_rollouts_beside_others_are_left_out_of_the_floor():
+    got = calibrate([0.5, 1.0], [1, 1], [2, 1])
+    assert got["brier_perfect"] == 0.5  # 1 of 2: p (1 - p) estimated by k (n - k) / (n (n - 1))
+    assert got["squared_error"] == 0.25 - 0.5 and got["brier"] == 0.125
+
+
 @pytest.mark.parametrize(
     "bad", [([], [], []), ([1.1], [0], [1]), ([0.5], [2], [1]), ([0.5], [0], [0]), ([0.5], [0, 1], [1])]
 )

@@ -85,6 +85,16 @@ def test_macro_f1_as_scikit_learn_has_it(threshold):
     assert got["pooled"]["ci95"][0] < got["pooled"]["f1"] < got["pooled"]["ci95"][1]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_source_without_a_judged_step_has_no_say():
+    rows = [*step_rows(60, 0), Row("n", "neutral", (0.5, 0.6), labels=(0, 0))]
+    got, without = (detection.evaluate(x, None, 0.5)["visual_process_bench"] for x in (rows, rows[:-1]))
+    assert np.isnan(got["sources"]["neutral"]["f1"])
+    assert got["mean_of_sources"]["f1"] == pytest.approx(without["mean_of_sources"]["f1"])
+    low, high = got["mean_of_sources"]["ci95"]
+    assert low < got["mean_of_sources"]["f1"] < high
+
+
 def test_neutral_steps_are_ignored():
     rows = [Row("a", "", (0.9, 0.1, 0.1), labels=(1, -1, 0)), Row("b", "", (0.9, 0.2), labels=(0, -1))]
     assert detection.evaluate(rows, None, 0.5)["visual_process_bench"]["pooled"]["f1"] == 1
@@ -107,12 +117,25 @@ def test_the_thresholds_are_the_best_ones(seed):
     assert detection.macro_f1(detection.step_counts(rows, chosen).sum(0)) == pytest.approx(best, abs=1e-12)
 
 
+def test_the_thresholds_are_the_best_ones_for_scores_that_mislead():
+    """Often the first wrong step has a higher score than one before it: no threshold finds that row."""
+    for seed in range(60):
+        rows = [*first_errors(12, seed, noise=1.0), Row("", "", (0.6,), label=-1), Row("", "", (0.4,), label=0)]
+        best = max(
+            detection.first_error_f1(detection.first_error_counts(rows, t).sum(0)) for t in np.linspace(0, 1, 2001)
+        )
+        counts = detection.first_error_counts(rows, detection.first_error_threshold(rows)).sum(0)
+        assert detection.first_error_f1(counts) == pytest.approx(best, abs=1e-12)
+
+
 def test_scores_of_zero_and_one_have_thresholds():
     rows = [Row("a", "", (1.0, 0.0), label=1), Row("b", "", (1.0, 1.0), label=-1)]
     assert detection.first_error_threshold(rows) == 0.5
     assert detection.first_error_threshold([Row("a", "", (0.9,), label=0), Row("b", "", (1.0,), label=-1)]) == 0.95
     rows = [Row("a", "", (0.0, 1.0), labels=(-1, 1))]
     assert detection.step_threshold(rows) == 0.5
+    rows = [Row("a", "", (0.0,) * 5 + (0.9, 0.5), labels=(1,) * 6 + (-1,))]
+    assert detection.step_threshold(rows) == 0  # to call all steps right is best, those of score 0 too
 
 
 def test_the_threshold_knows_nothing_of_the_test_rows():
@@ -165,6 +188,21 @@ def test_the_command(tmp_path, capsys):
     assert "chosen on 200 other rows" in capsys.readouterr().out
 
 
+def test_steps_without_rollouts_are_not_calibrated(tmp_path):
+    rows = [{"id": "a", "scores": [0.9, 0.5, 0.25], "k": [0, 2, 1], "n": [0, 4, 4]}]
+    got = detection.evaluate(detection.read(write(tmp_path / "s.jsonl", rows))[0], None, None)["calibration"]
+    assert (got["steps"], got["rollouts"], got["ece"]) == (2, 8, 0)
+
+
+def test_each_kind_of_row_is_held_out_for_its_own():
+    mixed, dev = [*first_errors(60, 0), *step_rows(60, 1)], [*first_errors(40, 2), *step_rows(30, 3)]
+    got = detection.evaluate(mixed, dev, None)
+    assert (got["process_bench"]["held_out_rows"], got["process_bench"]["rows"]) == (40, 60)
+    assert (got["visual_process_bench"]["held_out_rows"], got["visual_process_bench"]["rows"]) == (30, 60)
+    assert got["process_bench"]["threshold"] == detection.first_error_threshold(dev[:40])
+    assert got["visual_process_bench"]["threshold"] == detection.step_threshold(dev[40:])
+
+
 GOOD = {"id": "good", "scores": [0.5], "label": 0}
 BAD = [
     ("{", "not JSON"),
@@ -174,6 +212,9 @@ BAD = [
     ({"scores": [0.5], "label": 0, "labels": [1]}, "found label, labels"),
     ({"scores": [0.5], "label": 1}, "label must be whole numbers from -1 to 0, found 1"),
     ({"scores": [0.5], "label": 0.0}, "label must be"),
+    ({"scores": [0.5], "label": False}, "label must be"),
+    ({"scores": [0.5, 0.5], "labels": [True, -1]}, "labels must be"),
+    ({"scores": [0.5], "k": [1], "n": [10**400]}, "n must be whole numbers from 0 to 1000000000"),
     ({"scores": [1.5], "label": 0}, r"scores\[0\] must be a number from 0 to 1, found 1.5"),
     ('{"scores": [NaN], "label": 0}', r"scores\[0\] must be"),
     ({"scores": "0.5", "label": 0}, "scores must be a list"),
@@ -206,6 +247,22 @@ def test_scores_and_labels_in_two_files(tmp_path):
     rows, bad = detection.read(path, truth)
     assert rows == [Row("1", "s", (0.9, 0.1), label=1)]
     assert "line 2: scores must be a list" in bad[0] and f"line 3: {truth} has no row of that id" in bad[1]
+
+
+def test_labels_of_one_id_twice(tmp_path):
+    truth = write(tmp_path / "l.jsonl", [{"id": "1", "label": -1}, {"id": 1, "label": 0}])
+    with pytest.raises(UserError, match="l.jsonl: the id 1 is there twice"):
+        detection.read(write(tmp_path / "s.jsonl", [{"id": 1, "scores": [0.5]}]), truth)
+
+
+def test_rows_without_ids_may_be_held_out(tmp_path, capsys):
+    """The first line of one file is not the first line of the other."""
+    paths = [
+        write(tmp_path / f"{seed}.jsonl", [{"scores": r.scores, "label": r.label} for r in first_errors(30, seed)])
+        for seed in (0, 1)
+    ]
+    cli.main(["detect", str(paths[0]), f"--dev={paths[1]}"], None)
+    assert "30 rows" in capsys.readouterr().out
 
 
 def test_benchmarks_as_they_are_prepared(tmp_path):

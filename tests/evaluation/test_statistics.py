@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -56,6 +57,22 @@ def test_all_right_and_all_wrong_leave_a_doubt(count):
     assert low == 0 and high == pytest.approx(stats.binomtest(0, count).proportion_ci().high)
 
 
+def test_all_right_but_for_rounding():
+    """A PRM that is right in each subset of 57 of 64: the shares of the subsets add up to 1 - 1e-16."""
+    shares = np.full(60, 0.9999999999999999)
+    assert statistics.interval(shares) == statistics.interval(np.ones(60))
+
+
+def test_many_problems_are_compared_in_little_memory():
+    d = np.random.default_rng(0).random(40_000) - 0.5
+    tracemalloc.start()
+    got = statistics.paired(d, np.zeros(d.size))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    normal = 2 * stats.norm.sf(abs(d.sum()) / np.sqrt((d**2).sum()))
+    assert peak < 400e6 and got["p_value"] == pytest.approx(normal, abs=0.05)
+
+
 def test_paired_difference_by_hand():
     got = statistics.paired(np.array([1, 1, 0, 1.0]), np.array([0, 1, 0, 0.0]))
     assert got["difference"] == 0.5 and (got["wins"], got["losses"]) == (2, 0)
@@ -79,6 +96,25 @@ def test_the_permutation_test_against_all_sign_flips():
     exact = np.mean(np.array(sums) >= d.sum() - 1e-9)
     assert got["test"] == "permutation"
     assert got["p_value"] == pytest.approx(exact, abs=4 * math.sqrt(exact / statistics.FLIPS))
+
+
+def test_a_sampled_p_value_is_never_0_and_depends_on_the_seed():
+    assert statistics.paired(np.full(60, 0.5), np.zeros(60))["p_value"] == 1 / (statistics.FLIPS + 1)
+    d = np.random.default_rng(4).random(50) - 0.4
+    first, second = (statistics.paired(d, np.zeros(50), seed)["p_value"] for seed in (0, 1))
+    assert first != second and abs(first - second) < 0.02
+
+
+def test_an_interval_depends_little_on_the_seed():
+    values = np.random.default_rng(5).random(200) < 0.5
+    ends = np.array([statistics.interval(values, seed) for seed in range(10)])
+    assert np.all(ends.std(axis=0) < 0.004)  # with 4,000 resamples 0.0015
+
+
+def test_quantiles_leave_out_what_is_undefined():
+    some = np.array([0.0, np.nan, 1.0, np.nan, 0.5])
+    assert statistics.quantiles(some, level=1.0) == [0.0, 1.0]
+    assert np.all(np.isnan(statistics.quantiles(np.array([np.nan]))))
 
 
 def test_the_tests_are_as_careful_as_they_say():

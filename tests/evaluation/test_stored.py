@@ -76,6 +76,36 @@ def test_there_and_back(golden, tmp_path):
     assert stored.read(tmp_path / "ours.jsonl").problems == stored.read(path).problems
 
 
+def test_what_a_file_does_not_say_is_not_made_up_in_the_other_layout(tmp_path):
+    """Without steps and log-probabilities, from the original's layout to ours and back."""
+    path = write(tmp_path / "r.json", [{k: v for k, v in THEIRS.items() if k in ("id", "labels", "prm_scores")}], True)
+    bon(path, f"--output={tmp_path / 'ours.jsonl'}")
+    found = stored.read(tmp_path / "ours.jsonl")
+    assert found.bad == [] and found.problems == stored.read(path).problems
+    assert found.without == stored.read(path).without == list(stored.NEEDS)
+    bon(tmp_path / "ours.jsonl", f"--output={tmp_path / 'back.json'}")
+    assert json.loads((tmp_path / "back.json").read_text()) == [
+        {"id": "3", "labels": [1, 0], "prm_scores": [[0.5, 0.75], []]}
+    ]
+
+
+def test_a_problem_without_candidates_fits_into_the_original_layout_only(tmp_path):
+    path = write(tmp_path / "r.json", [THEIRS, {"id": 4, "labels": [], "prm_scores": []}], as_list=True)
+    with pytest.raises(UserError, match="1 problems have no candidates, e.g. 4; only .json holds them"):
+        bon(path, f"--output={tmp_path / 'ours.jsonl'}")
+    bon(path, f"--output={tmp_path / 'again.json'}")
+    assert stored.read(tmp_path / "again.json").problems == stored.read(path).problems
+
+
+def test_a_candidate_without_a_log_probability_is_not_the_likeliest(tmp_path, capsys):
+    """What stands for it, 0, would beat every true one."""
+    some = changed(OURS, candidate={k: v for k, v in OURS["candidate"].items() if k != "logprob"})
+    path = write(tmp_path / "c.jsonl", [OURS, some])
+    assert stored.read(path).without == ["policy_logprob"]
+    bon(path)
+    assert "left out: policy_logprob (not every candidate has logprob)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["c.txt", "c.jsonl", "c"])
 def test_an_output_that_cannot_be_meant(tmp_path, name):
     path = write(tmp_path / "c.jsonl", [OURS])
@@ -104,6 +134,8 @@ BAD = [
     (changed(OURS, candidate=OURS["candidate"] | {"problem_id": 3}), "problem_id must be a string"),
     (changed(OURS, candidate=OURS["candidate"] | {"answer": 7}), "answer must be a text or null"),
     (json.dumps(OURS).replace("-1.5", "NaN"), "logprob must be a finite number"),
+    (json.dumps(OURS).replace("-1.5", "9" * 400), "logprob must be a finite number"),
+    (changed(OURS, candidate=OURS["candidate"] | {"n_tokens": "many"}), "n_tokens must be a whole number"),
     (changed(OURS, candidate=[1]), "candidate must be an object"),
     (changed(THEIRS, labels=[1]), "labels must be a list as long as prm_scores, 2"),
     (changed(THEIRS, labels=[1, 2]), r"labels\[1\] must be true or false"),
@@ -169,10 +201,20 @@ def test_the_command(tmp_path, capsys):
     assert "majority vote" in out and "left out: unique (no candidate has segments)" in out
 
 
+def test_answers_vote_as_in_the_evaluation_of_a_run(tmp_path):
+    """0.5 and 1/2 are one answer."""
+    rows = problem("a", [1, 1, 0, 0, 0], [0.5] * 5, ["0.5", "1/2", "7", "7", "8"])
+    path = write(tmp_path / "c.jsonl", [*rows, *problem("b", [1, 1, 0], [0.5] * 3, ["\\frac12", "0.5", "3"])])
+    bon(path, f"--json={tmp_path / 'f.json'}")
+    assert json.loads((tmp_path / "f.json").read_text())["best_of_n"]["5"]["majority"]["accuracy"] == 0.75
+
+
 def test_options_that_do_not_fit(tmp_path):
     path = write(tmp_path / "c.jsonl", problem("a", [1, 0], [0.9, 0.2]))
     with pytest.raises(UserError, match="1 problems are in .* too, e.g. a"):
         bon(path, f"--dev={path}")
+    with pytest.raises(UserError, match="--mode=paper knows neither --dev"):
+        bon(path, "--mode=paper", f"--dev={path}")
     with pytest.raises(UserError, match="1 problems of .* are missing, e.g. a"):
         bon(path, f"--problems={write(tmp_path / 'p.jsonl', [{'id': 'b', 'source': 's'}])}")
     with pytest.raises(UserError, match="line 1: expected an object with id and topic"):
