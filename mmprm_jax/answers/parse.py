@@ -466,6 +466,10 @@ def _formula(text: str) -> Value | None:
     text = text.strip()
     if _NUMBER.fullmatch(text):
         return _number(text)
+    if text.endswith("%") and _NUMBER.fullmatch(hundredths := text[:-1].rstrip()):
+        found = _number(hundredths)
+        decimals = None if found.decimals is None else found.decimals + 2
+        return dataclasses.replace(found, tree=("/", found.tree, ("n", Fraction(100))), decimals=decimals, percent=True)
     try:
         tree = syntax.parse(text)
     except syntax.SyntaxProblem:
