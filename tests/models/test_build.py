@@ -111,7 +111,7 @@ def test_impossible_mesh():
     [((-1, 1, 1), (8, 1, 1)), ((-1, 16, 2), (1, 4, 2)), ((2, 4, 4), (1, 2, 4)), ((4, -1, 2), (1, 4, 2)),
      ((1, 12, 1), (2, 4, 1)), ((1, 1, -1), (1, 1, 8))],
 )  # fmt: skip
-def test_the_mesh_of_a_process_devices(shape, found):
+def test_the_mesh_of_one_process(shape, found):
     axes = ("data", "fsdp", "tensor")
     assert make_own_mesh(dict(zip(axes, shape, strict=True))).shape == dict(zip(axes, found, strict=True))
     with pytest.raises(UserError, match="tensor=16 does not divide the 8 devices"):
