@@ -1,19 +1,21 @@
 """Batches for training: right pixels, exact resumption, and the same whoever makes them."""
 
+import dataclasses
 import itertools
 import json
 
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
+from mmprm_jax import config as configs
 from mmprm_jax import records, stages
 from mmprm_jax.data import digits, images, training_files
 from mmprm_jax.data.packing import Sizes
 from mmprm_jax.data.training_files import Encoded, TrainingSet
 from mmprm_jax.records import UserError
+from mmprm_jax.schema import from_config
 from mmprm_jax.training.input import Batches, Tiles
 
 TILE, MAX_TILES = 8, 4
@@ -216,13 +218,11 @@ def test_a_position_in_other_batches(sets, change, words):
 @pytest.fixture
 def run(tmp_path, mesh):
     """A run of the smoke configuration with few data, before its training."""
-    import runpy
-
-    config = runpy.run_path("configs/digits.py")["get_config"]("smoke")
-    config.data.update(train=2, dev=1, test=1, demonstrations=12, transcriptions=4, text_only=4)
+    few = dict(train=2, dev=1, test=1, demonstrations=12, transcriptions=4, text_only=4)
+    config = configs.load("configs/digits.py:smoke", [f"--config.data.{k}={n}" for k, n in few.items()])
     with jax.set_mesh(mesh):  # a run takes one in use; behind this, it is out of use
-        run = stages.Run(ConfigDict(config), tmp_path, "")
-        digits.generate(run.data, stages.settings_of(digits.Settings, config.data, seed=0))
+        run = stages.Run(config, tmp_path, "")
+        digits.generate(run.data, from_config(digits.Settings, config.data, seed=0))
         yield run
 
 
@@ -242,5 +242,5 @@ def test_a_stage_encodes_again_only_what_has_changed(run, monkeypatch):
     examples = records.read_all(path, records.SFTExample)
     records.write(path, examples[1:])
     assert stages.sft(run)["examples"] == 19 and len(times) == 2
-    run.config.sft.max_length = 40
+    run.config = dataclasses.replace(run.config, sft=dataclasses.replace(run.config.sft, max_length=40))
     assert stages.sft(run)["examples"] < 19 and len(times) == 3
