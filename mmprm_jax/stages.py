@@ -79,7 +79,7 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else None
 
     def problems(self, split: str) -> list[Problem]:
-        return records.read_all(self.data / f"{split}.jsonl", Problem)
+        return records.read_problems(self.data / f"{split}.jsonl")
 
     def judged(self, candidate: Candidate) -> Candidate:
         """A candidate as the evaluation counts it: right if it was verified."""

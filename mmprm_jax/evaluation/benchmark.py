@@ -57,7 +57,7 @@ class BenchmarkRun(stages.Run):
         self._name = f"{problems.absolute().parent.name}-{problems.stem}"
         self.language, self.data, self.controls = base.language, problems.parent, False
         self.sampled = self.folder("evaluate")
-        self._found = records.read_all(problems, Problem)
+        self._found = records.read_problems(problems)
         self._rows = {} if scoring == VERIFIER else scoring_rows(problems)
         if scoring not in ("", VERIFIER):
             stages.choose(MODES, scoring, "--scoring")
