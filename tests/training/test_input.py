@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import types
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mmprm_jax import config as configs
-from mmprm_jax import records, stages
+from mmprm_jax import records, settings, stages
 from mmprm_jax.data import digits, images, training_files
 from mmprm_jax.data.packing import Sizes
 from mmprm_jax.data.training_files import Encoded, TrainingSet
@@ -224,6 +225,25 @@ def run(tmp_path, mesh):
         run = stages.Run(config, tmp_path, "")
         digits.generate(run.data, from_config(digits.Settings, config.data, seed=0))
         yield run
+
+
+def test_missing_demonstrations_are_told_by_the_first_stage(run, tmp_path):
+    folder = dataclasses.replace(run.config.data, folder=str(run.data))
+    run.config = dataclasses.replace(run.config, data=folder)
+    assert stages.data(run)["problems"]["train"] == 2
+    (run.data / "sft.jsonl").unlink()
+    with pytest.raises(UserError, match="sft.jsonl: no such file; sft.files names it"):
+        stages.data(run)
+
+
+def test_rows_that_processes_cannot_share(mesh_of, monkeypatch):
+    config = settings.Config(sft=settings.SFT(batch_size=12), train_prm=settings.TrainPRM(batch_size=20))
+    run = types.SimpleNamespace(config=config, mesh=mesh_of(data=4, fsdp=2))
+    stages.check_rows(run, stages.TRAINING)  # one process puts all rows wherever it likes
+    monkeypatch.setattr(stages, "row_share", lambda _: (0, 2))
+    stages.check_rows(run, ())
+    with pytest.raises(UserError, match="sft.batch_size: 12 rows(.|\n)*train_prm.batch_size: 20 rows"):
+        stages.check_rows(run, stages.TRAINING)
 
 
 def test_a_stage_encodes_again_only_what_has_changed(run, monkeypatch):
