@@ -31,6 +31,7 @@ setup(
         "orbax-checkpoint>=0.11.30",
         "pebble>=5.0",  # worker processes with deadlines, for verifying answers
         "pillow>=11.0",
+        "protobuf>=4.21",  # reads TensorBoard's event files; tensorboardX needs it anyway
         "pyarrow>=16.0",  # Parquet, the format of most data sets on the hub, in batches
         "pyyaml>=6.0",  # manifests of mmprm launch
         "safetensors>=0.5",  # bfloat16 in numpy

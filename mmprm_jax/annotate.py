@@ -17,7 +17,6 @@ import numpy as np
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from mmprm_jax import records
 from mmprm_jax.answers.workers import Verifier
@@ -29,6 +28,7 @@ from mmprm_jax.rollout.rollouts import LocalSampler, Verify
 from mmprm_jax.search.omegaprm import SEARCHES, grow
 from mmprm_jax.search.settings import Settings
 from mmprm_jax.search.store import Recalling, Store, each_tree, missing
+from mmprm_jax.settings import Annotate, Engine
 from mmprm_jax.training.preemption import Preemption
 
 _SECONDS = 10.0  # between two rows of metrics
@@ -70,7 +70,7 @@ class _Gauge:
 
 
 def run(
-    folder: epath.Path, problems: Sequence[Problem], sampler: Sampler, settings: Settings, config: ConfigDict,
+    folder: epath.Path, problems: Sequence[Problem], sampler: Sampler, settings: Settings, config: Annotate,
     *, worker: int = 0, workers: int = 1, writes: bool = True,
 ) -> dict[int, str]:  # fmt: skip
     """Grows the trees of this worker's share that are not there yet.
@@ -148,7 +148,7 @@ def finish(folder: epath.Path, problems: Sequence[Problem], failed: dict[int, st
 
 
 @contextlib.contextmanager
-def verifier(config: ConfigDict) -> Iterator[Verifier]:
+def verifier(config: Engine) -> Iterator[Verifier]:
     """Verifies in worker processes; tells at the end how many answers nothing is known of: they counted as wrong."""
     with Verifier(config.verify_workers) as verify:
         yield verify
@@ -157,7 +157,7 @@ def verifier(config: ConfigDict) -> Iterator[Verifier]:
 
 
 @contextlib.contextmanager
-def remote(config: ConfigDict, folder: epath.Path, seed: int, sampling: Any) -> Iterator[RemoteSampler]:
+def remote(config: Annotate, folder: epath.Path, seed: int, sampling: Any) -> Iterator[RemoteSampler]:
     """A sampler of the servers that ``config`` names."""
     with (
         verifier(config) as verify,
@@ -170,7 +170,7 @@ def remote(config: ConfigDict, folder: epath.Path, seed: int, sampling: Any) -> 
 
 
 @contextlib.contextmanager
-def local(make: Any, config: ConfigDict) -> Iterator[LocalSampler]:
+def local(make: Any, config: Annotate) -> Iterator[LocalSampler]:
     """A sampler of our own engine; ``make(verify)`` builds it."""
     with verifier(config) as verify:
         yield make(told_by_the_first(verify) if config.lockstep else verify)

@@ -1,28 +1,45 @@
 """Loads config files, applies ``--config.key=value`` overrides, and ties a work directory to its config.
 
-A config file is Python that defines ``get_config(arg="")`` and returns an ``ml_collections.ConfigDict``; it is run, so
-only run your own. Every mistake a user can make here is one ``UserError`` line.
+A config file is Python that defines ``get_config(arg="")`` and returns an ``ml_collections.ConfigDict`` with what
+differs from the defaults of ``settings.Config``; it is run, so only run your own. Every mistake a user can make here is
+told in one line.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
-import difflib
+import dataclasses
 import inspect
 import json
 import pathlib
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from mmprm_jax.records import UserError
+from mmprm_jax.schema import (
+    Found,
+    Section,
+    build,
+    convert,
+    describe,
+    item_kind,
+    kind_name,
+    leaves,
+    nearest,
+    problems,
+    raise_for,
+)
+from mmprm_jax.settings import HUB_ID, Config
 
 _PREFIX = "config."
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 _MAX_LISTED = 12
+_NO_RESULTS = ("config.json", "config.json.tmp", "compilation_cache", "logs")  # what a run leaves before its results
 # What a run may be resumed with another value of: when and where work is done, never its result.
 SCHEDULING = ("mesh", "evaluate.verify_workers") + tuple(
     f"annotate.{key}"
@@ -37,33 +54,64 @@ def split_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, [a for a in argv if a.startswith("--" + _PREFIX)]
 
 
-def load(path_with_arg: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Returns the locked config of ``FILE[:ARG]`` with the overrides applied; the last one of a key wins.
+def load(path_with_arg: str, overrides: Sequence[str] = (), schema: type[Section] = Config) -> Any:
+    """Returns the ``schema`` as ``FILE[:ARG]`` and the overrides have it, checked; the last one of a key wins.
 
     Args:
       path_with_arg: a config file, then optionally a colon and the argument of its ``get_config``.
-      overrides: ``--config.key.sub=value`` strings. A value must have the type of the file's value. A file's ``None``
-        takes any Python literal, else the text itself. ``None`` is accepted only where the file says ``None`` (or an
-        ``ml_collections.config_dict.placeholder``).
+      overrides: ``--config.key.sub=value`` strings.
+      schema: the settings that there are, with their defaults.
 
-    Raises UserError.
+    Raises UserError; it lists everything that is wrong, a line each.
     """
-    config = _read(path_with_arg)
-    texts = dict(_split(override) for override in overrides)
-    for key, text in texts.items():
-        _override(config, key, text)
-    return config.lock()
+    given = _read(path_with_arg)
+    wrong = _override(schema, given, dict(_split(override) for override in overrides))
+    config, misplaced = build(schema, given)
+    wrong += [(f"{path_with_arg}: {key}", message) for key, message in misplaced]
+    raise_for([*wrong, *problems(config), *missing_files(config)])
+    return config
 
 
-def to_text(config: ConfigDict) -> str:
+def missing_files(config: Section) -> Iterator[Found]:
+    """The settings that name a file or folder which is not there."""
+    values = {key: value for key, *_, value in leaves(config)}
+    folder, policy = values.get("data.folder"), values.get("policy")
+    if folder and not _is_folder(folder):
+        yield "data.folder", f"{folder}: no such folder"
+    if policy:
+        yield from _no_model("policy", policy)
+    if values.get("annotate.policy") and not values["annotate.servers"]:
+        yield from _no_model("annotate.policy", values["annotate.policy"])
+
+
+def _is_folder(path: str) -> bool:
+    """Raises UserError for a bucket that cannot be read."""
+    try:
+        return epath.Path(path).is_dir()
+    except ImportError as error:
+        raise UserError(f"{path}: reading it needs pip install 'mmprm_jax[gcs]' ({error})") from None
+
+
+def _no_model(key: str, name: str) -> Iterator[Found]:
+    """What is wrong with the name of a model; whether the hub has it is not asked."""
+    if _is_folder(name):
+        if not any((epath.Path(name) / file).exists() for file in ("config.json", "hf")):
+            yield key, f"{name}: no model is in this folder (no config.json)"
+    elif not HUB_ID.fullmatch(name):
+        yield key, f"{name}: neither a folder nor a hub id (org/name or org/name@revision)"
+
+
+def to_text(config: Section) -> str:
     """The config as JSON with sorted keys; equal configs give equal text. Tuples become lists."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
 
 
 def guard_workdir(
-    workdir: epath.PathLike, config: ConfigDict, ignore: Sequence[str] = SCHEDULING, primary: bool = True
+    workdir: epath.PathLike, config: Section, ignore: Sequence[str] = SCHEDULING, primary: bool = True
 ) -> epath.Path:
     """Creates the work directory and ties it to the config, which is kept in its ``config.json``.
+
+    A directory in which nothing was made yet is tied to the new config, whatever it was made for.
 
     Args:
       workdir: a local or ``gs://`` directory.
@@ -80,33 +128,48 @@ def guard_workdir(
             workdir.mkdir(parents=True, exist_ok=True)
             # Written even if config.json exists: a resumed run must find out now that it cannot write.
             temporary.write_text(to_text(config))
-            if not path.exists():
+            if not path.exists() or not _holds_results(workdir):
                 temporary.replace(path)
                 return workdir
             temporary.unlink()
-        elif not path.exists():
+        elif not path.exists() or not _holds_results(workdir):
             return workdir
-        stored = path.read_text()
+        stored = path.read_bytes()
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{workdir}: not a directory; choose another --workdir") from None
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{workdir}: cannot be written ({reason}); choose a --workdir that can") from None
-    _compare(path, stored, to_text(config), ignore)
+    _compare(path, stored, config, ignore)
     return workdir
 
 
-def _compare(path: epath.Path, stored: str, current: str, ignore: Sequence[str]) -> None:
-    """Raises UserError listing the keys in which two config texts differ."""
+def _holds_results(workdir: epath.Path) -> bool:
+    """Whether anything was made in it: a file that is neither a config, nor a compiled program, nor a log."""
+
+    def holds_file(folder: epath.Path) -> bool:
+        return any(holds_file(path) if path.is_dir() else True for path in folder.iterdir())
+
+    for path in workdir.iterdir():
+        if path.name not in _NO_RESULTS and (not path.is_dir() or holds_file(path)):
+            return True
+    return False
+
+
+def _compare(path: epath.Path, stored: bytes, config: Section, ignore: Sequence[str]) -> None:
+    """Raises UserError listing the keys in which a stored config text and a config differ."""
     try:
-        before, now = (dict(_leaves(json.loads(text))) for text in (stored, current))
-    except (ValueError, AttributeError):
+        before = dict(_leaves(json.loads(stored.decode())))
+    except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a config; delete it, or choose another --workdir") from None
+    defaults = dict(_leaves(json.loads(to_text(type(config)()))))
+    before = defaults | before  # an older version did not have every setting
+    now = dict(_leaves(json.loads(to_text(config))))
     differences = []
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(before):
         ignored = any(key == i or key.startswith(i + ".") for i in ignore)
         # Compared as text, because nan != nan and 1 == True.
-        was, is_ = (json.dumps(side[key]) if key in side else "absent" for side in (before, now))
+        was, is_ = (json.dumps(side[key]) if key in side else "no setting of this version" for side in (before, now))
         if was != is_ and not ignored:
             differences.append(f"{key} was {was}, is {is_}")
     if differences:
@@ -126,8 +189,8 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _read(path_with_arg: str) -> ConfigDict:
-    """Runs the config file and returns what its get_config returns. Raises UserError."""
+def _read(path_with_arg: str) -> dict[str, Any]:
+    """Runs the config file and returns what its get_config returns, as nested dicts. Raises UserError."""
     name, *arguments = path_with_arg.split(":", 1)
     path = pathlib.Path(name)
     if not path.is_file():
@@ -148,7 +211,7 @@ def _read(path_with_arg: str) -> ConfigDict:
         raise UserError(f"{path_with_arg}: {' '.join(str(error).split())}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{name}: get_config returned {type(config).__name__}, not an ml_collections.ConfigDict")
-    return config
+    return config.to_dict()
 
 
 def _available(path: pathlib.Path) -> str:
@@ -169,83 +232,64 @@ def _split(override: str) -> tuple[str, str]:
     return key, text
 
 
-def _override(config: ConfigDict, key: str, text: str) -> None:
-    """Sets one key from its text. Raises UserError."""
-    *groups, last = key.split(".")
-    group: Any = config
+def _override(schema: type[Section], given: dict[str, Any], texts: Mapping[str, str]) -> list[Found]:
+    """Sets the keys in ``given`` from their texts. Returns those that cannot be, and why."""
+    known = {key: kind for key, _, kind, _ in leaves(schema())}
+    wrong = []
+    for key, text in texts.items():
+        flag, names = f"--{_PREFIX}{key}={text}", [name for name in known if name.startswith(f"{key}.")]
+        if names:
+            wrong.append((flag, f"a group of settings, not a setting; it holds {', '.join(names)}"))
+        elif key not in known:
+            wrong.append((flag, f"no such setting{nearest(key, known)}"))
+        else:
+            try:
+                _set(given, key.split("."), _parse(text, known[key]))
+            except ValueError:
+                wrong.append((flag, f"expected {kind_name(known[key])}, got {text!r}"))
+    return wrong
+
+
+def _set(given: dict[str, Any], names: Sequence[str], value: Any) -> None:
+    *groups, last = names
     for name in groups:
-        group = group[name] if isinstance(group, ConfigDict) and name in group else None
-    flag = f"--{_PREFIX}{key}={text}"
-    if not isinstance(group, ConfigDict) or last not in group:
-        keys = sorted(name for name, _ in _leaves(config.to_dict()))
-        nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0)
-        raise UserError(f"{flag}: no such setting" + (f"; did you mean {nearest[0]}?" if nearest else ""))
-    default = group[last]
-    if isinstance(default, ConfigDict):
-        names = ", ".join(f"{key}.{name}" for name in sorted(default))
-        raise UserError(f"{flag}: a group of settings, not a setting; it holds {names}")
-    try:
-        value = _parse(text, default, group.get_type(last))
-    except ValueError:
-        raise UserError(f"{flag}: expected {_describe(default, group.get_type(last))}, got {text!r}") from None
-    group[last] = value
+        given = given.setdefault(name, {})
+        if not isinstance(given, dict):  # a mistake of the file, which is told later
+            return
+    given[last] = value
 
 
-def _parse(text: str, default: Any, kind: type) -> Any:
-    """The value that the text stands for, of the type ``kind`` of the default. Raises ValueError."""
-    if default is None and text.lower() == "none":
-        return None
-    if kind is type(None):
-        try:
-            return _literal(text)
-        except ValueError:
-            return text
+def _parse(text: str, kind: Any) -> Any:
+    """The value of that type which the text stands for. Raises ValueError."""
     if kind is bool:
         if text.lower() not in _BOOLS:
             raise ValueError(text)
         return _BOOLS[text.lower()]
-    if kind in (int, float, str):
-        return kind(text)
-    if kind in (tuple, list):
-        return kind(_parse_items(text, default or ()))
-    value = _literal(text)
-    if not isinstance(value, kind):
-        raise ValueError(text)
-    return value
+    return tuple(_items(text, item_kind(kind))) if item_kind(kind) else kind(text)
 
 
-def _parse_items(text: str, default: Sequence[Any]) -> Sequence[Any]:
-    """``(1, 2)``, ``1,2`` or ``a,b`` to its items, which have the type of the default's if those share one."""
-    kind = _item_type(default)
+def _items(text: str, kind: type) -> Sequence[Any]:
+    """The items of ``(1, 2)``, ``1,2`` or ``a,b``. Raises ValueError."""
     try:
-        items = _literal(text)
-    except ValueError:
+        items = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         items = None
-    items = items if isinstance(items, (tuple, list)) else None if items is None else (items,)
-    if items is None or (kind is str and not all(isinstance(i, str) for i in items)):
-        if kind not in (str, None):
-            raise ValueError(text)
+    items = items if isinstance(items, tuple | list) else None if items is None else (items,)
+    if kind is str and (items is None or not all(isinstance(i, str) for i in items)):
         items = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
-    if kind is float:
-        items = [float(i) if type(i) is int else i for i in items]
-    if kind and not all(type(i) is kind for i in items):
+    if items is None:
         raise ValueError(text)
-    return items
+    return [convert(kind, item) for item in items]
 
 
-def _item_type(items: Sequence[Any]) -> type | None:
-    kinds = {type(i) for i in items}
-    return kinds.pop() if len(kinds) == 1 else None
-
-
-def _literal(text: str) -> Any:
-    """A Python literal. Raises ValueError for anything else."""
-    try:
-        return ast.literal_eval(text.strip())
-    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(text) from error
-
-
-def _describe(default: Any, kind: type) -> str:
-    item = _item_type(default) if kind in (tuple, list) and default else None
-    return f"{kind.__name__} of {item.__name__}" if item else kind.__name__
+def main(argv: Sequence[str]) -> None:
+    """``mmprm config --config=FILE [--config.key=value ...] [--check]``. Raises UserError."""
+    rest, overrides = split_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="mmprm config", description="Prints every setting: value, default, meaning.", allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a configuration file")
+    parser.add_argument("--check", action="store_true", help="only say whether all settings are allowed")
+    given = parser.parse_args(rest)
+    config = load(given.config, overrides)
+    print(f"{given.config}: all {len(list(leaves(config)))} settings are allowed" if given.check else describe(config))

@@ -1,6 +1,7 @@
 """The command line.
 
 ``mmprm <stage> --config=FILE[:ARG] --workdir=DIR [--config.key=value …]`` runs one stage, or with ``pipeline`` all.
+``mmprm config --config=FILE [--check]`` prints every setting: value, default, meaning.
 ``mmprm summary WORKDIR [WORKDIR …]`` compares finished runs, e.g. of several seeds.
 ``mmprm bench train [CASE]`` compares training steps with a loop of torch and transformers, ``mmprm bench rollout
 [CASE …]`` the sampling engine with Hugging Face's generate, ``mmprm bench annotate`` many trees at once with one after
@@ -67,6 +68,7 @@ _USAGE = (
     " [--config.key=value …] or: mmprm summary WORKDIR [WORKDIR …] or: mmprm convert SOURCE TARGET [--prm] [--verify]"
     " [--dtype=bfloat16] or: mmprm score PROBLEMS.jsonl --model=MODEL [--output=FILE] [--template=NAME]"
     " or: mmprm bench {rollout [CASE …],annotate,train} [--json=FILE] or: mmprm launch {tpu,gke,slurm,local} --help"
+    " or: mmprm config --config=FILE[:ARG] [--config.key=value …] [--check]"
     " or: mmprm prepare SOURCE PATH_OR_HUB_ID --output=FOLDER [--split=NAME]"
     " or: mmprm split PROBLEMS.jsonl --dev=N --test=N"
     " or: mmprm {bon,detect,sweep,guide,benchmark} --help"
@@ -218,6 +220,8 @@ def run() -> None:
             from mmprm_jax.launch import cli
 
             return cli.main(sys.argv[2:])
+        if sys.argv[1:2] == ["config"]:
+            return configs.main(sys.argv[2:])
         if sys.argv[1:2] == ["prepare"]:
             from mmprm_jax.data import prepare
 

@@ -6,12 +6,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
-import tensorboardX
 import tqdm
 from absl import logging
 from etils import epath
+
+from mmprm_jax import events
 
 _REMOTE_SECONDS = 30.0  # between two uploads of the whole file: object stores cannot append
 _LINE_SECONDS = 10.0  # between two progress lines where stderr is not a terminal
@@ -50,9 +52,9 @@ class Metrics:
         self._path = directory / "metrics.jsonl"
         rows = [row for row in read(directory) if resume_step is None or row["step"] < resume_step]
         self._lines = [json.dumps(row) + "\n" for row in rows]
+        self._board = _board(directory, resume_step, rows)
         self._rewrite()
         self._file = self._path.open("a") if _can_append(self._path) else None
-        self._board = _board(os.fspath(directory), resume_step)
 
     def write(self, step: int, **scalars: Any) -> None:
         """Writes one row. A scalar is anything that ``float`` takes; a device array is waited for."""
@@ -60,16 +62,17 @@ class Metrics:
             return
         row = {name: value if isinstance(value, int) else float(value) for name, value in scalars.items()}
         line = json.dumps({"step": int(step), **row}) + "\n"
+        if self._board:
+            self._board.write(int(step), row)
         if self._file:
             self._file.write(line)
             self._file.flush()
+            if self._board:
+                self._board.flush()
         else:
             self._lines.append(line)
             if time.monotonic() - self._written >= _REMOTE_SECONDS:
                 self._rewrite()
-        if self._board:
-            for name, value in row.items():
-                self._board.add_scalar(name, value, int(step))
 
     def close(self) -> None:
         """Writes what is left. Closing twice is harmless."""
@@ -93,6 +96,8 @@ class Metrics:
         temporary = self._path.parent / f"{self._path.name}.tmp"
         temporary.write_text("".join(self._lines))
         temporary.replace(self._path)
+        if self._board:
+            self._board.flush()
         self._written = time.monotonic()
 
 
@@ -100,12 +105,20 @@ def _can_append(path: epath.Path) -> bool:
     return "://" not in os.fspath(path)
 
 
-def _board(directory: str, resume_step: int | None) -> tensorboardX.SummaryWriter | None:
+def _board(directory: epath.Path, resume_step: int | None, rows: Sequence[dict[str, Any]]) -> events.EventFile | None:
+    """A new event file; of ``rows``, it has what no other one has: a process may have been killed between the two."""
     try:
-        return tensorboardX.SummaryWriter(directory, purge_step=resume_step)
+        board = events.EventFile(directory, resume_step)
     except ImportError as error:
         logging.warning("no TensorBoard events in %s (%s); metrics.jsonl is complete", directory, error)
         return None
+    there = events.written(directory)
+    for row in rows:
+        step = row["step"]
+        lost = {name: value for name, value in row.items() if name != "step" and (step, name) not in there}
+        if lost:
+            board.write(step, lost)
+    return board
 
 
 class _Lines(tqdm.tqdm):

@@ -6,6 +6,7 @@ prm.score("What is the area of triangle ABC?", ["triangle.png"], ["The base is 4
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from mmprm_jax import convert
+from mmprm_jax import convert, records
 from mmprm_jax.data import images as image_files
 from mmprm_jax.data.prompts import PRMTemplate, prm_template
 from mmprm_jax.evaluation.score import Scorer, Solutions
@@ -173,9 +174,9 @@ def _default_template(config: dict[str, Any]) -> str:
 def score_file(prm: PRM, model: str, problems: epath.PathLike, output: epath.PathLike) -> str:
     """Scores a JSONL file; returns a line that says what was done.
 
-    Rows: ``{"id", "question", "images": [files beside it], "candidates": [[step, …], …]}``, or for one candidate its
-    ``steps``, as ``mmprm prepare`` writes step-detection benchmarks. Written rows: ``{"id", "scores": [[…], …],
-    "model", "template"}`` in the same order, or ``{"id", "line", "error"}`` for a row that could
+    Rows: ``{"id", "question", "images": [files beside it], "candidates": [[step, …], …]}``, or ``image``, one file;
+    or for one candidate its ``steps``, as ``mmprm prepare`` writes step-detection benchmarks. Written rows: ``{"id",
+    "scores": [[…], …], "model", "template"}`` in the same order, or ``{"id", "line", "error"}`` for a row that could
     not be scored. What an interrupted run scored (``<output>.part``) is not scored again. Raises UserError at the end
     if there were bad rows, with everything else written.
     """
@@ -198,7 +199,7 @@ def score_file(prm: PRM, model: str, problems: epath.PathLike, output: epath.Pat
             key = f"{number}:{line}"
             row = done.get(key)
             if row is None:
-                row = _score_line(prm, problems.parent, number, line, made_by)
+                row = _score_line(prm, problems, number, line, made_by)
                 if "error" not in row:
                     log.write(json.dumps({"run": run, "key": key, "row": row}) + "\n")
                     log.flush()
@@ -238,12 +239,15 @@ def _finished(part: epath.Path, run: dict[str, Any]) -> dict[str, Any]:
     return done
 
 
-def _score_line(prm: PRM, folder: epath.Path, number: int, line: str, made_by: dict[str, str]) -> dict[str, Any]:
+def _score_line(prm: PRM, problems: epath.Path, number: int, line: str, made_by: dict[str, str]) -> dict[str, Any]:
     row: Any = None
     try:
         row = json.loads(line)
         question, images, candidates = _parse(row)
-        scores = prm.score_candidates(question, [folder / name for name in images], candidates)
+        if not images:  # else a misspelt key would be scored without its image, and nobody told
+            for key in difflib.get_close_matches("images", set(row) - {"image", "images"}, cutoff=0.7):
+                records.warn_unknown(problems, "row", key, ("images", "image"))
+        scores = prm.score_candidates(question, [problems.parent / name for name in images], candidates)
     except (UserError, ValueError, RecursionError) as error:
         name = row.get("id") if isinstance(row, dict) else None
         logging.error("line %d: %s", number, error)
@@ -261,11 +265,17 @@ def _parse(row: Any) -> tuple[str, list[str], list[list[str]]]:
         raise UserError("expected a JSON object")
     if not isinstance(row.get("question"), str):
         raise UserError("question must be a string")
-    if row.get("image") is not None and "images" not in row:  # as Problem has it: else scored without its image
-        raise UserError("image: write images, a list of file names")
-    if not texts(row.get("images", [])):
+    images, image = row.get("images"), row.get("image")
+    images = [] if images is None else images
+    if not texts(images):
         raise UserError("images must be a list of file names")
+    if not isinstance(image, str | None):
+        raise UserError("image must be a file name")
+    if image is not None and image not in images:  # as Problem has it
+        if images:
+            raise UserError("image and images name different files; leave one out")
+        images = [image]
     candidates = row.get("candidates", [row["steps"]] if "steps" in row else None)
     if not isinstance(candidates, list) or not all(texts(steps) for steps in candidates):
         raise UserError("candidates must be a list of lists of steps")
-    return row["question"], row.get("images", []), candidates
+    return row["question"], images, candidates

@@ -9,10 +9,15 @@ Images are stored as paths relative to the file that names them.
 from __future__ import annotations
 
 import dataclasses
+import decimal
+import difflib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
+from absl import logging
 from etils import epath
 
 
@@ -144,6 +149,7 @@ class ScoredCandidate:
 
 
 Record = TypeVar("Record")
+_MOST_DIGITS = 400  # of an answer that is a number in JSON
 _NESTED = {"problem": Problem, "candidate": Candidate, "rollouts": Rollout, "nodes": Node}
 
 
@@ -151,35 +157,115 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
+class _Number(float):
+    """A number that knows how it was written: the decimals of an answer count."""
+
+    def __new__(cls, text: str) -> _Number:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
+def number_text(value: int | float) -> str:
+    """A number from JSON as a text without an exponent. Raises ValueError for one that is not finite, or huge."""
+    if isinstance(value, int):
+        return str(value)
+    number = decimal.Decimal(getattr(value, "text", repr(value)))
+    if not math.isfinite(value) or abs(number.adjusted()) > _MOST_DIGITS:
+        raise ValueError(f"{value!r:.80} is no number that can be an answer")
+    return format(number, "f")
+
+
+def _as_text(name: str, value: Any) -> Any:
+    """Numbers as texts where people write numbers: ids are whole ones, answers any."""
+    whole = type(value) is int and name in ("id", "problem_id", "source", "answer")
+    if whole or (isinstance(value, float) and name == "answer"):
+        return number_text(value)
+    return value
+
+
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "str": (str, "text"),
+    "int": (int, "whole number"),
+    "float": ((int, float), "number"),
+    "bool": (bool, "truth value"),
+}
+
+
 def _check(name: str, kind: str, value: Any) -> None:
-    """Raises ValueError when a text or a list is something else, which would be found out late or never."""
-    if kind in ("str", "str | None"):
-        if not (isinstance(value, str) or (value is None and kind != "str")):
-            raise ValueError(f"{name} must be a text, found {value!r:.80}")
-    elif kind.startswith("tuple") and not isinstance(value, list | tuple):
-        raise ValueError(f"{name} must be a list, found {value!r:.80}")
-    elif kind == "tuple[str, ...]" and not all(isinstance(x, str) for x in value):
-        raise ValueError(f"{name} must be a list of texts")
+    """Raises ValueError when a value has another type, which would be found out late or never."""
+    if kind.startswith("tuple"):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name} must be a list, found {value!r:.80}")
+        items, kind = value, kind.removeprefix("tuple[").removesuffix(", ...]")
+    else:
+        items = (value,)
+    kind, _, optional = kind.partition(" | ")
+    if kind not in _KINDS:
+        return
+    types, word = _KINDS[kind]
+    for item in items:
+        if item is None and optional:
+            continue
+        if not isinstance(item, types) or (kind != "bool" and isinstance(item, bool)):
+            what = f"a {word}" if items is not value else f"a list of {word}s"
+            raise ValueError(f"{name} must be {what}, found {value!r:.80}")
 
 
-def from_dict(cls: type[Record], row: dict[str, Any]) -> Record:
-    """Builds a record from its JSON object. Raises ValueError naming missing and unknown keys, and wrong types."""
+def _one_image(cls: type, row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` with ``image`` where it says ``images``. Raises ValueError for several."""
+    row = dict(row)
+    images = row.pop("images")
+    if images is not None and not isinstance(images, list):
+        raise ValueError(f"images must be a list of file names, found {images!r:.80}")
+    found = dict.fromkeys([*(images or ()), *([row["image"]] if row.get("image") is not None else ())])
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} images; a {cls.__name__} has one at most")
+    return row | {"image": next(iter(found), None)}
+
+
+def from_dict(cls: type[Record], row: dict[str, Any], unknown: Callable[[type, str], None] | None = None) -> Record:
+    """Builds a record from its JSON object.
+
+    Whole numbers are taken as ids, numbers as answers, a list of one image as the image, null as the default where
+    there is one. ``unknown`` is told of every key that the record does not have; None: such a key is an error. Raises
+    ValueError naming missing and unknown keys, and wrong types.
+    """
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(row) - set(fields))
+    if "images" in row and "images" not in fields and "image" in fields:
+        row = _one_image(cls, row)
+    others = sorted(set(row) - set(fields))
     missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in row)
-    if unknown or missing:
-        raise ValueError(f"not a {cls.__name__}: missing keys {missing}, unknown keys {unknown}")
+    if missing or (others and unknown is None):
+        raise ValueError(f"not a {cls.__name__}: missing keys {missing}, unknown keys {others}")
+    for name in others:
+        unknown(cls, name)
     values = {}
-    for name, value in row.items():
+    for name in [name for name in row if name in fields]:
+        value, nested = _as_text(name, row[name]), _NESTED.get(name)
+        if value is None and fields[name].default is not dataclasses.MISSING:
+            continue
         _check(name, fields[name].type, value)
-        nested = _NESTED.get(name)
         if nested and isinstance(value, list):
-            values[name] = tuple(from_dict(nested, v) for v in value)
+            values[name] = tuple(from_dict(nested, v, unknown) for v in value)
         elif nested:
-            values[name] = from_dict(nested, value)
+            values[name] = from_dict(nested, value, unknown)
         else:
             values[name] = _tuples(value)
     return cls(**values)
+
+
+_told: set[tuple[str, str]] = set()
+
+
+def warn_unknown(path: epath.PathLike, kind: str, key: str, known: Iterable[str]) -> None:
+    """Warns, once for each file and key, that a key is none of a record's; names the one that may have been meant."""
+    if (os.fspath(path), key) in _told:
+        return
+    _told.add((os.fspath(path), key))
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.7)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    logging.warning("%s: the key %.80r is none of a %s's and is not used%s", path, key, kind, meant)
 
 
 def to_json(record: Any) -> str:
@@ -203,19 +289,27 @@ def write(path: epath.PathLike, records: Iterable[Any]) -> int:
 
 
 def read(path: epath.PathLike, cls: type[Record]) -> Iterator[Record]:
-    """Yields the records of a JSONL file. Raises UserError naming the file and the line of the first bad one."""
+    """Yields the records of a JSONL file; of keys that they do not have it warns once.
+
+    Raises UserError naming the file and the line of the first bad one.
+    """
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file; the stage that writes it has not run, or the path is wrong")
+    exact = "answer" in (f.name for f in dataclasses.fields(cls))
+
+    def unknown(cls: type, key: str) -> None:
+        warn_unknown(path, cls.__name__, key, [f.name for f in dataclasses.fields(cls)])
+
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_float=_Number if exact else None)
                 if not isinstance(row, dict):
                     raise ValueError(f"expected a JSON object, found {type(row).__name__}")
-                record = from_dict(cls, row)
+                record = from_dict(cls, row, unknown)
             except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
             yield record
@@ -227,3 +321,13 @@ def read_all(path: epath.PathLike, cls: type[Record]) -> list[Record]:
     if not records:
         raise UserError(f"{path}: holds no {cls.__name__} record")
     return records
+
+
+def read_problems(path: epath.PathLike) -> list[Problem]:
+    """All problems of a file that must not be empty. Raises UserError, also when an id is there twice."""
+    problems, seen = read_all(path, Problem), set()
+    for problem in problems:
+        if problem.id in seen:
+            raise UserError(f"{path}: the id {problem.id!r} is there twice; solutions are told apart by it")
+        seen.add(problem.id)
+    return problems

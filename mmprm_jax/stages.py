@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,10 +19,9 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 
 from mmprm_jax import annotate as annotation
-from mmprm_jax import convert, records
+from mmprm_jax import convert, environment, records
 from mmprm_jax.data import digits, encode, training_files
 from mmprm_jax.data.encode import Language, Pixels
 from mmprm_jax.data.packing import Sizes
@@ -37,25 +37,26 @@ from mmprm_jax.report import report as report_page
 from mmprm_jax.rollout.engine import Engine
 from mmprm_jax.rollout.rollouts import LocalSampler, Policy, Verify
 from mmprm_jax.rollout.sampling import Sampling
+from mmprm_jax.schema import from_config, raise_for
 from mmprm_jax.search import labels, paper
-from mmprm_jax.search.omegaprm import SEARCHES
 from mmprm_jax.search.settings import Settings
 from mmprm_jax.search.store import each_tree, read_trees
-from mmprm_jax.sharding import make_mesh, make_own_mesh, row_share
-from mmprm_jax.training import losses, optimizers, trainer
+from mmprm_jax.settings import Annotate, Config, Evaluate, Training
+from mmprm_jax.sharding import BATCH, make_mesh, make_own_mesh, row_share
+from mmprm_jax.training import losses, trainer
 from mmprm_jax.training.checkpoints import load_params, save_params
 from mmprm_jax.training.input import Batches, Tiles
 
 Figures = dict[str, Any]
+SamplingSettings = Annotate | Evaluate
+TRAINING = ("sft", "train_prm")  # the stages that train
 
 
 class Run:
     """A configuration, a work directory and the mesh; what every stage needs."""
 
-    def __init__(self, config: ConfigDict, workdir: epath.Path, config_text: str):
+    def __init__(self, config: Config, workdir: epath.Path, config_text: str):
         self.config, self.workdir, self.config_text = config, workdir, config_text
-        choose(SEARCHES, config.annotate.mode, "annotate.mode")  # told before minutes of training
-        choose(EXAMPLES, config.train_prm.mode, "train_prm.mode")
         self.mesh_shape = dict(zip(("data", "fsdp", "tensor"), config.mesh, strict=True))
         self.mesh = make_mesh(self.mesh_shape)
         jax.set_mesh(self.mesh)
@@ -78,7 +79,7 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else None
 
     def problems(self, split: str) -> list[Problem]:
-        return records.read_all(self.data / f"{split}.jsonl", Problem)
+        return records.read_problems(self.data / f"{split}.jsonl")
 
     def judged(self, candidate: Candidate) -> Candidate:
         """A candidate as the evaluation counts it: right if it was verified."""
@@ -98,7 +99,7 @@ class Run:
             return Language.released(Tokenizer.load(folder), cfg)
         path = self.data / "tokenizer.json"
         tokenizer = Tokenizer.load(path if path.exists() else self.folder("data") / "tokenizer.json")
-        sizes = c.model.to_dict()
+        sizes = dataclasses.asdict(c.model)
         sizes["decoder"]["vocab_size"] = len(tokenizer)  # so that no id can be outside of it
         return Language.own(tokenizer, VLMConfig.from_dict(sizes))
 
@@ -117,11 +118,12 @@ class Run:
         _, shapes = build.abstract(language.cfg, language.image_token, mesh, dtype or "float32")
         return load_params(self.folder(stage) / "params", shapes)
 
-    def policy(self, settings: ConfigDict, mesh: Any) -> Sampled:
+    def policy(self, settings: SamplingSettings, mesh: Any) -> Sampled:
         """The policy of this run."""
         language = self.language
-        if self.config.policy and settings.get("template"):
-            language = Language.released(language.tokenizer, language.cfg, settings.template)
+        template = getattr(settings, "template", "")  # the evaluation has none
+        if self.config.policy and template:
+            language = Language.released(language.tokenizer, language.cfg, template)
         params = self.load("sft", language, mesh, settings.dtype)
         return Sampled.of(language, params, self.pixels(language.cfg), settings, mesh)
 
@@ -136,13 +138,15 @@ class Sampled:
     policy: Policy
 
     @classmethod
-    def of(cls, language: Language, params: Any, pixels: Pixels, settings: ConfigDict, mesh: Any) -> Sampled:
+    def of(cls, language: Language, params: Any, pixels: Pixels, settings: SamplingSettings, mesh: Any) -> Sampled:
         """With the sampling of ``settings``."""
         graphdef, _ = build.abstract(language.cfg, language.image_token, mesh)
-        sampling = settings_of(Sampling, settings, stop=(language.tokenizer.id(tok.TURN_END),))
+        sampling = from_config(Sampling, settings, stop=(language.tokenizer.id(tok.TURN_END),))
         return cls(graphdef, params, language, Policy.of(language, pixels, sampling))
 
-    def sampler(self, run: Run, settings: ConfigDict, mesh: Any, purpose: str, n: int, verify: Verify) -> LocalSampler:
+    def sampler(
+        self, run: Run, settings: SamplingSettings, mesh: Any, purpose: str, n: int, verify: Verify
+    ) -> LocalSampler:
         """Samples with ``settings``; n: rollouts per request, as a rule."""
         engine = Engine(
             self.graphdef, self.params, self.language.cfg, self.language.image_token, mesh, slots=settings.slots,
@@ -151,20 +155,11 @@ class Sampled:
         return LocalSampler(engine, self.policy, run.config.seed, purpose, verify)
 
 
-def other_policy(run: Run, settings: ConfigDict, mesh: Any) -> Sampled:
+def other_policy(run: Run, settings: Annotate, mesh: Any) -> Sampled:
     """The checkpoint that ``settings.policy`` names: a folder, a hub id, or what ``mmprm convert`` wrote."""
     loaded = convert.load(settings.policy, mesh, settings.dtype or None)
     language = Language.released(Tokenizer.load(loaded.folder), loaded.model.cfg, settings.template or "internvl")
     return Sampled.of(language, loaded.params, run.pixels(language.cfg), settings, mesh)
-
-
-def settings_of(cls: type, config: Mapping[str, Any], **more: Any) -> Any:
-    """The dataclass ``cls`` from the keys of ``config`` that it has."""
-    names = {f.name for f in dataclasses.fields(cls)}
-    try:
-        return cls(**{k: v for k, v in config.items() if k in names}, **more)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 EXAMPLES = {"default": labels.step_examples, "paper": paper.step_examples}  # paper: as the original does
@@ -177,12 +172,24 @@ def choose(choices: Mapping[str, Any], name: str, key: str) -> Any:
     return choices[name]
 
 
-def training_settings(config: ConfigDict, seed: int) -> trainer.Settings:
+def training_settings(config: Training, seed: int) -> trainer.Settings:
     """The settings of one training stage."""
-    values = {**config.to_dict(), "optimizer": settings_of(optimizers.Settings, config.optimizer)}
+    freeze = config.freeze
     if config.lora_rank:  # the adapters are trained in place of what they are beside
-        values["freeze"] = tuple(dict.fromkeys((*config.freeze, "decoder")))
-    return settings_of(trainer.Settings, values, seed=seed)
+        freeze = tuple(dict.fromkeys((*freeze, "decoder")))
+    return from_config(trainer.Settings, config, seed=seed, freeze=freeze)
+
+
+def check_rows(run: Run, names: Sequence[str]) -> None:
+    """Raises UserError when several processes cannot split the rows of a step of these training stages."""
+    if row_share(run.mesh)[1] == 1:
+        return
+    parts = math.prod(run.mesh.shape[axis] for axis in BATCH)
+    raise_for(
+        (f"{name}.batch_size", f"{run.config[name].batch_size} rows cannot be split over {parts} devices of the mesh")
+        for name in names
+        if run.config[name].steps and run.config[name].batch_size % parts
+    )
 
 
 def data(run: Run) -> Figures:
@@ -192,13 +199,15 @@ def data(run: Run) -> Figures:
     """
     if run.config.data.folder:
         figures: Figures = {"problems": {split: len(run.problems(split)) for split in digits.SPLITS}}
+        for name in run.config.sft.files if run.config.sft.steps else ():  # told before anything is trained
+            if not (run.data / name).exists():
+                raise UserError(f"{run.data / name}: no such file; sft.files names it")
         if is_first() and not run.config.policy and not (run.data / "tokenizer.json").exists():
             tokenizer = Tokenizer.train_bpe(texts(run), run.config.data.vocab)
             tokenizer.save(run.folder("data") / "tokenizer.json")
             figures["vocabulary"] = len(tokenizer)
         return figures
-    settings = settings_of(digits.Settings, run.config.data, seed=run.config.seed)
-    digits.check(settings)
+    settings = from_config(digits.Settings, run.config.data, seed=run.config.seed)
     if is_first():
         digits.generate(run.data, settings)
     return {"problems": {split: getattr(settings, split) for split in digits.SPLITS}}
@@ -306,8 +315,6 @@ def with_adapters(cfg: VLMConfig, lora_rank: int, lora_alpha: float) -> VLMConfi
 def annotate(run: Run) -> Figures:
     """A search tree for every training problem."""
     c, folder, problems = run.config.annotate, run.folder("annotate"), run.problems("train")
-    if c.servers and not c.policy:
-        raise UserError("annotate.policy is empty; it names the model that the servers have")
     together = c.lockstep or jax.process_count() == 1
     share = (0, 1) if together else (jax.process_index(), jax.process_count())
     mesh = run.mesh if together else run.own_mesh
@@ -317,12 +324,12 @@ def annotate(run: Run) -> Figures:
         return policy.sampler(run, c, mesh, "annotate", c.num_rollouts, verify)
 
     if c.servers:
-        source = annotation.remote(c, run.data, run.config.seed, settings_of(Sampling, c))
+        source = annotation.remote(c, run.data, run.config.seed, from_config(Sampling, c, stop=()))
     else:
         source = annotation.local(make, c)
     with jax.set_mesh(mesh), source as sampler:
         failed = annotation.run(
-            folder, problems, sampler, settings_of(Settings, c), c, worker=share[0], workers=share[1],
+            folder, problems, sampler, from_config(Settings, c), c, worker=share[0], workers=share[1],
             writes=not together or is_first(),
         )  # fmt: skip
     return annotation.finish(folder, problems, failed, c.skip_failed)
@@ -360,7 +367,7 @@ def prm_start(run: Run, language: Language) -> convert.Start:
 def step_examples(run: Run, language: Language) -> TrainingSet:
     """The step examples of the trees, one tree in memory at a time; people can read them in ``examples.jsonl``."""
     c, path = run.config.train_prm, run.folder("train_prm") / "examples.jsonl"
-    chosen, labelled = settings_of(labels.LabelSettings, c), choose(EXAMPLES, c.mode, "train_prm.mode")
+    chosen, labelled = from_config(labels.LabelSettings, c), EXAMPLES[c.mode]
 
     def examples(tiles: encode.TileCount) -> Iterable[Encoded]:
         trees = each_tree(run.folder("annotate"))
@@ -389,6 +396,7 @@ def report(run: Run) -> Figures:
     result = dict(figures["evaluate"])
     result["labels"] = figures["train_prm"]["labels"]
     result["rollouts"] = {"annotate": figures["annotate"]["rollouts"], "evaluate": result["rollouts"]}
+    result.pop("environment", None)  # that of one stage
     result["seconds"] = seconds | {"total": sum(seconds.values())}
     folder = run.folder("report")
     folder.mkdir(parents=True, exist_ok=True)
@@ -431,6 +439,7 @@ def run_stage(run: Run, stage: str) -> None:
     if done:
         logging.info("%s: already done", stage)
         return
+    check_rows(run, [stage] if stage in TRAINING else [])
     before = list(STAGES)[: list(STAGES).index(stage)]
     c = run.config
     if stage == "annotate" and (c.annotate.policy or c.annotate.servers or (c.policy and not c.sft.steps)):
@@ -442,12 +451,14 @@ def run_stage(run: Run, stage: str) -> None:
     started = time.monotonic()
     figures = STAGES[stage](run)
     if is_first():
-        write_json(run.folder(stage) / "done.json", figures | {"seconds": round(time.monotonic() - started, 1)})
+        noted = {"seconds": round(time.monotonic() - started, 1), "environment": environment.describe()}
+        write_json(run.folder(stage) / "done.json", figures | noted)
     wait_for_all(f"stage {stage}: end")
 
 
 def pipeline(run: Run) -> None:
     """All stages, and the table of results."""
+    check_rows(run, TRAINING)
     for stage in STAGES:
         run_stage(run, stage)
     if not is_first():

@@ -23,14 +23,12 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from mmprm_jax import config as configs
 from mmprm_jax import records, stages
 from mmprm_jax.evaluation import best_of_n, stage, statistics
 from mmprm_jax.records import ScoredCandidate, UserError
-from mmprm_jax.search import labels
-from mmprm_jax.training import losses, trainer
+from mmprm_jax.settings import Config
 from mmprm_jax.training.preemption import Preemption
 
 SEED = "seed"
@@ -91,7 +89,7 @@ def cells(grid: Grid) -> list[Cell]:
 class CellRun(stages.Run):
     """A cell's stages: training and scores are its own, everything else is the run's that it belongs to."""
 
-    def __init__(self, base: stages.Run, config: ConfigDict, workdir: epath.Path):
+    def __init__(self, base: stages.Run, config: Config, workdir: epath.Path):
         super().__init__(config, workdir, configs.to_text(config))
         self._base, self.data, self.sampled, self.controls = base, base.data, base.sampled, False
 
@@ -99,22 +97,13 @@ class CellRun(stages.Run):
         return (self.workdir if stage in ("train_prm", "evaluate") else self._base.workdir) / stage
 
 
-def _check(config: ConfigDict) -> None:
-    """Raises UserError on settings of the training that do not exist."""
-    c = config.train_prm
-    stages.settings_of(labels.LabelSettings, c)
-    trainer.make_task(None, losses.prm_loss(c.label, c.threshold, 0, 1), stages.training_settings(c, config.seed))
-
-
-def run(base: stages.Run, settings: Sequence[tuple[Cell, ConfigDict]], grid: Grid) -> str:
+def run(base: stages.Run, settings: Sequence[tuple[Cell, Config]], grid: Grid) -> str:
     """Trains and evaluates the cells that are missing, writes the tables and returns the Markdown.
 
     Raises UserError if the annotation has not finished, or a cell's folder belongs to other settings; Preempted.
     """
     if base.figures("annotate") is None:
         raise UserError(f"{base.workdir}: its annotation has not finished; run `mmprm annotate` there first")
-    for _, config in settings:  # told before anything is trained
-        _check(config)
     base.controls, folder = False, base.workdir / "sweep"
     runs = [CellRun(base, config, configs.guard_workdir(folder / cell.name, config)) for cell, config in settings]
     base.folder("evaluate").mkdir(parents=True, exist_ok=True)

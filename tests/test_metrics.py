@@ -2,13 +2,16 @@
 
 import io
 import json
+import signal
+import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
+from etils import epath
 
-from mmprm_jax import metrics
+from mmprm_jax import events, metrics
 
 
 class Clock:
@@ -39,6 +42,66 @@ def test_resume_drops_rows_at_or_beyond_the_step(tmp_path, resume, kept):
     with metrics.Metrics(tmp_path, resume_step=resume) as m:
         m.write(9, loss=9)
     assert [row["step"] for row in metrics.read(tmp_path)] == [*kept, 9]
+
+
+KILLED = """
+import os, signal, sys
+from mmprm_jax import metrics
+m = metrics.Metrics(sys.argv[1])
+for step in range(5):
+    m.write(step, loss=step / 2, norm=step)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def shown(folder):
+    """What TensorBoard makes of the event files: {(step, name): value}; a scalar that is there twice is an error."""
+    found = {}
+    for path in sorted(p for p in folder.iterdir() if "tfevents" in p.name):
+        for event in events._events(epath.Path(path)):
+            if event.session_log.status:
+                found = {key: value for key, value in found.items() if key[0] < event.step}
+            for value in event.summary.value:
+                assert (event.step, value.tag) not in found
+                found[event.step, value.tag] = value.simple_value
+    return found
+
+
+def told(folder):
+    """The same of metrics.jsonl."""
+    return {(row["step"], name): x for row in metrics.read(folder) for name, x in row.items() if name != "step"}
+
+
+def test_a_killed_process_loses_no_events(tmp_path):
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)]).returncode == -signal.SIGKILL
+    assert len(told(tmp_path)) == 10 and shown(tmp_path) == told(tmp_path)
+
+
+@pytest.mark.parametrize("resume", [None, 2, 5, 0])
+@pytest.mark.parametrize("cut", [0, 1, 20, 150])
+def test_a_resumed_run_writes_the_events_that_were_lost(tmp_path, resume, cut):
+    with metrics.Metrics(tmp_path) as m:
+        for step in range(5):
+            m.write(step, loss=step / 2, norm=step)
+    (path,) = (p for p in tmp_path.iterdir() if "tfevents" in p.name)
+    path.write_bytes(path.read_bytes()[: -cut or None])
+    for again in range(2):  # a second interruption, right away
+        with metrics.Metrics(tmp_path, resume_step=resume) as m:
+            m.write(7 + again, loss=0.5)
+        assert shown(tmp_path) == told(tmp_path)
+    assert len(list(tmp_path.glob("*tfevents*"))) == 3
+
+
+def test_scalars_of_older_event_files_are_not_written_again(tmp_path):
+    """tensorboardX wrote one event for each scalar; a step of which only one got there is made whole."""
+    tensorboardX = pytest.importorskip("tensorboardX")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0, "norm": 2.0}\n')
+    board = tensorboardX.SummaryWriter(str(tmp_path))
+    board.add_scalar("loss", 1.0, 0)
+    board.close()
+    with metrics.Metrics(tmp_path, resume_step=1):
+        pass
+    assert shown(tmp_path) == {(0, "loss"): 1.0, (0, "norm"): 2.0}
 
 
 def test_torn_line_is_dropped(tmp_path):

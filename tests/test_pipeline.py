@@ -87,6 +87,10 @@ def test_the_pipeline_ends_with_the_table_and_the_report(finished):
     assert sum(group["n_problems"] for group in metrics["by_length"].values()) == 32
     calibration = metrics["calibration"]
     assert calibration["rollouts"] == 8 * calibration["steps"] == 8 * sum(b["steps"] for b in calibration["diagram"])
+    for stage in metrics["seconds"].keys() - {"total"}:
+        noted = json.loads((workdir / stage / "done.json").read_text())["environment"]
+        assert noted["backend"] == "cpu" and noted["cores"] >= 1 and noted["cpu"] and noted["jax"]
+    assert "environment" not in metrics
     assert "oracle" in out and "PRM" in out and "minus majority" in out
     page = (workdir / "report" / "index.html").read_text()
     assert page.count("data:image/png") >= 3
@@ -114,12 +118,16 @@ def test_no_truth_reaches_policy_or_prm(finished):
         (["--config.sft.steps=many"], ["sft.steps", "int"]),
         (["--config.annotate.mode=papr"], ["annotate.mode", "'papr'", "default, paper"]),
         (["--config.train_prm.mode=papr"], ["train_prm.mode", "'papr'", "default, paper"]),
-        (["--config.mesh=3,1,1"], ["mesh", "devices"]),
+        (["--config.mesh=3,1,1"], ["mesh", "devices"]),  # told when there are devices
     ],
 )
-def test_bad_settings_are_one_line(environment, tmp_path, overrides, words):
+def test_bad_settings_are_one_line_and_bind_no_directory(environment, tmp_path, overrides, words):
     line = failure(environment, "data", tmp_path / "w", *overrides)
     assert all(word in line for word in words), line
+    assert not list(tmp_path.glob("w/*/*"))
+    load = "import sys\nfrom mmprm_jax import config as c\nc.guard_workdir(sys.argv[1], c.load(sys.argv[2]))"
+    command = [sys.executable, "-c", load, str(tmp_path / "w"), SMOKE.removeprefix("--config=")]
+    assert subprocess.run(command, env=environment).returncode == 0
 
 
 def test_a_work_directory_of_another_configuration(environment, finished):

@@ -582,7 +582,8 @@ BAD = {
     json.dumps(row("words", candidates=[["a", 1]])): "candidates must be a list of lists",
     json.dumps(row("none", candidates=None)): "candidates must be a list of lists",
     json.dumps(row("names", images="square.png")): "images must be a list of file names",
-    json.dumps({"id": "p", "question": QUESTION, "image": "square.png", "steps": STEPS}): "write images, a list",
+    json.dumps(row("other", image="b.png")): "image and images name different files",
+    json.dumps(row("number", images=[], image=3)): "image must be a file name",
     json.dumps(row("gone", images=["gone.png"])): "gone.png: image not found",
     json.dumps(row("zero", images=["a\0b.png"])): "null",
     json.dumps(row("half", images=["\ud800.png"])): "surrogates not allowed",
@@ -656,6 +657,23 @@ def test_a_solution_of_a_step_detection_benchmark(prm, problems, tmp_path):
     score_file(prm, "m", problems([one]), tmp_path / "scores.jsonl")
     (found,) = rows_of(tmp_path / "scores.jsonl")
     assert found["scores"] == prm.score_candidates(QUESTION, [tmp_path / "square.png"], [STEPS])
+
+
+@pytest.mark.parametrize(
+    "images",
+    [{"image": "square.png"}, {"image": "square.png", "images": None}, {"images": ["square.png"], "image": None}],
+)
+def test_an_image_as_problems_have_it(prm, calls, problems, tmp_path, images):
+    score_file(prm, "m", problems([{"id": 1, "question": QUESTION, "steps": STEPS, **images}]), tmp_path / "s.jsonl")
+    (found,) = rows_of(tmp_path / "s.jsonl")
+    assert found["scores"] == prm.score_candidates(QUESTION, [tmp_path / "square.png"], [STEPS])
+
+
+def test_a_misspelt_image_is_told(prm, problems, tmp_path, caplog):
+    own = {"id": 1, "question": QUESTION, "candidates": [], "imgaes": ["square.png"], "level": 3}
+    score_file(prm, "m", problems([own, own]), tmp_path / "s.jsonl")
+    (told,) = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]
+    assert told.endswith("the key 'imgaes' is none of a row's and is not used; did you mean 'images'?")
 
 
 def test_bad_rows_among_good_ones(prm, problems, tmp_path):

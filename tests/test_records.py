@@ -67,10 +67,18 @@ def message(path, cls):
     "bad, wanted",
     [
         ({"id": "a", "question": "q"}, "missing keys ['answer']"),
-        ({"id": "a", "question": "q", "answer": "1", "anwser": "1"}, "unknown keys ['anwser']"),
+        ({"id": "a", "question": "q", "anwser": "1"}, "missing keys ['answer'], unknown keys ['anwser']"),
+        ({"id": True, "question": "q", "answer": "1"}, "id must be a text, found True"),
+        ({"id": 1.5, "question": "q", "answer": "1"}, "id must be a text, found 1.5"),
+        ({"id": None, "question": "q", "answer": "1"}, "id must be a text, found None"),
+        ({"id": "a", "question": "q", "answer": True}, "answer must be a text, found True"),
+        ({"id": "a", "question": "q", "answer": None}, "answer must be a text, found None"),
+        ({"id": "a", "question": "q", "answer": float("nan")}, "nan is no number that can be an answer"),
+        ({"id": "a", "question": "q", "answer": "1", "images": ["a", "b"]}, "2 images; a Problem has one at most"),
+        ({"id": "a", "question": "q", "answer": "1", "images": ["a"], "image": "b"}, "2 images"),
+        ({"id": "a", "question": "q", "answer": "1", "images": "a"}, "images must be a list of file names"),
         ([1], "expected a JSON object, found list"),
         ({"id": "a", "question": None, "answer": "1"}, "question must be a text, found None"),
-        ({"id": "a", "question": "q", "answer": 1}, "answer must be a text, found 1"),
         ({"id": "a", "question": "q", "answer": "1", "image": ["x.png"]}, "image must be a text, found ['x.png']"),
     ],
 )
@@ -84,12 +92,70 @@ def test_bad_row_names_file_and_line(tmp_path, bad, wanted):
 @pytest.mark.parametrize(
     "values, wanted",
     [({"segments": "s1"}, "segments must be a list, found 's1'"), ({"segments": ["s1", 2]}, "a list of texts"),
-     ({"k": 3}, "k must be a list")],
+     ({"k": 3}, "k must be a list"), ({"k": [1, "2"]}, "k must be a list of whole numbers"),
+     ({"n": [1.5, 2]}, "n must be a list of whole numbers")],
 )  # fmt: skip
 def test_lists_are_lists(tmp_path, values, wanted):
     path = tmp_path / "s.jsonl"
     path.write_text(json.dumps(json.loads(records.to_json(ALL[6])) | values))
     assert wanted in message(path, StepExample)
+
+
+@pytest.mark.parametrize(
+    "text, record",
+    [
+        ('{"id": 7, "question": "q", "answer": 12}', Problem("7", "q", "12")),
+        ('{"id": 0, "question": "q", "answer": 0.50}', Problem("0", "q", "0.50")),  # how many decimals there are counts
+        ('{"id": "a", "question": "q", "answer": -1.25e-3}', Problem("a", "q", "-0.00125")),
+        ('{"id": "a", "question": "q", "answer": 1e3}', Problem("a", "q", "1000")),
+        ('{"id": "a", "question": "q", "answer": "1", "image": null, "source": null}', Problem("a", "q", "1")),
+        ('{"id": "a", "question": "q", "answer": "1", "source": 2024}', Problem("a", "q", "1", source="2024")),
+        ('{"id": "a", "question": "q", "answer": "1", "images": ["x.png"]}', Problem("a", "q", "1", "x.png")),
+        ('{"id": "a", "question": "q", "answer": "1", "images": []}', Problem("a", "q", "1")),
+        ('{"id": 7, "question": "q", "response": "r"}', SFTExample("7", "q", "r")),
+        (
+            '{"problem_id": 7, "segments": [], "answer": 3, "correct": true, "logprob": 0, "n_tokens": 1}',
+            Candidate("7", (), "3", True, 0, 1),
+        ),
+    ],
+)
+def test_rows_of_ones_own(tmp_path, text, record):
+    path = tmp_path / "p.jsonl"
+    path.write_text(text)
+    (found,) = records.read(path, type(record))
+    assert found == record and type(getattr(found, "answer", None)) in (str, type(None))
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1e-999999999", "Infinity", "1" * 5000])
+def test_numbers_that_no_answer_can_be(tmp_path, number):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"id": "a", "question": "q", "answer": {number}}}')
+    assert message(path, Problem).startswith(f"{path}, line 1: ")
+
+
+def test_unknown_keys_are_told_once(tmp_path, caplog):
+    path, other = tmp_path / "p.jsonl", tmp_path / "q.jsonl"
+    for file in (path, other):
+        file.write_text('{"id": 1, "question": "q", "answer": "1", "level": 3, "imgae": "x"}\n' * 2)
+    for _ in range(2):
+        assert list(records.read(path, Problem)) == [Problem("1", "q", "1")] * 2
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"{path}: the key 'imgae' is none of a Problem's and is not used; did you mean 'image'?",
+        f"{path}: the key 'level' is none of a Problem's and is not used",
+    ]
+    list(records.read(other, Problem))
+    assert len(caplog.records) == 4
+
+
+def test_ids_that_differ_only_as_number_and_text_are_one(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(f'{{"id": {i}, "question": "q", "answer": "1"}}\n' for i in ("7", '"8"')))
+    assert [p.id for p in records.read_problems(path)] == ["7", "8"]
+    with path.open("a") as file:
+        file.write('{"id": 8, "question": "q", "answer": "1"}\n')
+    with pytest.raises(UserError, match="the id '8' is there twice"):
+        records.read_problems(path)
 
 
 def test_bad_nested_row_names_the_nested_type(tmp_path):

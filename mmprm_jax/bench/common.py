@@ -15,14 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mmprm_jax.environment import cores, cpu
 from mmprm_jax.records import UserError
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "numpy", "torch", "transformers")
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
@@ -38,13 +34,7 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """What a figure was measured on: cpu, cores, load (runnable processes, mean of the last minute), versions."""
-    name = platform.processor()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
-    except OSError:  # not Linux
-        pass
-    return {"cpu": name, "cores": cores(), "load": load(), "system": platform.platform(), "versions": versions()}
+    return {"cpu": cpu(), "cores": cores(), "load": load(), "system": platform.platform(), "versions": versions()}
 
 
 def load() -> float:

@@ -24,9 +24,10 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from mmprm_jax import records
+from mmprm_jax import records, settings
 from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import Problem, SFTExample, UserError
+from mmprm_jax.records import Problem, SFTExample
+from mmprm_jax.schema import check
 
 CELL, GRID = 8, 3
 LOWEST, HIGHEST = -45, 54  # integers with a token; no expression of five digits leaves this range
@@ -37,16 +38,13 @@ SPLITS = ("train", "dev", "test")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    seed: int
-    train: int  # problems to search
-    dev: int
-    test: int
-    demonstrations: int  # images with a (partly wrong) solution
-    transcriptions: int  # images to read, without a solution
-    text_only: int  # arithmetic posed as text
-    habit: float  # how often a wrong habit is followed where it applies
-    bracket: float  # probability that an expression has a bracket
+class Settings(settings.Digits):
+    """What is generated. Raises ValueError for a set that cannot be."""
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,13 +241,6 @@ class Truth:
     expression: str
     values: tuple[int, ...]  # the right running value after each step
     tricky: int  # sites a wrong habit applies to
-
-
-def check(settings: Settings) -> None:
-    """Raises UserError on an impossible set."""
-    for name in ("train", "dev", "test", "demonstrations"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"data.{name} is {getattr(settings, name)}; the set needs at least one problem of each")
 
 
 def steps_right(truth: Truth, segments: tuple[str, ...]) -> list[bool]:

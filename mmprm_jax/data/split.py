@@ -64,10 +64,7 @@ def main(argv: Sequence[str]) -> None:
     if given.file.stem in PARTS:
         raise UserError(f"{given.file}: would be replaced; prepare it under another name (mmprm prepare … --name=all)")
     try:
-        problems = records.read_all(given.file, Problem)
-        ids = [p.id for p in problems]
-        if len(set(ids)) < len(ids):
-            raise UserError(f"{given.file}: the id {next(i for i in ids if ids.count(i) > 1)!r} is there twice")
+        problems = records.read_problems(given.file)
         parts = split(problems, given.dev, given.test, given.seed)
         for name, part in parts.items():
             records.write(given.file.with_name(f"{name}.jsonl"), part)

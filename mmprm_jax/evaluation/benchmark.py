@@ -50,14 +50,14 @@ class BenchmarkRun(stages.Run):
 
     def __init__(self, base: stages.Run, problems: epath.Path, scoring: str):
         """scoring: "" for the mode of each prepared row, ``VERIFIER``, or a key of MODES for all. Raises UserError."""
-        config = base.config.copy_and_resolve_references()
-        config.evaluate.calibration_problems = 0
+        evaluate = dataclasses.replace(base.config.evaluate, calibration_problems=0)
+        config = dataclasses.replace(base.config, evaluate=evaluate)
         super().__init__(config, base.workdir, base.config_text)
         self._base, self._file = base, problems
         self._name = f"{problems.absolute().parent.name}-{problems.stem}"
         self.language, self.data, self.controls = base.language, problems.parent, False
         self.sampled = self.folder("evaluate")
-        self._found = records.read_all(problems, Problem)
+        self._found = records.read_problems(problems)
         self._rows = {} if scoring == VERIFIER else scoring_rows(problems)
         if scoring not in ("", VERIFIER):
             stages.choose(MODES, scoring, "--scoring")

@@ -23,7 +23,7 @@ from typing import Any
 from etils import epath
 
 from mmprm_jax.data.prompts import final_answer
-from mmprm_jax.records import Candidate, ScoredCandidate, UserError
+from mmprm_jax.records import Candidate, ScoredCandidate, UserError, number_text, warn_unknown
 
 # what a file must tell for these selectors to mean anything
 NEEDS = {
@@ -92,7 +92,7 @@ def read(path: epath.PathLike) -> Stored:
             if not isinstance(row, dict):
                 raise ValueError(f"expected a JSON object, found {type(row).__name__}")
             if "candidate" in row:
-                scored, says = _candidate(row)
+                scored, says = _candidate(path, row)
                 found.problems.setdefault(scored.candidate.problem_id, []).append(scored)
             elif "prm_scores" in row:
                 name = str(row["id"]) if row.get("id") is not None else where.split()[1]
@@ -113,15 +113,17 @@ def read(path: epath.PathLike) -> Stored:
 _WRITTEN = ("solutions_splits", "labels", "prm_scores", "answers")
 
 
-def _candidate(row: dict[str, Any]) -> tuple[ScoredCandidate, set[str]]:
+def _candidate(path: epath.PathLike, row: dict[str, Any]) -> tuple[ScoredCandidate, set[str]]:
     c = row["candidate"]
     if not isinstance(c, dict):
         raise ValueError("candidate must be an object")
-    unknown = sorted(set(c) - {f.name for f in dataclasses.fields(Candidate)}) + sorted(set(row) - _KEYS)
-    if unknown:
-        raise ValueError(f"unknown keys {unknown}")
-    if not isinstance(c.get("problem_id"), str):
-        raise ValueError("problem_id must be a string")
+    for key in sorted(set(c) - _CANDIDATE):
+        warn_unknown(path, "candidate", key, _CANDIDATE)
+    for key in sorted(set(row) - _KEYS):
+        warn_unknown(path, "row", key, _KEYS)
+    name = c.get("problem_id")
+    if not isinstance(name, str) and type(name) is not int:
+        raise ValueError("problem_id must be a text or a whole number")
     scores = parse_scores(row.get("scores"), "scores")
     segments = _texts(c.get("segments"), "segments")
     if segments is not None and len(segments) != len(scores):
@@ -134,11 +136,12 @@ def _candidate(row: dict[str, Any]) -> tuple[ScoredCandidate, set[str]]:
         raise ValueError(f"n_tokens must be a whole number, found {_short(n_tokens)}")
     answer, correct = _answer(c.get("answer")), _flag(c.get("correct"), "correct")
     told = {"answer": answer, "logprob": logprob, "segments": segments}
-    candidate = Candidate(c["problem_id"], segments or (), answer, correct, logprob or 0.0, n_tokens)
+    candidate = Candidate(str(name), segments or (), answer, correct, logprob or 0.0, n_tokens)
     return ScoredCandidate(candidate, scores), {name for name, value in told.items() if value is not None}
 
 
 _KEYS = {"candidate", "scores"}
+_CANDIDATE = {f.name for f in dataclasses.fields(Candidate)}
 
 
 def _problem(name: str, row: dict[str, Any]) -> tuple[list[ScoredCandidate], Counter[str]]:
@@ -190,8 +193,10 @@ def _texts(values: Any, key: str) -> tuple[str, ...] | None:
 
 
 def _answer(value: Any) -> str | None:
+    if _number(value):
+        return number_text(value)
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"answer must be a text or null, found {_short(value)}")
+        raise ValueError(f"answer must be a text, a number or null, found {_short(value)}")
     return value
 
 

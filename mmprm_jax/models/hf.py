@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,10 +30,10 @@ from mmprm_jax.models import build, hf_config
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.hf_layout import Group, get, layout, put
 from mmprm_jax.records import UserError
+from mmprm_jax.settings import HUB_ID
 from mmprm_jax.sharding import AXES, fit_spec
 
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # What belongs to a checkpoint beside its weights; code is copied for the original's sake and never run.
 _OTHER = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.md")
 INDEX = "model.safetensors.index.json"
@@ -107,7 +106,7 @@ def find(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     folder, name = Path(path_or_id), os.fspath(path_or_id)
     if folder.is_dir():
         return folder
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         kept = "; copy it to a local disk first" if "://" in name else ""
         raise UserError(f"{name}: neither a folder nor a hub id (org/name or org/name@revision){kept}")
     from huggingface_hub import snapshot_download

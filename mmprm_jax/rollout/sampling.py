@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmprm_jax import settings
+from mmprm_jax.schema import check
+
 MAX_STOPS = 4
 GREEDY = 1e-6  # logits divided by less would overflow
 _LIKELY = 64  # the filters of a top-k up to this look at few tokens only
@@ -18,33 +21,18 @@ _BLOCK = 128  # tokens; the inverse CDF looks for the block first, then inside o
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How one request is sampled. Raises ValueError outside of the stated ranges.
+class Sampling(settings.Sampling):
+    """How one request is sampled, in the order of ``transformers`` and vLLM. Raises ValueError outside of the ranges.
 
-    The order is that of ``transformers`` and vLLM: repetition penalty, temperature, top-k, top-p, min-p.
+    A temperature below GREEDY takes the most likely token, of equal ones the first.
     """
 
-    temperature: float = 1.0  # >= 0; below GREEDY: the most likely token, of equal ones the first
-    top_k: int = 0  # the k most likely tokens; 0: all
-    top_p: float = 1.0  # in (0, 1]: the smallest set of tokens that has this share of what top-k left
-    min_p: float = 0.0  # in [0, 1]: tokens at least this likely relative to the most likely one
-    repetition_penalty: float = 1.0  # > 0: divides positive logits of tokens in prompt or answer, multiplies others
-    max_new_tokens: int = 128  # >= 1
     stop: tuple[int, ...] = ()  # at most MAX_STOPS ids that end a sample; the stop token is part of it
 
     def __post_init__(self) -> None:
-        checks = {
-            "temperature must be >= 0": self.temperature >= 0,
-            "top_k must be 0 or positive": self.top_k >= 0,
-            "top_p must lie in (0, 1]": 0 < self.top_p <= 1,
-            "min_p must lie in [0, 1]": 0 <= self.min_p <= 1,
-            "repetition_penalty must be positive": self.repetition_penalty > 0,
-            "max_new_tokens must be positive": self.max_new_tokens > 0,
-            f"at most {MAX_STOPS} stop ids": len(self.stop) <= MAX_STOPS,
-        }
-        failed = [message for message, good in checks.items() if not good]
-        if failed:
-            raise ValueError(f"{self}: {'; '.join(failed)}")
+        check(self)
+        if len(self.stop) > MAX_STOPS:
+            raise ValueError(f"stop: {len(self.stop)} ids; at most {MAX_STOPS} end a sample")
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Scalars, and ``stop`` int32 [MAX_STOPS], filled up with -1."""

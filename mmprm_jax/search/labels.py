@@ -14,19 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from mmprm_jax import settings
 from mmprm_jax.records import StepExample, Tree
+from mmprm_jax.schema import check
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelSettings:
+class LabelSettings(settings.Labels):
     """Which solutions of a tree become examples. Raises ValueError if none could."""
 
-    max_paths: int = 16  # per problem
-    balance: bool = True  # as many solutions ending right as ending wrong
-
     def __post_init__(self) -> None:
-        if self.max_paths < (2 if self.balance else 1):
-            raise ValueError(f"max_paths is {self.max_paths}; balance needs at least 2, and 1 is the least without it")
+        check(self)
 
 
 @dataclasses.dataclass(frozen=True)

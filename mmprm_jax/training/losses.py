@@ -17,11 +17,11 @@ from jax.scipy.special import gammaln
 
 from mmprm_jax.models.vlm import VLM
 from mmprm_jax.records import UserError
+from mmprm_jax.settings import LABELS
 from mmprm_jax.sharding import BATCH, fit_spec, reshape
 
 Batch = Mapping[str, jax.Array]
 Loss = Callable[[VLM, Batch], tuple[jax.Array, jax.Array]]
-LABELS = ("soft", "hard", "beta_binomial")
 _TOKENS_AT_ONCE = 1024  # logits of so many tokens are in the memory of a device at a time
 
 

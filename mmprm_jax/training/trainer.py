@@ -16,8 +16,10 @@ from flax import nnx, traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
+from mmprm_jax import settings
 from mmprm_jax.metrics import Metrics, progress
 from mmprm_jax.records import UserError
+from mmprm_jax.schema import problems, raise_for
 from mmprm_jax.sharding import BATCH, fit_spec, parameter_shardings, put_rows, reshape
 from mmprm_jax.training import optimizers
 from mmprm_jax.training.checkpoints import Checkpoints
@@ -28,17 +30,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    steps: int
-    batch_size: int  # rows of a step, over all processes
-    optimizer: optimizers.Settings
-    microbatches: int = 1  # parts of a step's rows that follow one another on the devices
-    dtype: str = "float32"  # of forward and backward passes; master weights and sums are float32
-    freeze: tuple[str, ...] = ()  # parameters that stay as they are: first parts of their paths; adapters never do
-    checkpoint_every: int = 100
-    keep: int = 2  # newest checkpoints on disk
-    keep_best: int = 0  # and those of the lowest loss
-    log_every: int = 10
+class Settings(settings.Trainer):
+    """What ``fit`` takes; adapters are trained, whatever ``freeze`` names."""
+
     seed: int = 0
 
 
@@ -67,11 +61,8 @@ class Source(Protocol):
 
 
 def make_task(graphdef: Any, loss_fn: Loss, s: Settings) -> Task:
-    """Raises UserError on settings that do not exist."""
-    if s.dtype not in DTYPES:
-        raise UserError(f"dtype: {s.dtype!r} is not one of {', '.join(DTYPES)}")
-    if s.microbatches < 1 or s.batch_size % s.microbatches:
-        raise UserError(f"microbatches: {s.microbatches} do not divide the {s.batch_size} rows of batch_size")
+    """Raises UserError on settings that are not allowed."""
+    raise_for(problems(s))
     optimizer = optimizers.make(s.optimizer, s.steps)
     return Task(graphdef, loss_fn, optimizer, s.microbatches, s.dtype, tuple(s.freeze), s.seed)
 

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from mmprm_jax import records
 from mmprm_jax.data import digits
 from mmprm_jax.data.digits import Expression, Settings, Truth
-from mmprm_jax.records import Problem, SFTExample, UserError
+from mmprm_jax.records import Problem, SFTExample
 
 SETTINGS = Settings(
     seed=3, train=60, dev=30, test=30, demonstrations=60, transcriptions=30, text_only=40, habit=0.5, bracket=0.7
@@ -288,8 +288,11 @@ def test_steps_right():
     assert digits.steps_right(truth, ("<step> what ? </step>", right[1], right[4])) == [False, True, False]
 
 
-def test_check():
-    digits.check(SETTINGS)
-    for name in ("train", "dev", "test", "demonstrations"):
-        with pytest.raises(UserError, match=f"data.{name} is 0"):
-            digits.check(dataclasses.replace(SETTINGS, **{name: 0}))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, 0) for name in ("train", "dev", "test", "demonstrations")]
+    + [("text_only", -1), ("habit", 1.1), ("bracket", -0.1), ("train", 10**7)],
+)
+def test_sets_that_cannot_be(name, value):
+    with pytest.raises(ValueError, match=name):
+        dataclasses.replace(SETTINGS, **{name: value})

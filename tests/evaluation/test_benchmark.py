@@ -1,18 +1,18 @@
 """Benchmarks' problems on a run, by official rules. A whole evaluation: test_pipeline."""
 
 import json
-import runpy
 from pathlib import Path
 
 import jax
 import pytest
 from etils import epath
-from ml_collections import ConfigDict
 
+from mmprm_jax import config as configs
 from mmprm_jax import records, stages
 from mmprm_jax.data import digits
 from mmprm_jax.evaluation import benchmark
 from mmprm_jax.records import Candidate, Problem, UserError
+from mmprm_jax.schema import from_config
 
 ROOT = Path(__file__).parents[2]
 CHOICES = {"mode": "mathvista", "options": ["12", "15"], "question_type": "multi_choice", "answer_type": "text"}
@@ -23,11 +23,11 @@ PROBLEMS = [Problem("1", "q", "15", source="mathvista"), Problem("2", "q", "0.3"
 @pytest.fixture
 def base(tmp_path, mesh):
     """A run of the smoke configuration, of which only the data are there, and an evaluation that says so."""
-    config = ConfigDict(runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("smoke"))
-    config.data.update(train=2, dev=1, test=1, demonstrations=12, transcriptions=4, text_only=4)
+    few = dict(train=2, dev=1, test=1, demonstrations=12, transcriptions=4, text_only=4)
+    config = configs.load(f"{ROOT / 'configs' / 'digits.py'}:smoke", [f"--config.data.{k}={n}" for k, n in few.items()])
     with jax.set_mesh(mesh):  # a run takes one in use; behind this, it is out of use
         run = stages.Run(config, epath.Path(tmp_path / "run"), "")
-        digits.generate(run.data, stages.settings_of(digits.Settings, config.data, seed=0))
+        digits.generate(run.data, from_config(digits.Settings, config.data, seed=0))
         for name in ("dev_candidates.jsonl", "dev_scored.jsonl"):
             records.write(run.folder("evaluate") / name, [])
         stages.write_json(run.folder("evaluate") / "done.json", {})

@@ -12,7 +12,6 @@ import toy_annotation as toy
 from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
-from ml_collections import ConfigDict
 
 from mmprm_jax import annotate, config, convert, records
 from mmprm_jax.data import digits, images
@@ -23,6 +22,7 @@ from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Problem, UserError
 from mmprm_jax.report import report
 from mmprm_jax.search.store import read_trees
+from mmprm_jax.settings import Config
 from mmprm_jax.training.checkpoints import absolute
 
 DATA = digits.Settings(
@@ -144,9 +144,10 @@ def test_metrics_go_on(bucket):
 
 def test_the_work_directory_is_tied_to_its_config(bucket):
     for _ in range(2):
-        assert config.guard_workdir("gs://bucket/run", ConfigDict({"seed": 1})) == bucket
+        assert config.guard_workdir("gs://bucket/run", Config(seed=1)) == bucket
+    (bucket / "data" / "train.jsonl").write_text("{}")
     with pytest.raises(UserError, match="seed was 1, is 2"):
-        config.guard_workdir(bucket, ConfigDict({"seed": 2}))
+        config.guard_workdir(bucket, Config(seed=2))
 
 
 def test_orbax_is_given_the_bucket_and_absolute_local_paths(bucket, tmp_path):

@@ -88,10 +88,10 @@ def test_the_most_estimated_solutions_come_first():
 
 def test_balance():
     for paths, each in ((2, 1), (5, 2), (6, 3), (100, 4)):
-        examples = labels.step_examples(TREE, LabelSettings(max_paths=paths), 0)
+        examples = labels.step_examples(TREE, LabelSettings(paths, balance=True), 0)
         right = [e for e in examples if e.segments[-1] == "<answer>1</answer>"]
         assert (len(right), len(examples)) == (each, 2 * each)
-    assert set(by_text(labels.step_examples(TREE, LabelSettings(max_paths=2), 0))) < {
+    assert set(by_text(labels.step_examples(TREE, LabelSettings(2, balance=True), 0))) < {
         "a b c =2",
         "a b c =1",
         "a b c f =1",
@@ -100,7 +100,7 @@ def test_balance():
 
 def test_impossible_settings():
     with pytest.raises(ValueError):
-        LabelSettings(max_paths=1)
+        LabelSettings(1, balance=True)
     with pytest.raises(ValueError):
         LabelSettings(max_paths=0, balance=False)
     LabelSettings(max_paths=1, balance=False)
@@ -138,13 +138,14 @@ def test_every_label_of_a_searched_tree_is_its_nodes_count(trees):
 
 
 def test_independent_of_the_order_of_trees_and_keyed_by_seed_and_problem(trees):
-    settings = LabelSettings(max_paths=4)
+    settings = LabelSettings(4, balance=True)
     forward = {t.problem.id: labels.step_examples(t, settings, 3) for t in trees}
     backward = {t.problem.id: labels.step_examples(t, settings, 3) for t in reversed(trees)}
     assert forward == backward
     assert forward != {t.problem.id: labels.step_examples(t, settings, 4) for t in trees}
     renamed = dataclasses.replace(trees[0], problem=dataclasses.replace(trees[0].problem, id="other"))
-    picks = [[e.segments for e in labels.step_examples(t, LabelSettings(100), 3)] for t in (trees[0], renamed)]
+    every = LabelSettings(100, balance=True)
+    picks = [[e.segments for e in labels.step_examples(t, every, 3)] for t in (trees[0], renamed)]
     assert picks[0] != picks[1]
 
 

@@ -1,19 +1,22 @@
 """Batches for training: right pixels, exact resumption, and the same whoever makes them."""
 
+import dataclasses
 import itertools
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
-from mmprm_jax import records, stages
+from mmprm_jax import config as configs
+from mmprm_jax import records, settings, stages
 from mmprm_jax.data import digits, images, training_files
 from mmprm_jax.data.packing import Sizes
 from mmprm_jax.data.training_files import Encoded, TrainingSet
 from mmprm_jax.records import UserError
+from mmprm_jax.schema import from_config
 from mmprm_jax.training.input import Batches, Tiles
 
 TILE, MAX_TILES = 8, 4
@@ -216,14 +219,31 @@ def test_a_position_in_other_batches(sets, change, words):
 @pytest.fixture
 def run(tmp_path, mesh):
     """A run of the smoke configuration with few data, before its training."""
-    import runpy
-
-    config = runpy.run_path("configs/digits.py")["get_config"]("smoke")
-    config.data.update(train=2, dev=1, test=1, demonstrations=12, transcriptions=4, text_only=4)
+    few = dict(train=2, dev=1, test=1, demonstrations=12, transcriptions=4, text_only=4)
+    config = configs.load("configs/digits.py:smoke", [f"--config.data.{k}={n}" for k, n in few.items()])
     with jax.set_mesh(mesh):  # a run takes one in use; behind this, it is out of use
-        run = stages.Run(ConfigDict(config), tmp_path, "")
-        digits.generate(run.data, stages.settings_of(digits.Settings, config.data, seed=0))
+        run = stages.Run(config, tmp_path, "")
+        digits.generate(run.data, from_config(digits.Settings, config.data, seed=0))
         yield run
+
+
+def test_missing_demonstrations_are_told_by_the_first_stage(run, tmp_path):
+    folder = dataclasses.replace(run.config.data, folder=str(run.data))
+    run.config = dataclasses.replace(run.config, data=folder)
+    assert stages.data(run)["problems"]["train"] == 2
+    (run.data / "sft.jsonl").unlink()
+    with pytest.raises(UserError, match="sft.jsonl: no such file; sft.files names it"):
+        stages.data(run)
+
+
+def test_rows_that_processes_cannot_share(mesh_of, monkeypatch):
+    config = settings.Config(sft=settings.SFT(batch_size=12), train_prm=settings.TrainPRM(batch_size=20))
+    run = types.SimpleNamespace(config=config, mesh=mesh_of(data=4, fsdp=2))
+    stages.check_rows(run, stages.TRAINING)  # one process puts all rows wherever it likes
+    monkeypatch.setattr(stages, "row_share", lambda _: (0, 2))
+    stages.check_rows(run, ())
+    with pytest.raises(UserError, match="sft.batch_size: 12 rows(.|\n)*train_prm.batch_size: 20 rows"):
+        stages.check_rows(run, stages.TRAINING)
 
 
 def test_a_stage_encodes_again_only_what_has_changed(run, monkeypatch):
@@ -242,5 +262,5 @@ def test_a_stage_encodes_again_only_what_has_changed(run, monkeypatch):
     examples = records.read_all(path, records.SFTExample)
     records.write(path, examples[1:])
     assert stages.sft(run)["examples"] == 19 and len(times) == 2
-    run.config.sft.max_length = 40
+    run.config = dataclasses.replace(run.config, sft=dataclasses.replace(run.config.sft, max_length=40))
     assert stages.sft(run)["examples"] < 19 and len(times) == 3

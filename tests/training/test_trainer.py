@@ -144,5 +144,5 @@ def test_weight_is_the_denominator_and_may_be_zero(tmp_path, mesh):
 
 
 def test_unknown_optimizer(tmp_path, mesh):
-    with pytest.raises(UserError, match="'sgd' is not an optimizer; choose adamw, adafactor or muon"):
+    with pytest.raises(UserError, match="optimizer.name: 'sgd' is not one of adamw, adafactor, muon"):
         fit_line(tmp_path, policy_loss, mesh, optimizer=optimizers.Settings("sgd", 1.0))
