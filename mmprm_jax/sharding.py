@@ -7,6 +7,7 @@ that small models run on any mesh.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -91,14 +92,72 @@ def fit_spec(shape: tuple[int, ...], axes: tuple[Any, ...], mesh: Any = None) ->
 def dot(equation: str, a: jax.Array, b: jax.Array, *axes: Any, dtype: Any = None) -> jax.Array:
     """``jnp.einsum`` whose result is sharded as ``axes`` (one mesh axis or None for each dimension).
 
-    ``dtype``: of the accumulation and the result; default: of the operands.
+    ``dtype``: of the accumulation and the result; default: that of ``a``. A float32 parameter ``b`` of a computation in
+    another dtype is rounded to that of ``a`` first, but its gradient is not: it is summed in float32, over the devices
+    as well.
     """
     inputs, output = equation.split("->")
     sizes: dict[str, int] = {}
     for letters, operand in zip(inputs.split(","), (a, b), strict=True):
         sizes.update(zip(letters, operand.shape, strict=True))
     spec = fit_spec(tuple(sizes[letter] for letter in output), axes)
+    if a.dtype != b.dtype:
+        return _rounded_dot(equation, spec, dtype, jax.typeof(b).sharding.spec, a, b)
     return jnp.einsum(equation, a, b, out_sharding=spec, preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _rounded_dot(equation: str, spec: P, dtype: Any, layout: P, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``dot`` of ``a`` and a float32 ``b`` (sharded as ``layout``), which is rounded to the dtype of ``a``."""
+    return _rounded_dot_forward(equation, spec, dtype, layout, a, b)[0]
+
+
+def _rounded_dot_forward(equation: str, spec: P, dtype: Any, layout: P, a: jax.Array, b: jax.Array) -> tuple[Any, Any]:
+    b = gather(b.astype(a.dtype))  # rounded first: half the bytes to send
+    return jnp.einsum(equation, a, b, out_sharding=spec, preferred_element_type=dtype), (a, b)
+
+
+def _rounded_dot_backward(
+    equation: str, spec: P, dtype: Any, layout: P, saved: Any, grad: jax.Array
+) -> tuple[Any, Any]:
+    a, b = saved
+    inputs, output = equation.split("->")
+    left, right = inputs.split(",")
+    by_a = jnp.einsum(f"{output},{right}->{left}", grad, b, out_sharding=jax.typeof(a).sharding.spec)
+    by_b = jnp.einsum(f"{left},{output}->{right}", a, grad, out_sharding=layout, preferred_element_type=jnp.float32)
+    return by_a.astype(a.dtype), by_b
+
+
+_rounded_dot.defvjp(_rounded_dot_forward, _rounded_dot_backward)
+
+
+def gather(x: jax.Array) -> jax.Array:
+    """``x`` from all devices of the axis fsdp, by one collective."""
+
+    def others(axes: Any) -> Any:
+        return tuple(axis for axis in axes if axis != "fsdp") if isinstance(axes, tuple) else axes
+
+    spec = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(x, P(*(None if axes == "fsdp" else others(axes) for axes in spec)))
+
+
+def gather_rounded(x: jax.Array, spec: P, dtype: Any) -> jax.Array:
+    """``x``, laid out as ``spec``, for many uses by ``dot`` in ``dtype``: rounded, so that only the half is sent.
+
+    It keeps its own dtype, and its gradient is not rounded.
+    """
+    return _gather_rounded(spec, dtype, jax.typeof(x).sharding.spec, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gather_rounded(spec: P, dtype: Any, layout: P, x: jax.Array) -> jax.Array:
+    return jax.sharding.reshard(x.astype(dtype), spec).astype(x.dtype)
+
+
+_gather_rounded.defvjp(
+    lambda spec, dtype, layout, x: (_gather_rounded(spec, dtype, layout, x), None),
+    lambda spec, dtype, layout, _, grad: (jax.sharding.reshard(grad, layout),),
+)
 
 
 def reshape(x: jax.Array, shape: tuple[int, ...], *axes: Any) -> jax.Array:

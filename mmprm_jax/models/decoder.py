@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mmprm_jax.models.config import DecoderConfig
-from mmprm_jax.models.layers import RMSNorm, rotary, rotary_table, scan_layers, stack, weight
-from mmprm_jax.models.lora import adapted, adapters
-from mmprm_jax.sharding import BATCH, dot, fit_spec, take_rows
+from mmprm_jax.models.layers import RMSNorm, plus, rotary, rotary_table, scan_layers, stack, weight
+from mmprm_jax.models.lora import adapters, project
+from mmprm_jax.sharding import BATCH, dot, fit_spec, gather_rounded, take_rows
 
 Rope = tuple[jax.Array, jax.Array]  # from rotary_table
 # attend(q [B,S,G,R,D], k [B,S,G,D], v, state) -> ([B,S,G,R,D], new state)
@@ -23,11 +23,6 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 def bias(create: bool, shape: tuple[int, ...]) -> nnx.Param | None:
     """A zero bias, or None."""
     return nnx.Param(jnp.zeros(shape)) if create else None
-
-
-def plus(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """x + bias, if there is one."""
-    return x if bias is None else x + bias[...]
 
 
 class Attention(nnx.Module):
@@ -51,13 +46,13 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(depth, cfg.rms_norm_eps) if cfg.qk_norm else None
 
     def __call__(self, x: jax.Array, rope: Rope, attend: Attend, state: Any) -> tuple[jax.Array, Any]:
-        q = plus(dot("bsd,dgrk->bsgrk", x, adapted(self, "q"), BATCH, None, "tensor"), self.q_bias)
-        k = plus(dot("bsd,dgk->bsgk", x, adapted(self, "k"), BATCH, None, "tensor"), self.k_bias)
-        v = plus(dot("bsd,dgk->bsgk", x, adapted(self, "v"), BATCH, None, "tensor"), self.v_bias)
+        q = plus(project(self, "q", "bsd,dgrk->bsgrk", x, BATCH, None, "tensor"), self.q_bias)
+        k = plus(project(self, "k", "bsd,dgk->bsgk", x, BATCH, None, "tensor"), self.k_bias)
+        v = plus(project(self, "v", "bsd,dgk->bsgk", x, BATCH, None, "tensor"), self.v_bias)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out, state = attend(rotary(q, rope), rotary(k, rope), v, state)
-        return plus(dot("bsghk,ghkd->bsd", out, adapted(self, "o"), BATCH), self.o_bias), state
+        return plus(project(self, "o", "bsghk,ghkd->bsd", out, BATCH), self.o_bias), state
 
 
 class MLP(nnx.Module):
@@ -75,9 +70,9 @@ class MLP(nnx.Module):
         self.down_bias = bias(cfg.mlp_bias, (size,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = plus(dot("bsd,df->bsf", x, adapted(self, "gate"), BATCH, None, "tensor"), self.gate_bias)
-        up = plus(dot("bsd,df->bsf", x, adapted(self, "up"), BATCH, None, "tensor"), self.up_bias)
-        return plus(dot("bsf,fd->bsd", jax.nn.silu(gate) * up, adapted(self, "down"), BATCH), self.down_bias)
+        gate = plus(project(self, "gate", "bsd,df->bsf", x, BATCH, None, "tensor"), self.gate_bias)
+        up = plus(project(self, "up", "bsd,df->bsf", x, BATCH, None, "tensor"), self.up_bias)
+        return plus(project(self, "down", "bsf,fd->bsd", jax.nn.silu(gate) * up, BATCH), self.down_bias)
 
 
 class DecoderLayer(nnx.Module):
@@ -101,13 +96,15 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.lm_head = None if cfg.tied else weight(rngs, (cfg.hidden_size, cfg.vocab_size), cfg.hidden_size)
 
-    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """tokens [B, S] -> [B, S, D]. Ids must be inside the vocabulary: a gather clips silently."""
-        # Gathered over fsdp first: the partitioner would otherwise replicate the result.
-        by_row, by_column = fit_spec(self.embed.shape, ("tensor",)), fit_spec(self.embed.shape, (None, "tensor"))
-        if by_row[0] is not None:
-            return take_rows(jax.sharding.reshard(self.embed[...], by_row), tokens, BATCH)
-        rows = take_rows(jax.sharding.reshard(self.embed[...], by_column), tokens, BATCH, None, "tensor")
+    def embed_tokens(self, tokens: jax.Array, dtype: Any = None) -> jax.Array:
+        """tokens [B, S] -> [B, S, D], in ``dtype`` (default: as stored), its gradient summed as stored.
+
+        Ids must be inside the vocabulary: a gather clips silently.
+        """
+        table = self.embed[...]
+        columns = jax.typeof(table).sharding.spec[1:]
+        # Each device looks up all tokens of its fsdp group in its own columns: the tokens travel, the table does not.
+        rows = take_rows(table, tokens, "data", None, *columns).astype(dtype or table.dtype)
         return jax.sharding.reshard(rows, fit_spec(rows.shape, (BATCH,)))
 
     def rope(self, positions: jax.Array, length: jax.Array) -> Rope:
@@ -140,10 +137,10 @@ class Decoder(nnx.Module):
             after.append(state)
         return self.norm(x), after
 
-    def head(self) -> jax.Array:
-        """The output head, [D, V] or (tied) [V, D], gathered over fsdp: for many calls of ``logits``."""
+    def head(self, dtype: Any) -> jax.Array:
+        """The output head, [D, V] or (tied) [V, D], gathered over fsdp: for many calls of ``logits`` in ``dtype``."""
         head, axes = (self.embed, ("tensor",)) if self.lm_head is None else (self.lm_head, (None, "tensor"))
-        return jax.sharding.reshard(head[...], fit_spec(head.shape, axes))
+        return gather_rounded(head[...], fit_spec(head.shape, axes), dtype)
 
     def logits(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
         """[B, S, D] -> [B, S, V] in float32. ``head``: from ``head()``."""

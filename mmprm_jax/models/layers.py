@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from mmprm_jax.models.config import RopeScaling
 from mmprm_jax.records import UserError
-from mmprm_jax.sharding import BATCH, dot, fit_spec, reshape
+from mmprm_jax.sharding import BATCH, dot, fit_spec, gather, reshape
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -49,22 +48,41 @@ def scan_layers(layers: nnx.Module, body: Callable[..., Any], carry: Any, xs: An
         raise UserError(f"model.remat: {remat!r} is not one of {', '.join(REMAT)}")
     graphdef, state = nnx.split(layers)
 
+    dtype = jax.tree.leaves(carry)[0].dtype
+
+    def gathered(x: jax.Array) -> jax.Array:
+        """TPU's partitioner would rather go around a ring, one product for each device's part: 4 times the HBM traffic.
+
+        Masters in another dtype are gathered by ``dot``, when they are rounded.
+        """
+        return gather(x) if x.dtype == dtype else x
+
     def step(carry: Any, inputs: Any) -> Any:
         layer_state, x = inputs
-        return body(nnx.merge(graphdef, jax.tree.map(_gather, layer_state)), carry, x)
+        return body(nnx.merge(graphdef, jax.tree.map(gathered, layer_state)), carry, x)
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     return jax.lax.scan(step, carry, (state, xs))
 
 
-def _gather(x: jax.Array) -> jax.Array:
-    """A layer's weights from all devices of the axis fsdp, by one collective.
+def _wide(function: Callable[..., jax.Array], x: jax.Array, parameter: jax.Array) -> jax.Array:
+    """``function(x, parameter)`` in the wider dtype of the two, rounded to that of ``x``.
 
-    TPU's partitioner would rather go around a ring, one product for each device's part: four times the HBM traffic.
+    The gradient by a parameter that is spread over tokens is a sum over them: it is float32 if the parameter is.
     """
-    spec = jax.typeof(x).sharding.spec
-    return jax.sharding.reshard(x, P(*(None if axis == "fsdp" else axis for axis in spec)))
+    dtype = jnp.promote_types(x.dtype, parameter.dtype)
+    return function(x.astype(dtype), parameter.astype(dtype)).astype(x.dtype)
+
+
+def plus(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """x + bias in the dtype of x, if there is a bias."""
+    return x if bias is None else _wide(jnp.add, x, bias[...])
+
+
+def times(x: jax.Array, scale: nnx.Param) -> jax.Array:
+    """x * scale in the dtype of x."""
+    return _wide(jnp.multiply, x, scale[...])
 
 
 def rms_normalise(x: jax.Array, scale: jax.Array, eps: float, axes: int | tuple[int, ...] = -1) -> jax.Array:

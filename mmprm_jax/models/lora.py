@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) beside the decoder's matrices.
 
-An adapter of a matrix [*in, *out] is a [*in, rank] and b [rank, *out]; the matrix in use is W + alpha / rank a b. b is
-zero at first. ``merge`` adds the adapters to their matrices for good.
+An adapter of a matrix W [*in, *out] is a [*in, rank] and b [rank, *out]; x W becomes x W + alpha / rank (x a) b, so
+that no gradient of the size of W is computed. b is zero at first. ``merge`` adds the adapters to their matrices for
+good.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from flax import nnx, traverse_util
 
 from mmprm_jax.models.config import DecoderConfig, VLMConfig
 from mmprm_jax.models.layers import weight
+from mmprm_jax.sharding import BATCH, dot
 
 Shape = tuple[int, ...]
 
@@ -27,9 +29,15 @@ class Adapter(nnx.Module):
         self.a = weight(rngs, (*fan_in, cfg.lora_rank), math.prod(fan_in))
         self.b = nnx.Param(jnp.zeros((cfg.lora_rank, *fan_out)))
 
-    def __call__(self, matrix: jax.Array) -> jax.Array:
-        """The adapted matrix."""
-        return matrix + self.scale * jnp.tensordot(self.a[...], self.b[...], 1)
+    def __call__(self, equation: str, x: jax.Array, *axes: Any) -> jax.Array:
+        """What is added to ``dot(equation, x, W, *axes)``."""
+        inputs, output = equation.split("->")
+        left, right = inputs.split(",")
+        contracted = "".join(letter for letter in right if letter not in output)
+        produced = right.removeprefix(contracted)
+        rows = "".join(letter for letter in left if letter not in contracted)
+        narrow = dot(f"{left},{contracted}z->{rows}z", x, self.a[...], BATCH)
+        return self.scale * dot(f"{rows}z,z{produced}->{output}", narrow, self.b[...], *axes)
 
 
 class Adapters(nnx.Module):
@@ -45,10 +53,10 @@ def adapters(shapes: Mapping[str, tuple[Shape, Shape]], cfg: DecoderConfig, rngs
     return Adapters(shapes, cfg, rngs) if cfg.lora_rank else None
 
 
-def adapted(module: Any, name: str) -> jax.Array:
-    """The matrix ``name`` of ``module`` as it is in use."""
-    matrix = getattr(module, name)[...]
-    return matrix if module.lora is None else getattr(module.lora, name)(matrix)
+def project(module: Any, name: str, equation: str, x: jax.Array, *axes: Any) -> jax.Array:
+    """``dot(equation, x, W, *axes)`` with the matrix ``name`` of ``module`` as it is in use."""
+    y = dot(equation, x, getattr(module, name)[...], *axes)
+    return y if module.lora is None else y + getattr(module.lora, name)(equation, x, *axes)
 
 
 def without(cfg: VLMConfig) -> VLMConfig:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from mmprm_jax.models.attention import self_attention
 from mmprm_jax.models.config import VisionConfig, VLMConfig
-from mmprm_jax.models.layers import LayerNorm, RMSNorm, rms_normalise, scan_layers, stack, weight
+from mmprm_jax.models.layers import LayerNorm, RMSNorm, plus, rms_normalise, scan_layers, stack, times, weight
 from mmprm_jax.sharding import BATCH, dot, reshape
 
 
@@ -36,13 +36,13 @@ class VisionAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         qkv = dot("bsd,dchk->bschk", x, self.qkv[...], BATCH, None, None, "tensor")
         if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[...]
+            qkv = plus(qkv, self.qkv_bias)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if self.q_norm is not None:  # one norm over all heads
             q = rms_normalise(q, self.q_norm[...], self.eps, (-2, -1))
             k = rms_normalise(k, self.k_norm[...], self.eps, (-2, -1))
         out = self_attention(q[:, :, :, None], k, v, None, causal=False)[:, :, :, 0]
-        return dot("bshk,hkd->bsd", out, self.proj[...], BATCH) + self.proj_bias[...]
+        return plus(dot("bshk,hkd->bsd", out, self.proj[...], BATCH), self.proj_bias)
 
 
 class VisionMLP(nnx.Module):
@@ -54,8 +54,8 @@ class VisionMLP(nnx.Module):
         self.fc2_bias = nnx.Param(jnp.zeros((size,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = dot("bsd,df->bsf", x, self.fc1[...], BATCH, None, "tensor") + self.fc1_bias[...]
-        return dot("bsf,fd->bsd", jax.nn.gelu(hidden, approximate=False), self.fc2[...], BATCH) + self.fc2_bias[...]
+        hidden = plus(dot("bsd,df->bsf", x, self.fc1[...], BATCH, None, "tensor"), self.fc1_bias)
+        return plus(dot("bsf,fd->bsd", jax.nn.gelu(hidden, approximate=False), self.fc2[...], BATCH), self.fc2_bias)
 
 
 class VisionLayer(nnx.Module):
@@ -70,8 +70,8 @@ class VisionLayer(nnx.Module):
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         """x [B, S, D]; keep [B, 2]: factors of the two branches (see ``VisionTower.draw``)."""
         a, m = (1, 1) if keep is None else keep.astype(x.dtype).T[..., None, None]
-        x = x + self.attention(self.norm1(x)) * self.ls1[...] * a
-        return x + self.mlp(self.norm2(x)) * self.ls2[...] * m
+        x = x + times(self.attention(self.norm1(x)), self.ls1) * a
+        return x + times(self.mlp(self.norm2(x)), self.ls2) * m
 
 
 def cubic_resize(old: int, new: int) -> np.ndarray:
@@ -112,16 +112,19 @@ class VisionTower(nnx.Module):
         return jnp.concatenate([positions[:, :1], grid.reshape(1, rows * columns, -1)], axis=1)
 
     def embed(self, pixels: jax.Array) -> jax.Array:
-        """pixels [B, H, W, 3] -> what enters the first layer, the class token first: [B, 1 + patches, hidden]."""
+        """pixels [B, H, W, 3] -> what enters the first layer, the class token first: [B, 1 + patches, hidden].
+
+        Computed in the dtype of ``pixels``.
+        """
         batch, height, width, _ = pixels.shape
         p = self.cfg.patch_size
         rows, columns = height // p, width // p
-        x = reshape(pixels.astype(self.patch[...].dtype), (batch, rows, p, columns, p, 3), BATCH)
-        x = dot("brpcqx,pqxd->brcd", x, self.patch[...], BATCH) + self.patch_bias[...]
+        x = reshape(pixels, (batch, rows, p, columns, p, 3), BATCH)
+        x = plus(dot("brpcqx,pqxd->brcd", x, self.patch[...], BATCH), self.patch_bias)
         x = reshape(x, (batch, rows * columns, self.cfg.hidden_size), BATCH)
         # Zeros carry the batch sharding that a broadcast class token lacks.
-        first = jnp.zeros_like(x[:, :1]) + self.class_token[...]
-        return jnp.concatenate([first, x], axis=1) + self.resized_positions(rows, columns)
+        first = plus(jnp.zeros_like(x[:, :1]), self.class_token)
+        return plus(jnp.concatenate([first, x], axis=1), self.resized_positions(rows, columns))
 
     def draw(self, key: jax.Array, rows: int, tiles: int) -> jax.Array:
         """Which branches training leaves out: factors [rows, tiles, layers, 2], 0 or 1 / (1 - rate), of mean 1.
@@ -164,5 +167,5 @@ class Projector(nnx.Module):
         self.fc2_bias = nnx.Param(jnp.zeros((out,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = dot("bsd,df->bsf", self.norm(x), self.fc1[...], BATCH, None, "tensor") + self.fc1_bias[...]
-        return dot("bsf,fd->bsd", jax.nn.gelu(x, approximate=False), self.fc2[...], BATCH) + self.fc2_bias[...]
+        x = plus(dot("bsd,df->bsf", self.norm(x), self.fc1[...], BATCH, None, "tensor"), self.fc1_bias)
+        return plus(dot("bsf,fd->bsd", jax.nn.gelu(x, approximate=False), self.fc2[...], BATCH), self.fc2_bias)

@@ -11,7 +11,7 @@ from flax import nnx
 from mmprm_jax.models.attention import places_of, self_attention
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.decoder import Decoder
-from mmprm_jax.models.layers import weight
+from mmprm_jax.models.layers import plus, weight
 from mmprm_jax.models.vision import Projector, VisionTower, pixel_shuffle
 from mmprm_jax.sharding import BATCH, dot, reshape, take_rows
 
@@ -27,8 +27,8 @@ class ScoreHead(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, S, D] -> logits [B, S, labels] in float32."""
-        x = jax.nn.relu(dot("bsd,df->bsf", x, self.fc1[...], BATCH, None, "tensor") + self.fc1_bias[...])
-        return dot("bsf,fl->bsl", x, self.fc2[...], BATCH, dtype=jnp.float32) + self.fc2_bias[...]
+        x = jax.nn.relu(plus(dot("bsd,df->bsf", x, self.fc1[...], BATCH, None, "tensor"), self.fc1_bias))
+        return plus(dot("bsf,fl->bsl", x, self.fc2[...], BATCH, dtype=jnp.float32), self.fc2_bias)
 
 
 class KappaHead(nnx.Module):
@@ -40,15 +40,18 @@ class KappaHead(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S] in float32."""
-        return (dot("bsd,df->bsf", x, self.kernel[...], BATCH, dtype=jnp.float32) + self.bias[...])[..., 0]
+        return plus(dot("bsd,df->bsf", x, self.kernel[...], BATCH, dtype=jnp.float32), self.bias)[..., 0]
 
 
 class VLM(nnx.Module):
     """InternVL: the visual tokens of each row's tiles replace, in order, its image-context tokens.
 
-    A model without a vision tower (``cfg.vision`` None) reads text only. Everything is computed in the dtype of the
-    parameters, sums and logits in float32.
+    A model without a vision tower (``cfg.vision`` None) reads text only. Everything is computed in ``dtype``, by
+    default that of the parameters; sums and logits in float32. With float32 parameters and another ``dtype``, matrices
+    are rounded where they are used, and all gradients by parameters are summed and returned in float32.
     """
+
+    dtype: Any = None
 
     def __init__(self, cfg: VLMConfig, image_token: int, rngs: nnx.Rngs):
         self.cfg, self.image_token = cfg, image_token
@@ -66,7 +69,8 @@ class VLM(nnx.Module):
         rows, tiles, *shape = pixels.shape
         if keep is not None:
             keep = reshape(keep, (rows * tiles, *keep.shape[2:]), BATCH)
-        x = self.vision(reshape(pixels, (rows * tiles, *shape), BATCH), keep)
+        pixels = reshape(pixels, (rows * tiles, *shape), BATCH)
+        x = self.vision(pixels.astype(self.dtype or self.vision.patch.dtype), keep)
         # Barriers: fusing the shuffle or the last reshape into the projector's products crashes TPU's compiler
         # (libtpu 0.0.52: "split of a padded window dim is not supported").
         x = self.projector(jax.lax.optimization_barrier(pixel_shuffle(x, self.cfg.downsample)))
@@ -75,7 +79,7 @@ class VLM(nnx.Module):
 
     def embed(self, tokens: jax.Array, pixels: jax.Array | None, keep: jax.Array | None = None) -> jax.Array:
         """Token embeddings [B, S, D] with the visual tokens in place. A row without image tokens ignores its pixels."""
-        x = self.decoder.embed_tokens(tokens)
+        x = self.decoder.embed_tokens(tokens, self.dtype)
         if pixels is None:
             return x
         visual = self.embed_images(pixels, keep)

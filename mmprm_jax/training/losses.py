@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import gammaln
 
 from mmprm_jax.models.vlm import VLM
 from mmprm_jax.records import UserError
@@ -63,16 +63,16 @@ def token_losses(model: VLM, hidden: jax.Array, targets: jax.Array) -> jax.Array
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     local = rows // math.prod(sizes.get(axis, 1) for axis in BATCH) if spread else rows
     block = max(1, _TOKENS_AT_ONCE // local)
-    whole = model.decoder.head()
+    head = model.decoder.head(hidden.dtype)
 
-    def losses(head: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = model.decoder.logits(hidden, head.astype(hidden.dtype))
+    def losses(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = model.decoder.logits(hidden, head)
         # A masked sum, not a gather: it stays local when the vocabulary is sharded.
         chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0.0), axis=-1)
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
     if length <= block:
-        return losses(whole, hidden, targets)
+        return losses(hidden, targets)
     more = -length % block
     hidden, targets = (jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)) for x in (hidden, targets))
     count = (length + more) // block
@@ -80,9 +80,7 @@ def token_losses(model: VLM, hidden: jax.Array, targets: jax.Array) -> jax.Array
     def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(reshape(x, (rows, count, block, *x.shape[2:]), BATCH), 1, 0)
 
-    # float32, so that the blocks' gradients add up in float32.
-    head = whole.astype(jnp.float32)
-    step = jax.checkpoint(lambda _, x: (None, losses(head, *x)), prevent_cse=False)
+    step = jax.checkpoint(lambda _, x: (None, losses(*x)), prevent_cse=False)
     _, found = jax.lax.scan(step, None, (split(hidden), split(targets)))
     return reshape(jnp.moveaxis(found, 0, 1), (rows, length + more), BATCH)[:, :length]
 
@@ -122,19 +120,52 @@ def prm_loss(kind: str, threshold: float, yes: int, no: int) -> Loss:
 def beta_binomial(margin: jax.Array, kappa: jax.Array, k: jax.Array, n: jax.Array) -> jax.Array:
     """-log BetaBinomial(k | n, mu kappa, (1 - mu) kappa) + 0.05 kappa |mu - k / n| with mu detached (2605.15529).
 
-    margin: the log-odds of mu; kappa > 0; 0 <= k <= n; all float32 of one shape -> like them.
+    margin: the log-odds of mu; kappa > 0; 0 <= k <= n, whole numbers; all float32 of one shape -> like them, nats.
     """
-
-    def rising(log_a: jax.Array, k: jax.Array) -> jax.Array:
-        """log a (a + 1) ... (a + k - 1): finite for the smallest a, where gammaln(a) is not."""
-        a = jnp.exp(log_a)
-        return jnp.where(k > 0, log_a + gammaln(a + jnp.maximum(k, 1)) - gammaln(a + 1), 0.0)
-
-    log_kappa = jnp.log(kappa)
-    choose = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
-    likelihood = (
-        choose + rising(jax.nn.log_sigmoid(margin) + log_kappa, k)
-        + rising(jax.nn.log_sigmoid(-margin) + log_kappa, n - k) - rising(log_kappa, n)
-    )  # fmt: skip
     mu = jax.lax.stop_gradient(jax.nn.sigmoid(margin))
-    return 0.05 * kappa * jnp.abs(mu - k / jnp.maximum(n, 1)) - likelihood
+    return 0.05 * kappa * jnp.abs(mu - k / jnp.maximum(n, 1)) - _log_beta_binomial(margin, kappa, k, n)
+
+
+@jax.custom_vjp
+def _log_beta_binomial(margin: jax.Array, kappa: jax.Array, k: jax.Array, n: jax.Array) -> jax.Array:
+    """The logarithm of the probability, a term for each rollout.
+
+    With a = mu kappa, b = (1 - mu) kappa and m = n - k it is the product of (a + i)/(kappa + i) (m + 1 + i)/(1 + i) over
+    i < k and (b + j)/(kappa + k + j) over j < m. Differences of gammaln would lose all digits where kappa is large.
+    """
+    return _log_beta_binomial_forward(margin, kappa, k, n)[0]
+
+
+def _log_beta_binomial_forward(margin: jax.Array, kappa: jax.Array, k: jax.Array, n: jax.Array) -> tuple[Any, Any]:
+    mu, nu = jax.nn.sigmoid(margin), jax.nn.sigmoid(-margin)
+    m = n - k
+
+    def add(i: jax.Array, sums: Any) -> Any:
+        total, by_margin, by_kappa = sums
+        right, wrong = i < k, i < m
+        a, b = mu * kappa + i, nu * kappa + i
+        # The first factors of a and b are mu and nu themselves, which may be too small for a float32.
+        log_a = jnp.where(i == 0, jax.nn.log_sigmoid(margin), jnp.log(a / (kappa + i)))
+        log_b = jnp.where(i == 0, jax.nn.log_sigmoid(-margin) - jnp.log1p(k / kappa), jnp.log(b / (kappa + k + i)))
+        total += jnp.where(right, log_a + jnp.log((m + 1 + i) / (1 + i)), 0.0) + jnp.where(wrong, log_b, 0.0)
+        share_a = jnp.where(i == 0, nu, mu * nu * kappa / a)
+        share_b = jnp.where(i == 0, mu, mu * nu * kappa / b)
+        by_margin += jnp.where(right, share_a, 0.0) - jnp.where(wrong, share_b, 0.0)
+        # mu / a - 1 / (kappa + i) and nu / b - 1 / (kappa + k + i), brought over one denominator by hand.
+        change_a = -i * nu / (a * (kappa + i))
+        change_b = jnp.where(i == 0, k / (kappa * (kappa + k)), (k * nu - i * mu) / (b * (kappa + k + i)))
+        by_kappa += jnp.where(right & (i > 0), change_a, 0.0) + jnp.where(wrong, change_b, 0.0)
+        return total, by_margin, by_kappa
+
+    zero = jnp.zeros_like(margin)
+    most = jnp.max(n, initial=0.0).astype(jnp.int32)
+    total, *gradient = jax.lax.fori_loop(0, most, lambda i, sums: add(i.astype(jnp.float32), sums), (zero,) * 3)
+    return total, tuple(gradient)
+
+
+def _log_beta_binomial_backward(gradient: Any, above: jax.Array) -> tuple[Any, ...]:
+    by_margin, by_kappa = gradient
+    return above * by_margin, above * by_kappa, None, None
+
+
+_log_beta_binomial.defvjp(_log_beta_binomial_forward, _log_beta_binomial_backward)

@@ -144,8 +144,9 @@ def gradients(state: Any, frozen: Any, batch: Mapping[str, jax.Array], task: Tas
     """Summed loss, total weight, and the sum's gradient by ``state["params"]``, float32; over all microbatches."""
 
     def total(params: Any, part: Any) -> tuple[jax.Array, jax.Array]:
-        params = jax.tree.map(lambda x: x.astype(DTYPES[task.dtype]), params)
-        loss, weight = task.loss_fn(nnx.merge(task.graphdef, join(params, frozen)), part)
+        model = nnx.merge(task.graphdef, join(params, frozen))
+        model.dtype = DTYPES[task.dtype]  # params stay float32: a gradient has the dtype of what it is taken by
+        loss, weight = task.loss_fn(model, part)
         return loss.astype(jnp.float32), weight.astype(jnp.float32)
 
     run = jax.value_and_grad(total, has_aux=True)

@@ -17,7 +17,7 @@ class Model:
     def __init__(self):
         self.head = jnp.array(np.random.default_rng(0).standard_normal((SIZE, VOCAB), np.float32))
         self.decoder = types.SimpleNamespace(
-            head=lambda: self.head,
+            head=lambda dtype: self.head,
             logits=lambda hidden, head: hidden @ head,
             logits_of=lambda hidden, tokens: hidden @ self.head[:, jnp.array(tokens)],
         )
