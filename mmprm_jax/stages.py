@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mmprm_jax import annotate as annotation
-from mmprm_jax import convert, records
+from mmprm_jax import convert, interruption, records
 from mmprm_jax.data import digits, encode, training_files
 from mmprm_jax.data.encode import Language, Pixels
 from mmprm_jax.data.packing import Sizes
@@ -431,6 +431,7 @@ def run_stage(run: Run, stage: str) -> None:
     if done:
         logging.info("%s: already done", stage)
         return
+    interruption.check()
     before = list(STAGES)[: list(STAGES).index(stage)]
     c = run.config
     if stage == "annotate" and (c.annotate.policy or c.annotate.servers or (c.policy and not c.sft.steps)):

@@ -31,7 +31,6 @@ from mmprm_jax.evaluation import best_of_n, stage, statistics
 from mmprm_jax.records import ScoredCandidate, UserError
 from mmprm_jax.search import labels
 from mmprm_jax.training import losses, trainer
-from mmprm_jax.training.preemption import Preemption
 
 SEED = "seed"
 N = "N"  # candidates per problem: the paper's path diversity; every cell has all of them
@@ -109,7 +108,7 @@ def _check(config: ConfigDict) -> None:
 def run(base: stages.Run, settings: Sequence[tuple[Cell, ConfigDict]], grid: Grid) -> str:
     """Trains and evaluates the cells that are missing, writes the tables and returns the Markdown.
 
-    Raises UserError if the annotation has not finished, or a cell's folder belongs to other settings; Preempted.
+    Raises UserError if the annotation has not finished, or a cell's folder belongs to other settings; Interrupted.
     """
     if base.figures("annotate") is None:
         raise UserError(f"{base.workdir}: its annotation has not finished; run `mmprm annotate` there first")
@@ -118,8 +117,7 @@ def run(base: stages.Run, settings: Sequence[tuple[Cell, ConfigDict]], grid: Gri
     base.controls, folder = False, base.workdir / "sweep"
     runs = [CellRun(base, config, configs.guard_workdir(folder / cell.name, config)) for cell, config in settings]
     base.folder("evaluate").mkdir(parents=True, exist_ok=True)
-    with Preemption() as preemption:
-        stage.sample(base, preemption)
+    stage.sample(base)
     for number, ((cell, _), cell_run) in enumerate(zip(settings, runs, strict=True), 1):
         print(f"cell {number} of {len(runs)}: {cell.name}", flush=True)
         for name in ("train_prm", "evaluate"):
