@@ -40,7 +40,7 @@ class _Watch:
 
     def __init__(self, again: str) -> None:
         self.signal, self.event, self.alone = 0, threading.Event(), True
-        self._again, self._since, self._done = again, 0.0, False
+        self._again, self._since, self._done, self._told = again, 0.0, False, False
         self._saves, self._saved = 0, 0.0
         self._polled, self._rounds = 0.0, collections.deque([0.0, 0.0], maxlen=2)
         self._read, self._write = os.pipe()
@@ -79,6 +79,9 @@ class _Watch:
 
     def tell(self, said: str) -> None:
         """Writes the one line, without the locks of ``sys.stderr``: the main thread may hold them."""
+        if self._told:
+            return
+        self._told = True
         begin = "\n" if os.isatty(2) else ""  # behind a progress bar
         with contextlib.suppress(OSError):
             os.write(2, f"{begin}mmprm: {said}; the same command {self._again}\n".encode())

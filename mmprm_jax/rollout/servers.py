@@ -18,6 +18,8 @@ _ABSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2
 
 def reach(urls: Sequence[str]) -> None:
     """Raises UserError when none of the servers takes a connection within REACH; warns of the others. Interrupted."""
+    if not urls:
+        return
     reasons: dict[str, str | None] = dict.fromkeys(urls)  # None: not known yet; "": reached
     until = time.monotonic() + REACH
     for url in reasons:  # a look-up of a name cannot be interrupted: no thread that the process waits for
@@ -25,7 +27,7 @@ def reach(urls: Sequence[str]) -> None:
     while time.monotonic() < until and ("" not in reasons.values() or None in reasons.values()):
         interruption.sleep(0.05)
     absent = "; ".join(f"{url}: {reason or 'no answer'}" for url, reason in reasons.items() if reason != "")
-    if urls and "" not in reasons.values():
+    if "" not in reasons.values():
         raise UserError(f"no server can be reached ({absent}); are the addresses right, and are the servers running?")
     if absent:
         logging.warning("cannot be reached, the others go on: %s", absent)
@@ -34,7 +36,7 @@ def reach(urls: Sequence[str]) -> None:
 def _try(url: str, reasons: dict[str, str | None], until: float) -> None:
     while reasons[url] != "" and time.monotonic() < until:
         try:
-            httpx2.get(url, timeout=max(0.1, min(5.0, until - time.monotonic())))
+            httpx2.get(url, timeout=httpx2.Timeout(1.0, connect=5.0))
             reasons[url] = ""
         except _ABSENT as error:
             reasons[url] = f"{type(error).__name__} {error}"
