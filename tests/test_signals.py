@@ -1,4 +1,4 @@
-"""Random signals to real commands: each ends in time, with its exit code and one line, and its results stay the same."""
+"""Random signals to real commands: each ends in time, with its code and one line, and its results stay the same."""
 
 import json
 import os
