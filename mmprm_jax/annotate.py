@@ -90,7 +90,7 @@ def run(
     """Grows the trees of this worker's share that are not there yet.
 
     Returns the reasons of those that failed; of several processes of one worker, only that which writes does. Raises
-    Interrupted, with everything saved, when the process has been asked to end; one of several workers does not poll.
+    Interrupted, with everything saved, when the process has been asked to end.
     """
     store = Store(folder, problems, config.trees_per_shard, worker, workers, config.checkpoint_seconds, writes)
     if workers == 1:  # of several processes in lockstep, the first one must not go on before all have read
@@ -105,7 +105,9 @@ def run(
 
         def poll() -> None:
             # Workers poll at steps of their own, which processes that ask together cannot.
-            if workers == 1 and asked_to_end(next(polls)):
+            if workers > 1:
+                interruption.check(own=True)
+            elif asked_to_end(next(polls)):
                 raise Interrupted
 
         todo = ((i, problems[i]) for i in store.todo)

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
 GRACE = 5.0  # seconds from the signal to the next poll
+TOGETHER = 60.0  # of several processes, which agree on where to end
 CLOSING = 3.0  # seconds to end in when everything is saved
 POLL = 0.2  # seconds; the longest wait without a poll
 _SAME = 1.0  # seconds; `timeout` sends its signal to the process and to the group: that is not a second one
@@ -30,19 +33,24 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Interrupted(SystemExit):
     """The work so far is saved. The exit code is that of the signal, ``said`` what to tell."""
 
+    apart = False  # one of several processes leaves the others
+
     def __init__(self, said: str = "stopped as asked") -> None:
         super().__init__(128 + (_watch.signal if _watch and _watch.signal else signal.SIGTERM))
         self.said = said
+        if _watch:
+            _watch.leaving = True
 
 
 class _Watch:
     """Handlers for the signals, and the thread that they wake, whatever the main thread is doing."""
 
     def __init__(self, again: str) -> None:
-        self.signal, self.event, self.alone = 0, threading.Event(), True
+        self.signal, self.event = 0, threading.Event()
+        self.alone, self.leaving, self._tell_all = True, False, None
         self._again, self._since, self._done, self._told = again, 0.0, False, False
         self._saves, self._saved = 0, 0.0
-        self._polled, self._rounds = 0.0, collections.deque([0.0, 0.0], maxlen=2)
+        self._polled, self._rounds = 0.0, collections.deque([0.0] * 4, maxlen=4)
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -61,6 +69,15 @@ class _Watch:
     def _note(self, number: int, frame: object) -> None:
         """The handler: the next poll knows. It takes no lock, which the main thread may hold."""
         self.signal = self.signal or number
+
+    def join(self) -> None:
+        """Takes SIGTERM back from JAX, whose handler tells all processes: it is called by ours."""
+        libc = ctypes.CDLL(None)
+        libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+        of_jax = libc.signal(signal.SIGTERM, None)
+        signal.signal(signal.SIGTERM, self._note)
+        self._tell_all = ctypes.CFUNCTYPE(None, ctypes.c_int)(of_jax) if of_jax else None
+        self.alone = False
 
     def poll(self) -> None:
         """Notes that a loop is alive, and how long its last rounds took."""
@@ -105,17 +122,19 @@ class _Watch:
         if not self._since:
             self._since, self.signal = now, self.signal or number
             self.event.set()
-            if not self.alone:
-                signal.raise_signal(signal.SIGTERM)  # JAX's handler tells all processes
+            if self._tell_all:
+                self._tell_all(signal.SIGTERM)
 
     def _left(self) -> float | None:
-        """Seconds until the process is ended; None: nobody asked, or its saving takes as long as it takes."""
-        if not self._since or not self.alone:
+        """Seconds until the process is ended; None: nobody asked. Saving takes as long as it takes."""
+        if not self._since:
             return None
         if self._saves:
             return POLL
         # A loop with long rounds, such as steps of a large model, is waited for; compiling once makes no long rounds.
-        until = max(self._since + GRACE, self._saved + CLOSING, self._polled + 2 * min(self._rounds))
+        usual = sorted(self._rounds)[-2]
+        grace, rounds = (GRACE, 2) if self.alone or self.leaving else (TOGETHER, 4)
+        until = max(self._since + grace, self._saved + CLOSING, self._polled + rounds * usual)
         return until - time.monotonic()
 
     def _end(self, number: int) -> None:
@@ -141,6 +160,9 @@ def handling(again: str = "goes on from here", *, stays: bool = False) -> Iterat
         yield
     except Interrupted as asked:
         watch.tell(asked.said)
+        if asked.apart and stays:  # JAX would wait for the others, with Python's lock held
+            sys.stdout.flush()
+            os._exit(asked.code)
         raise
     finally:
         if not stays:
@@ -156,10 +178,12 @@ def asked() -> bool:
     return _watch.signal != 0
 
 
-def check() -> None:
-    """Raises Interrupted when asked to end; not in one of several processes, which only end together."""
-    if asked() and _watch.alone:
-        raise Interrupted
+def check(own: bool = False) -> None:
+    """Raises Interrupted when asked to end; of several processes only where the work is this one's ``own``."""
+    if asked() and (own or _watch.alone):
+        error = Interrupted()
+        error.apart = not _watch.alone
+        raise error
 
 
 def sleep(seconds: float) -> None:
@@ -177,6 +201,6 @@ def saving() -> contextlib.AbstractContextManager[None]:
 
 
 def agree() -> None:
-    """From now on this is one of several processes: ``processes.asked_to_end`` says when to end."""
+    """From now on this is one of several processes: ``processes.asked_to_end`` says when they end together."""
     if _watch:
-        _watch.alone = False
+        _watch.join()

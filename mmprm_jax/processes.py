@@ -33,9 +33,8 @@ def meet() -> bool:
 
 def asked_to_end(step: int) -> bool:
     """Whether to end behind ``step``. Several processes agree: every one asks for every step, in order."""
-    if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point(step)
-    return interruption.asked()
+    asked = interruption.asked()
+    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else asked
 
 
 def is_first() -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from mmprm_jax import interruption
 from mmprm_jax.interruption import Interrupted, handling
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-LIMIT = 20  # seconds; 10 on an idle machine
+LIMIT = 60  # seconds; 10 on an idle machine
 GOES_ON = "; the same command goes on from here"
 
 # What a command may be doing: polls in a loop; is in C that knows no signals; swallows every exception, as callbacks of
@@ -109,7 +110,7 @@ def test_long_rounds_are_waited_for():
     """A step of a large model takes longer than the grace, and is not lost."""
     code = """
 print("go", flush=True)
-while not interruption.asked(): time.sleep(3)
+while not (interruption.asked() or interruption.asked()): time.sleep(3)
 raise interruption.Interrupted("saved all")
 """
     process = start(SCRIPT, code)
@@ -204,3 +205,57 @@ def test_a_script_without_a_main_guard_is_told(tmp_path):
     assert done.returncode == 1 and "Unexpected" not in done.stderr
     assert f"UserError: {path}: worker processes import it, and would run all of it again" in done.stderr
     assert 'if __name__ == "__main__"' in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+PAIR = """
+import os, sys, time
+from mmprm_jax import interruption
+with interruption.handling(stays=True):
+    import jax
+    jax.config.update("jax_platforms", "cpu")
+    from mmprm_jax import processes
+    processes.meet()
+    print("ready", flush=True)
+    for step in range(1, 10**6):
+        time.sleep(0.05)
+        if sys.argv[1] == "together" and processes.asked_to_end(step):
+            print(f"ended behind {step}", flush=True)
+            raise interruption.Interrupted
+        if sys.argv[1] == "own":
+            interruption.check(own=True)
+"""
+
+
+def pair(how):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", PAIR, how], env=env | {"JAX_PROCESS_ID": str(i)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    return both
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_of_several_processes_is_asked(number):
+    """Where they work together both end behind the same step; else the one that was asked, whose work is its own."""
+    first, second = pair("together")
+    second.send_signal(number)
+    (code, said, _), (other, said_too, err) = ended(second), ended(first)
+    assert (code, other) == (128 + number, 143) and said == said_too and said.startswith("ended behind"), err
+    first, second = pair("own")
+    second.send_signal(number)
+    code, _, err = ended(second)
+    assert code == 128 + number and err.splitlines()[-1] == f"mmprm: stopped as asked{GOES_ON}"
+    assert first.poll() is None
+    first.kill()

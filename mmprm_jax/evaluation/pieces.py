@@ -20,8 +20,7 @@ class Pieces:
     """Context manager that keeps finished pieces of work beside ``path`` until ``finish`` writes the file itself.
 
     ``path.parts/<process>-<i>.jsonl`` hold lines {"key", "value"}, each file written whole. They are saved every
-    ``seconds``, and on the way out of the context, whatever the reason: when the process is asked to end, as well
-    (several processes, whose pieces differ, go on until they are killed).
+    ``seconds``, and on the way out of the context, whatever the reason: when the process is asked to end, as well.
     """
 
     def __init__(self, path: epath.Path, seconds: float = 30.0):
@@ -57,7 +56,7 @@ class Pieces:
     def add(self, key: str, value: Any) -> None:
         """Takes a finished piece; value: anything that JSON holds. Raises Interrupted."""
         self.done[key] = self._unsaved[key] = value
-        interruption.check()
+        interruption.check(own=True)
         if time.monotonic() - self._saved > self._seconds:
             self._save()
 
