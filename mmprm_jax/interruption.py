@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-GRACE = 5.0  # seconds from the signal to the next poll
+GRACE = 6.0  # seconds from the signal to the next poll
 TOGETHER = 60.0  # of several processes, which agree on where to end
 CLOSING = 3.0  # seconds to end in when everything is saved
 POLL = 0.2  # seconds; the longest wait without a poll

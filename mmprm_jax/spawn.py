@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
@@ -39,11 +40,22 @@ class _Worker(SpawnProcess):
         self.kill()
 
 
+def _quiet_tracker() -> None:
+    """The process that tidies up behind a killed parent takes its warning options from here; it would warn of that."""
+    option = "ignore:resource_tracker:UserWarning"
+    sys.warnoptions.append(option)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove(option)
+
+
 class Spawn(SpawnContext):
     """A multiprocessing context; forked children of a process with XLA's threads may hang."""
 
     def __init__(self) -> None:
         super().__init__()
+        _quiet_tracker()
         self._last: collections.deque[_Worker] = collections.deque(maxlen=64)
 
     def Process(self, *args: Any, **kwargs: Any) -> _Worker:  # noqa: N802
