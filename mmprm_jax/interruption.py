@@ -11,6 +11,7 @@ Worker processes are no command: see ``spawn``.
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import ctypes
@@ -156,6 +157,8 @@ def handling(again: str = "goes on from here", *, stays: bool = False) -> Iterat
         yield
         return
     watch = _watch = _Watch(again)
+    if stays:  # the last thing before Python takes the handlers away: everything is done, the exit code stays
+        atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     except Interrupted as asked:

@@ -120,6 +120,17 @@ raise interruption.Interrupted("saved all")
     assert ended(process) == (143, "", f"mmprm: saved all{GOES_ON}\n")
 
 
+def test_a_signal_to_a_command_that_is_done_changes_nothing():
+    """Python has no handlers any more while it takes its modules down."""
+    code = """
+import os
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, 2); kill(pid, 15)
+sys.late = Late()
+"""
+    assert ended(start(SCRIPT, code)) == (0, "", "")
+
+
 def test_handlers_are_put_back():
     before = [signal.getsignal(n) for n in SIGNALS]
     with pytest.raises(Interrupted) as caught, handling():
