@@ -158,7 +158,7 @@ def handling(again: str = "goes on from here", *, stays: bool = False) -> Iterat
         return
     watch = _watch = _Watch(again)
     if stays:  # the last thing before Python takes the handlers away: everything is done, the exit code stays
-        atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, SIGNALS)
+        atexit.register(lambda: [signal.signal(n, signal.SIG_IGN) for n in SIGNALS])
     try:
         yield
     except Interrupted as asked:
