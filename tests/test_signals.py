@@ -74,6 +74,9 @@ def test_random_signals(whole, tmp_path, stage):
             _, err = process.communicate(timeout=600)
             took, count = time.monotonic() - sent, count + 1
             print(stage, number.name, "group" if group else "process", ignored, process.returncode, f"{took:.1f} s")
+            if process.returncode == 0 and (workdir / stage / "done.json").exists():  # it was done by then
+                shutil.rmtree(workdir / stage)
+                continue
             assert process.returncode == 128 + number, err
             told = [line for line in err.splitlines() if "the same command goes on from here" in line]
             assert len(told) == 1 and "Traceback" not in err and took < allowed, err
