@@ -18,18 +18,19 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mmprm_jax import records
+from mmprm_jax import interruption, records
 from mmprm_jax.answers.workers import Verifier
+from mmprm_jax.interruption import Interrupted
 from mmprm_jax.metrics import Metrics, progress
-from mmprm_jax.processes import is_first, wait_for_all
+from mmprm_jax.processes import asked_to_end, is_first, wait_for_all
 from mmprm_jax.records import Failure, Problem, Sampler, Tree, UserError
 from mmprm_jax.rollout.remote import RemoteSampler
 from mmprm_jax.rollout.rollouts import LocalSampler, Verify
+from mmprm_jax.rollout.servers import reach
 from mmprm_jax.search.omegaprm import SEARCHES, grow
 from mmprm_jax.search.settings import Settings
 from mmprm_jax.search.store import Recalling, Store, each_tree, missing
 from mmprm_jax.settings import Annotate, Engine
-from mmprm_jax.training.preemption import Preemption
 
 _SECONDS = 10.0  # between two rows of metrics
 
@@ -69,6 +70,19 @@ class _Gauge:
         return values
 
 
+@contextlib.contextmanager
+def _kept(store: Store) -> Iterator[None]:
+    """Saves what is in flight when the process is asked to end, or cannot go on."""
+    try:
+        yield
+    except (Interrupted, UserError) as error:
+        with interruption.saving():
+            store.save()
+        if isinstance(error, Interrupted):
+            error.said = f"annotate: stopped as asked, {store.done} trees and the answers to others are saved"
+        raise
+
+
 def run(
     folder: epath.Path, problems: Sequence[Problem], sampler: Sampler, settings: Settings, config: Annotate,
     *, worker: int = 0, workers: int = 1, writes: bool = True,
@@ -76,7 +90,7 @@ def run(
     """Grows the trees of this worker's share that are not there yet.
 
     Returns the reasons of those that failed; of several processes of one worker, only that which writes does. Raises
-    Preempted, with everything saved, when the process has been asked to end; workers of several processes do not poll.
+    Interrupted, with everything saved, when the process has been asked to end.
     """
     store = Store(folder, problems, config.trees_per_shard, worker, workers, config.checkpoint_seconds, writes)
     if workers == 1:  # of several processes in lockstep, the first one must not go on before all have read
@@ -87,14 +101,14 @@ def run(
     gauge, due = _Gauge(sampler), time.monotonic() + _SECONDS
     metrics = Metrics(folder, resume_step=store.done + 1, enabled=shown)
     polls = itertools.count()
-    with Preemption() as preemption, metrics, progress(share, "annotate", "tree", store.done, enabled=shown) as bar:
+    with metrics, _kept(store), progress(share, "annotate", "tree", store.done, enabled=shown) as bar:
 
         def poll() -> None:
             # Workers poll at steps of their own, which processes that ask together cannot.
-            if workers == 1 and preemption.reached(next(polls)):
-                if writes:
-                    store.save()
-                preemption.stop(f"annotate: stopped as asked, {store.done} trees and the answers to others are saved")
+            if workers > 1:
+                interruption.check(own=True)
+            elif asked_to_end(next(polls)):
+                raise Interrupted
 
         todo = ((i, problems[i]) for i in store.todo)
         for index, result in grow(todo, forest, Recalling(sampler, store, poll)):
@@ -158,7 +172,8 @@ def verifier(config: Engine) -> Iterator[Verifier]:
 
 @contextlib.contextmanager
 def remote(config: Annotate, folder: epath.Path, seed: int, sampling: Any) -> Iterator[RemoteSampler]:
-    """A sampler of the servers that ``config`` names."""
+    """A sampler of the servers that ``config`` names. Raises UserError when none of them can be reached."""
+    reach(config.servers)
     with (
         verifier(config) as verify,
         RemoteSampler(

@@ -31,6 +31,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from mmprm_jax import interruption
 from mmprm_jax.launch.job import COMMANDS
 
 _CONFIG = flags.DEFINE_string("config", None, "configuration file, FILE or FILE:ARG")
@@ -173,9 +174,11 @@ def _verify(path: str) -> None:
     """``mmprm verify``. Exits with 1 when a row was bad."""
     from mmprm_jax.answers import audit
     from mmprm_jax.records import UserError
+    from mmprm_jax.rollout.servers import reach
 
     if bool(_JUDGE.value) != bool(_JUDGE_MODEL.value):
         raise UserError("a judge needs both --judge=http://host:8000/v1 and --judge_model=NAME")
+    reach([_JUDGE.value] if _JUDGE.value else [])
     with contextlib.ExitStack() as stack:
         judge = stack.enter_context(audit.Judge(_JUDGE.value, _JUDGE_MODEL.value)) if _JUDGE.value else None
         summary, good = audit.verify_file(path, _OUTPUT.value, _MODE.value, _JOBS.value, judge)
@@ -210,8 +213,18 @@ def _cache_compilations(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+# They keep nothing to go on from.
+_BEGIN_AGAIN = ("verify", "fit", "bench", "summary", "bon", "detect", "split", "prepare", "convert")
+
+
 def run() -> None:
-    """The console script. A UserError is one line on stderr and exit code 1."""
+    """The console script. A UserError is one line on stderr and exit code 1; SIGINT ends with 130, SIGTERM with 143."""
+    again = "begins again" if sys.argv[1:2] and sys.argv[1] in _BEGIN_AGAIN else "goes on from here"
+    with interruption.handling(again, stays=True):
+        _run()
+
+
+def _run() -> None:
     from mmprm_jax import config as configs
     from mmprm_jax.records import UserError
 
@@ -237,8 +250,6 @@ def run() -> None:
         argv, overrides = configs.split_args(sys.argv)
     except UserError as error:
         sys.exit(f"mmprm: {error}")
-    except KeyboardInterrupt:
-        sys.exit("mmprm: interrupted; the same command goes on from here")
 
     def main(rest: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
@@ -246,9 +257,6 @@ def run() -> None:
             _command(rest, overrides)
         except (UserError, OSError) as error:
             sys.exit(f"mmprm: {error}")
-        except KeyboardInterrupt:
-            again = argv[1] in ("verify", "fit", "bench")  # these keep nothing to go on from
-            sys.exit(f"mmprm: interrupted; the same command {'begins again' if again else 'goes on from here'}")
 
     app.run(main, argv=argv)
 

@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from mmprm_jax import convert, records
+from mmprm_jax import convert, interruption, records
 from mmprm_jax.data import images as image_files
 from mmprm_jax.data.prompts import PRMTemplate, prm_template
 from mmprm_jax.evaluation.score import Scorer, Solutions
@@ -196,6 +196,7 @@ def score_file(prm: PRM, model: str, problems: epath.PathLike, output: epath.Pat
     rows, bad = [], 0
     with part.open("a") as log, progress(len(lines), "score", "problem") as bar:
         for number, line in lines:
+            interruption.check()
             key = f"{number}:{line}"
             row = done.get(key)
             if row is None:

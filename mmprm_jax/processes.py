@@ -9,7 +9,9 @@ from typing import TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from mmprm_jax import interruption
 from mmprm_jax.records import UserError
 
 _LONG = 30 * 24 * 3600 * 1000  # ms; a process that dies is noticed sooner
@@ -24,7 +26,15 @@ def meet() -> bool:
         jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed: the processes did not find each other ({error})") from None
+    if jax.process_count() > 1:
+        interruption.agree()
     return is_first()
+
+
+def asked_to_end(step: int) -> bool:
+    """Whether to end behind ``step``. Several processes agree: every one asks for every step, in order."""
+    asked = interruption.asked()
+    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else asked
 
 
 def is_first() -> bool:

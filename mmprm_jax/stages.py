@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 
 from mmprm_jax import annotate as annotation
-from mmprm_jax import convert, environment, records
+from mmprm_jax import convert, environment, interruption, records
 from mmprm_jax.data import digits, encode, training_files
 from mmprm_jax.data.encode import Language, Pixels
 from mmprm_jax.data.packing import Sizes
@@ -439,6 +439,7 @@ def run_stage(run: Run, stage: str) -> None:
     if done:
         logging.info("%s: already done", stage)
         return
+    interruption.check()
     check_rows(run, [stage] if stage in TRAINING else [])
     before = list(STAGES)[: list(STAGES).index(stage)]
     c = run.config

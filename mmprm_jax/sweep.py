@@ -29,7 +29,6 @@ from mmprm_jax import records, stages
 from mmprm_jax.evaluation import best_of_n, stage, statistics
 from mmprm_jax.records import ScoredCandidate, UserError
 from mmprm_jax.settings import Config
-from mmprm_jax.training.preemption import Preemption
 
 SEED = "seed"
 N = "N"  # candidates per problem: the paper's path diversity; every cell has all of them
@@ -100,15 +99,14 @@ class CellRun(stages.Run):
 def run(base: stages.Run, settings: Sequence[tuple[Cell, Config]], grid: Grid) -> str:
     """Trains and evaluates the cells that are missing, writes the tables and returns the Markdown.
 
-    Raises UserError if the annotation has not finished, or a cell's folder belongs to other settings; Preempted.
+    Raises UserError if the annotation has not finished, or a cell's folder belongs to other settings; Interrupted.
     """
     if base.figures("annotate") is None:
         raise UserError(f"{base.workdir}: its annotation has not finished; run `mmprm annotate` there first")
     base.controls, folder = False, base.workdir / "sweep"
     runs = [CellRun(base, config, configs.guard_workdir(folder / cell.name, config)) for cell, config in settings]
     base.folder("evaluate").mkdir(parents=True, exist_ok=True)
-    with Preemption() as preemption:
-        stage.sample(base, preemption)
+    stage.sample(base)
     for number, ((cell, _), cell_run) in enumerate(zip(settings, runs, strict=True), 1):
         print(f"cell {number} of {len(runs)}: {cell.name}", flush=True)
         for name in ("train_prm", "evaluate"):

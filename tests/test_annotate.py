@@ -24,6 +24,7 @@ from etils import epath
 from PIL import Image
 
 from mmprm_jax import annotate, records
+from mmprm_jax.interruption import Interrupted, handling
 from mmprm_jax.metrics import read as read_metrics
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Problem, UserError
@@ -264,7 +265,7 @@ def test_asked_to_end_it_loses_no_answer(made_up, tmp_path, most, capfd):
             return super().collect()
 
     first, second = Asked(), toy.MadeUp()
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(Interrupted) as ended, handling():
         grown(tmp_path, first, checkpoint_seconds=1e9)
     assert ended.value.code == 143 and len(first.answered) == most + 1
     assert "annotate: stopped as asked" in capfd.readouterr().err

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
-import multiprocessing
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 from absl import logging
 from pebble import ProcessPool
 
+from mmprm_jax import interruption
 from mmprm_jax.answers.heavy import decide
 from mmprm_jax.answers.verdict import Verdict
+from mmprm_jax.spawn import Spawn
 
 _CHUNK = 256  # pairs sent to a worker at a time
 _MEMORY = 2 * 2**30  # bytes of address space for a worker's answers
@@ -39,11 +41,16 @@ class Pool:
     def __init__(self, workers: int, seconds: float, check: Callable[[list[Any]], Sequence[Any]]):
         """workers: 0 checks in this process, without a time limit. check: a list -> as many results; it is pickled."""
         self._check, self._seconds = check, seconds
-        spawn = multiprocessing.get_context("spawn")  # a forked child of a process with XLA's threads may hang
-        self._pool = ProcessPool(max_workers=workers, context=spawn, initializer=limit_memory) if workers else None
+        self._spawn = Spawn()
+        self._pool = (
+            ProcessPool(max_workers=workers, context=self._spawn, initializer=limit_memory) if workers else None
+        )
 
     def run(self, items: Sequence[Any]) -> list[Any | None]:
-        """The result of each item, in order; None where an item took too long, ended its worker or raised."""
+        """The result of each item, in order; None where an item took too long, ended its worker or raised.
+
+        Raises UserError where workers cannot begin; Interrupted.
+        """
         items = list(items)
         if self._pool is None:
             return list(self._check(items))
@@ -59,13 +66,15 @@ class Pool:
         """The results of each chunk; None where its worker failed."""
         assert self._pool is not None
         futures = [self._pool.schedule(self._check, args=[chunk], timeout=self._seconds) for chunk in chunks]
-        found: list[Sequence[Any] | None] = []
-        for future in futures:
-            try:
-                found.append(future.result())
-            except Exception:  # a time-out, a worker that died, an error of the check: it is told one by one
-                found.append(None)
-        return found
+        return [self._result(future) for future in futures]
+
+    def _result(self, future: Any) -> Sequence[Any] | None:
+        """None after a time-out, the death of a worker, an error of the check: it is told one by one."""
+        while not concurrent.futures.wait([future], interruption.POLL).done:
+            interruption.check()
+            self._spawn.check()
+        self._spawn.check()
+        return None if future.cancelled() or future.exception() else future.result()
 
     def close(self) -> None:
         if self._pool is not None:

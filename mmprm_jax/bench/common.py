@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import platform
 import time
@@ -15,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mmprm_jax import interruption
 from mmprm_jax.environment import cores, cpu
 from mmprm_jax.records import UserError
+from mmprm_jax.spawn import Spawn
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "numpy", "torch", "transformers")
 
@@ -81,18 +82,21 @@ class Child:
     """
 
     def __init__(self, make: Callable[..., Iterator[Any]], *args: Any):
-        context = multiprocessing.get_context("spawn")  # a forked child of a process with XLA's threads may hang
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, make, args), daemon=True)
+        self._spawn = Spawn()
+        self._pipe, other = self._spawn.Pipe()
+        self._process = self._spawn.Process(target=_serve, args=(other, make, args), daemon=True)
         self._process.start()
         other.close()
 
     def __next__(self) -> Any:
         try:
             self._pipe.send(None)
+            while not self._pipe.poll(interruption.POLL):
+                interruption.check()
             good, value = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join(10)
+            self._spawn.check()
             raise UserError(f"a process of the benchmark ended with {self._process.exitcode}: out of memory?") from None
         if not good:
             raise UserError(f"a process of the benchmark failed:\n{value}")

@@ -24,12 +24,13 @@ from typing import Any
 
 from PIL import Image
 
-from mmprm_jax import records
+from mmprm_jax import interruption, records
 from mmprm_jax.data import decontaminate, images, sources, sources_files
 from mmprm_jax.data.rewriter import Rewriter
 from mmprm_jax.data.sources_base import Item, Picture, Refused, named
 from mmprm_jax.metrics import progress
 from mmprm_jax.records import Problem, SFTExample, UserError
+from mmprm_jax.rollout.servers import reach
 
 FOLDER = "prepare"
 _GAP = 16  # pixels between images that are put below each other
@@ -224,6 +225,7 @@ def _kept(
     """The items that are to be written, with their images in place."""
     kept = 0
     for row in rows:
+        interruption.check()
         report.rows += 1
         if isinstance(row, Refused):
             report.refuse(row)
@@ -290,6 +292,7 @@ def _parse(argv: Sequence[str]) -> Settings:
         raise UserError(f"--name={given.name}: a name, not a path")
     against = tuple(Path(part) for part in given.against.split(",") if part)
     rewriter = Rewriter(given.rewriter, given.model) if given.rewriter else None
+    reach([given.rewriter] if given.rewriter else [])
     split = given.split or next(iter(source.files))
     return Settings(
         source.name, given.path or source.hub, given.output, split, given.name, given.limit, against, rewriter

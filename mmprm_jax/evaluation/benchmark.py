@@ -108,7 +108,7 @@ class BenchmarkRun(stages.Run):
 
 
 def run(base: stages.Run, problems: str, scoring: str) -> Mapping[str, Any]:
-    """Evaluates the file. Returns the figures of ``evaluate``, and ``scoring``. Raises UserError, Preempted."""
+    """Evaluates the file. Returns the figures of ``evaluate``, and ``scoring``. Raises UserError, Interrupted."""
     other = BenchmarkRun(base, epath.Path(problems), scoring)
     other.begin()
     stages.run_stage(other, "evaluate")

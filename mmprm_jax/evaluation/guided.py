@@ -27,7 +27,6 @@ from mmprm_jax.evaluation import best_of_n, statistics
 from mmprm_jax.evaluation.pieces import Pieces
 from mmprm_jax.metrics import progress
 from mmprm_jax.records import Problem, Request, Rollout, ScoredCandidate, UserError
-from mmprm_jax.training.preemption import Preemption
 
 if TYPE_CHECKING:
     from mmprm_jax.stages import Run
@@ -169,7 +168,7 @@ def run(run: Run, names: Sequence[str]) -> dict[str, Any]:
     """Searches the test problems with the named methods and compares each with Best-of-N; figures by name.
 
     ``guided/<name>.jsonl`` keep what was found (``Guided``); an interrupted search goes on. Raises UserError if the
-    evaluation has not finished; Preempted.
+    evaluation has not finished; Interrupted.
     """
     from mmprm_jax.evaluation import stage  # which needs what this module needs
 
@@ -183,9 +182,9 @@ def run(run: Run, names: Sequence[str]) -> dict[str, Any]:
     problems, aggregator = run.problems("test"), figures["prm_selected"]
     value = stage.values(run, aggregator)
     run.folder("guided").mkdir(parents=True, exist_ok=True)
-    with stage.Policy(run) as policy, Preemption() as preemption:
+    with stage.Policy(run) as policy:
         for name, method in methods.items():
-            pieces = Pieces(run.folder("guided") / f"{name}.jsonl", preemption)
+            pieces = Pieces(run.folder("guided") / f"{name}.jsonl")
             if pieces.path.exists():
                 continue
             with pieces, progress(len(problems), name, "problem", len(pieces.done)) as bar:

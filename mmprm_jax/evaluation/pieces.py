@@ -10,23 +10,22 @@ from typing import Any
 import jax
 from etils import epath
 
-from mmprm_jax import records
+from mmprm_jax import interruption, records
+from mmprm_jax.interruption import Interrupted
 from mmprm_jax.processes import is_first, wait_for_all
 from mmprm_jax.records import UserError
-from mmprm_jax.training.preemption import Preemption
 
 
 class Pieces:
     """Context manager that keeps finished pieces of work beside ``path`` until ``finish`` writes the file itself.
 
     ``path.parts/<process>-<i>.jsonl`` hold lines {"key", "value"}, each file written whole. They are saved every
-    ``seconds``, when the process is asked to end (it then does, with 143; several processes, whose pieces differ, go on
-    until they are killed) and on the way out of the context, whatever the reason.
+    ``seconds``, and on the way out of the context, whatever the reason: when the process is asked to end, as well.
     """
 
-    def __init__(self, path: epath.Path, preemption: Preemption, seconds: float = 30.0):
+    def __init__(self, path: epath.Path, seconds: float = 30.0):
         self.path, self._folder = path, path.parent / f"{path.name}.parts"
-        self._preemption, self._seconds = preemption, seconds
+        self._seconds = seconds
         self._unsaved: dict[str, Any] = {}
         self.done: dict[str, Any] = {}  # the value of each finished piece, as JSON has it
         self._mine = f"{jax.process_index():03d}"
@@ -49,15 +48,15 @@ class Pieces:
         self._saved = time.monotonic()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._save()
+        if isinstance(error, Interrupted):
+            error.said = f"{self.path.name}: stopped as asked, {len(self.done)} pieces of it are saved"
 
     def add(self, key: str, value: Any) -> None:
-        """Takes a finished piece; value: anything that JSON holds. Raises Preempted, with everything saved."""
+        """Takes a finished piece; value: anything that JSON holds. Raises Interrupted."""
         self.done[key] = self._unsaved[key] = value
-        if jax.process_count() == 1 and self._preemption.reached(len(self.done)):
-            self._save()
-            self._preemption.stop(f"{self.path.name}: stopped as asked, {len(self.done)} pieces of it are saved")
+        interruption.check(own=True)
         if time.monotonic() - self._saved > self._seconds:
             self._save()
 
@@ -76,6 +75,10 @@ class Pieces:
         wait_for_all(f"{self.path}: written")
 
     def _save(self) -> None:
+        with interruption.saving():
+            self._write()
+
+    def _write(self) -> None:
         if self._unsaved:
             self._folder.mkdir(parents=True, exist_ok=True)
             file = self._folder / f"{self._mine}-{self._saves:06d}.jsonl"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mmprm_jax import interruption
 from mmprm_jax.data.images import normalise
 from mmprm_jax.models.attention import places_of
 from mmprm_jax.models.layers import shared_attention
@@ -114,6 +115,7 @@ class Scorer:
         """For each problem and each of its solutions one score in [0, 1] per position."""
         found = [[()] * len(problem.rows) for problem in problems]
         for batch in self._batches(list(self._groups(problems))):
+            interruption.check()
             for (p, r), scores in self._run(batch):
                 found[p][r] = scores
         first = [{} for _ in problems]

@@ -31,7 +31,6 @@ from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.processes import is_first, share
 from mmprm_jax.records import Candidate, Problem, Request, Rollout, ScoredCandidate, StepExample, UserError
 from mmprm_jax.rollout.rollouts import LocalSampler
-from mmprm_jax.training.preemption import Preemption
 
 if TYPE_CHECKING:
     from mmprm_jax.stages import Run
@@ -167,17 +166,17 @@ class Sampled:
     steps: list[StepExample]
 
 
-def sample(run: Run, preemption: Preemption) -> Sampled:
-    """All that the evaluation needs of the policy, in ``run.sampled``. Raises Preempted, UserError."""
+def sample(run: Run) -> Sampled:
+    """All that the evaluation needs of the policy, in ``run.sampled``. Raises Interrupted, UserError."""
     with Policy(run) as policy:
-        return _sample(run, policy, preemption)
+        return _sample(run, policy)
 
 
-def _sample(run: Run, policy: Policy, preemption: Preemption) -> Sampled:
+def _sample(run: Run, policy: Policy) -> Sampled:
     c, dev, test = run.config.evaluate, run.problems("dev"), run.problems("test")
 
     def file(name: str) -> Pieces:
-        return Pieces(run.sampled / f"{name}.jsonl", preemption)
+        return Pieces(run.sampled / f"{name}.jsonl")
 
     def plain() -> LocalSampler:
         return policy.sampler("evaluate")
@@ -256,8 +255,8 @@ class TrainedPRM:
         return Solutions([self.language.solution(problem.question, x, tiles) for x in found], pixels)
 
 
-def score(run: Run, sampled: Sampled, preemption: Preemption) -> dict[str, Scored]:
-    """The scored candidates of each set, by problem. Raises Preempted, UserError."""
+def score(run: Run, sampled: Sampled) -> dict[str, Scored]:
+    """The scored candidates of each set, by problem. Raises Interrupted, UserError."""
     c, prm, splits = run.config.evaluate, TrainedPRM(run), {"dev": sampled.dev, "test": sampled.test}
 
     def solutions(split: str, seen: str) -> Callable[[int], Solutions]:
@@ -274,7 +273,7 @@ def score(run: Run, sampled: Sampled, preemption: Preemption) -> dict[str, Score
     with progress(len(names), "score", "set", enabled=is_first()) as bar:
         for name in names:
             split, seen = SETS[name]
-            pieces = Pieces(run.folder("evaluate") / f"{name}_scored.jsonl", preemption)
+            pieces = Pieces(run.folder("evaluate") / f"{name}_scored.jsonl")
             if not pieces.path.exists():
                 groups = list(splits[split].values())
                 _score_file(pieces, groups, solutions(split, seen), lambda: prm.scorer, 4 * c.score_rows)
@@ -332,10 +331,10 @@ def values(run: Run, aggregator: str) -> Callable[[Any], list[list[float]]]:
 
 
 def evaluate(run: Run) -> Figures:
-    """Best-of-N on the test problems; the PRM's aggregator is chosen on dev. Raises Preempted, UserError."""
-    with jax.set_mesh(run.own_mesh), Preemption() as preemption:
-        sampled = sample(run, preemption)
-        results = score(run, sampled, preemption)
+    """Best-of-N on the test problems; the PRM's aggregator is chosen on dev. Raises Interrupted, UserError."""
+    with jax.set_mesh(run.own_mesh):
+        sampled = sample(run)
+        results = score(run, sampled)
     figures = compare(run, sampled, results)
     if run.controls:
         figures["controls"]["policy_shuffled_image"] = policy_control(run)

@@ -12,11 +12,12 @@ import pathlib
 import re
 import shlex
 import subprocess
-import time
 from typing import Any
 
 import yaml
 
+from mmprm_jax import interruption
+from mmprm_jax.interruption import Interrupted
 from mmprm_jax.launch import job as jobs
 from mmprm_jax.launch.job import CommandFailed, Job, Troubles, call, last_line, say
 from mmprm_jax.records import UserError
@@ -141,9 +142,9 @@ class Cluster:
                     said = line
                 if ended & {"Completed", "Failed"}:
                     break
-            time.sleep(self.options.poll)
-        for _, process in self.followed.values():
-            process.wait()
+            interruption.sleep(self.options.poll)
+        while any(process.poll() is None for _, process in self.followed.values()):
+            interruption.sleep(interruption.POLL)
         if "Failed" in ended:
             failed = [pod["metadata"]["name"] for pod in pods["items"] if pod["status"].get("phase") == "Failed"]
             named = ", ".join(str(self.followed[name][0]) for name in failed) or f"{self.job.logs}/*.log"
@@ -174,8 +175,9 @@ def launch(options: argparse.Namespace, job: Job) -> None:
         if not options.keep:
             call(cluster.deletion())
         raise
-    except KeyboardInterrupt:
-        raise UserError(jobs.watched_no_more(job.name, cluster.deletion())) from None
+    except Interrupted as asked:
+        asked.said = jobs.watched_no_more(job.name, cluster.deletion())
+        raise
     finally:
         for _, process in cluster.followed.values():
             process.terminate()

@@ -12,12 +12,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
+from mmprm_jax import interruption
 from mmprm_jax.records import UserError
 
 COMMANDS = ("annotate", "sft", "train_prm", "evaluate", "pipeline", "benchmark")  # those that run in several processes
 CLONE = pathlib.Path(__file__).parents[2]
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # fits into the names of nodes, pods and Slurm jobs
 _TRIES = 5
+_END = 2.0  # seconds for a program to end in
 _QUIET = 600.0  # seconds without trouble after which it is forgotten
 
 
@@ -103,13 +105,40 @@ def say(text: str) -> None:
 
 
 def call(argv: Sequence[str], text: str | None = None, log: IO[str] | None = None) -> subprocess.CompletedProcess:
-    """Runs a program to its end; its output is in the result, or in ``log``. Raises UserError if there is none."""
+    """Runs a program to its end; its output is in the result, or in ``log``.
+
+    Raises UserError if there is no such program; Interrupted, when that has ended, too.
+    """
+    output = log or subprocess.PIPE
     try:
-        if log:
-            return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True, check=False)
-        return subprocess.run(argv, input=text or "", capture_output=True, text=True, check=False)
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=output, stderr=output, text=True)
     except FileNotFoundError:
         raise UserError(f"{argv[0]}: not installed here; --dry-run shows what would be run") from None
+    try:
+        while True:
+            try:
+                out, err = process.communicate(text or "", interruption.POLL)
+                return subprocess.CompletedProcess(argv, process.returncode, out, err)
+            except subprocess.TimeoutExpired:  # what it has read by then is not lost, what it was sent is kept
+                text = None
+                interruption.check()
+    finally:
+        end([process], _END)
+
+
+def end(running: Sequence[subprocess.Popen], seconds: float) -> None:
+    """SIGTERM, and SIGKILL to those that have not ended after ``seconds``."""
+    running = [process for process in running if process.poll() is None]
+    with interruption.saving():
+        for process in running:
+            process.terminate()
+        deadline = time.monotonic() + seconds
+        for process in running:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def last_line(text: str) -> str:
@@ -124,7 +153,7 @@ class CommandFailed(UserError):
 def watched_no_more(name: str, deletion: Sequence[str]) -> str:
     """What to tell after an interruption."""
     how = shlex.join(deletion)
-    return f"no longer watching {name}, which goes on; the same launch watches it again, this deletes it: {how}"
+    return f"no longer watching {name}, which goes on (this deletes it: {how})"
 
 
 class Troubles:

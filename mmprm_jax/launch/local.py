@@ -11,10 +11,9 @@ import shlex
 import signal
 import socket
 import subprocess
-import time
-from types import FrameType
 
-from mmprm_jax.launch.job import Job, say
+from mmprm_jax import interruption
+from mmprm_jax.launch.job import Job, end, say
 from mmprm_jax.records import UserError
 
 _GRACE = 60.0  # seconds to stop in
@@ -39,26 +38,14 @@ def variables(job: Job, processes: int, port: int) -> list[dict[str, str]]:
     return [{**joined, "JAX_PROCESS_ID": str(i), "CUDA_VISIBLE_DEVICES": gpus[i], **job.env} for i in range(processes)]
 
 
-def stop(running: list[subprocess.Popen]) -> None:
-    """SIGTERM, and SIGKILL to those that do not end in time."""
-    for process in running:
-        process.terminate()
-    deadline = time.monotonic() + _GRACE
-    for process in running:
-        try:
-            process.wait(max(deadline - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 def attempt(job: Job, processes: int) -> tuple[int, int]:
     """Runs all processes until they are done or one of them fails. Returns that one and its return code, or (0, 0)."""
     argv, running = ["mmprm", *job.words], []
     try:
         for i, more in enumerate(variables(job, processes, _free_port())):
             with (job.logs / f"{i}.log").open("a") as log:
-                running.append(subprocess.Popen(argv, env=os.environ | more, stdout=log, stderr=log))
+                # a group of its own: what is sent to ours comes once, from ``end``
+                running.append(subprocess.Popen(argv, env=os.environ | more, stdout=log, stderr=log, process_group=0))
         while True:
             codes = [process.poll() for process in running]
             failed = [i for i, code in enumerate(codes) if code]
@@ -66,15 +53,11 @@ def attempt(job: Job, processes: int) -> tuple[int, int]:
                 return failed[0], codes[failed[0]]
             if None not in codes:
                 return 0, 0
-            time.sleep(0.2)
+            interruption.sleep(interruption.POLL)
     except FileNotFoundError:
         raise UserError("mmprm: not in the PATH; activate the environment that it was installed into") from None
     finally:
-        stop(running)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+        end(running, _GRACE)
 
 
 def launch(options: argparse.Namespace, job: Job) -> None:
@@ -90,7 +73,6 @@ def launch(options: argparse.Namespace, job: Job) -> None:
         print("wait")
         return
     job.logs.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _interrupt)  # stops the processes, too
     for restart in range(job.restarts + 1):
         say(f"{options.processes} processes; their logs: {job.logs}/N.log")
         index, code = attempt(job, options.processes)

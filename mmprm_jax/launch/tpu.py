@@ -13,6 +13,8 @@ import shlex
 import tarfile
 import time
 
+from mmprm_jax import interruption
+from mmprm_jax.interruption import Interrupted
 from mmprm_jax.launch import job as jobs
 from mmprm_jax.launch.job import CLONE, CommandFailed, Job, Troubles, call, last_line, say
 from mmprm_jax.records import UserError
@@ -115,7 +117,7 @@ class Slice:
         say(f"deleting {self.job.name}")
         while (done := call(self.deletion())).returncode and "NOT_FOUND" not in done.stderr:
             self.troubles.note(f"{self.job.name} was not deleted: {last_line(done.stderr)}")
-            time.sleep(self.options.poll)
+            interruption.sleep(self.options.poll)
 
     def count_restart(self, reason: str) -> None:
         if self.restarts >= self.job.restarts:
@@ -172,7 +174,7 @@ class Slice:
                 if ready and self.attempt():
                     return
             ready = ready and state in ("ACTIVE", None)
-            time.sleep(self.options.poll)
+            interruption.sleep(self.options.poll)
 
     def show(self) -> None:
         """Prints the commands of a run without incidents."""
@@ -209,7 +211,8 @@ def launch(options: argparse.Namespace, job: Job) -> None:
         if not options.keep:
             slice_.delete()
         raise
-    except KeyboardInterrupt:
-        raise UserError(jobs.watched_no_more(job.name, slice_.deletion())) from None
+    except Interrupted as asked:
+        asked.said = jobs.watched_no_more(job.name, slice_.deletion())
+        raise
     if not options.keep:
         slice_.delete()

@@ -32,6 +32,7 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
+from mmprm_jax import interruption
 from mmprm_jax.data.images import open_image
 from mmprm_jax.data.prompts import final_answer, policy_template, split_segments, step_text
 from mmprm_jax.models import tokenizer as tok
@@ -44,6 +45,8 @@ MAX_ANSWER = 64 * 2**20  # bytes
 MAX_MESSAGE = 300  # characters of a server's own words in an error
 CONNECT_TIMEOUT = 10.0  # seconds
 FAILURES_IN_A_ROW = 3  # then a server rests
+PATIENCE = 900.0  # seconds for which all servers may fail
+LOG_EVERY = 60.0  # seconds between two warnings of a server that fails
 _HINT = "; are the address (most end in /v1), the model's name and the variable OPENAI_API_KEY right?"
 
 Verify = Callable[[Sequence[tuple[str | None, str]]], Sequence[bool]]
@@ -59,7 +62,10 @@ class _Server:
     url: str
     in_flight: int = 0
     failures: int = 0  # in a row
-    rests_until: float = 0.0  # time.monotonic()
+    rests_until: float = 0.0  # time.monotonic(), as below
+    failing_since: float = 0.0  # 0: not failing
+    told: float = float("-inf")  # when it was warned of
+    reason: str = ""  # of the last failure
 
 
 def image_url(path: epath.PathLike) -> str:
@@ -245,10 +251,17 @@ class RemoteSampler:
             self._outstanding += 1
 
     def collect(self) -> list[tuple[Request, tuple[Rollout, ...] | Failure]]:
-        """The answers that are ready, each request once; waits until there is one. Empty: nothing is outstanding."""
+        """The answers that are ready, each request once; waits until there is one. Empty: nothing is outstanding.
+
+        Raises UserError when no server has answered for PATIENCE; Interrupted.
+        """
         ready = []
         while self._outstanding and not (ready and self._ready.empty()):
-            request, outcome = self._ready.get()
+            try:
+                request, outcome = self._ready.get(timeout=interruption.POLL)
+            except queue.Empty:
+                interruption.check()
+                continue
             if isinstance(outcome, Exception):
                 raise outcome
             ready.append((request, outcome))
@@ -311,16 +324,28 @@ class RemoteSampler:
                         text, n_tokens = await self._post(server, data)
                 except _Retry as error:
                     reason = self._say(str(error))
-                    server.failures += 1
-                    if server.failures >= FAILURES_IN_A_ROW:
-                        server.rests_until = time.monotonic() + self._pause
-                        logging.warning("%s rests for %g s: %s", server.url, self._pause, reason)
+                    self._note_failure(server, reason)
                 else:
-                    server.failures = 0
+                    server.failures = server.failing_since = 0
                     if last["role"] == "assistant":  # some servers repeat what they were to continue
                         text = text.removeprefix(last["content"])
                     return split_segments(text), n_tokens
         raise UserError(f"{server.url}: {reason}; given up after {self._max_attempts} attempts")
+
+    def _note_failure(self, server: _Server, reason: str) -> None:
+        """A server that goes on failing rests. When all have failed for so long, ``collect`` raises UserError."""
+        now = time.monotonic()
+        server.failures += 1
+        server.failing_since, server.reason = server.failing_since or now, reason
+        if server.failures < FAILURES_IN_A_ROW:
+            return
+        server.rests_until = now + self._pause
+        if now - server.told >= LOG_EVERY:
+            logging.warning("%s rests for %g s: %s", server.url, self._pause, reason)
+            server.told = now
+        if all(s.failing_since and now - s.failing_since > PATIENCE for s in self._servers):
+            told = "; ".join(f"{s.url}: {s.reason}" for s in self._servers)
+            self._ready.put((None, UserError(f"no answer from any server for {PATIENCE:g} s ({told})")))
 
     @contextlib.asynccontextmanager
     async def _place(self, home: _Server, avoid: _Server | None) -> AsyncIterator[_Server]:

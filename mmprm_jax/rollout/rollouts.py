@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mmprm_jax import interruption
 from mmprm_jax.data.encode import Language, Pixels
 from mmprm_jax.data.prompts import final_answer, split_segments
 from mmprm_jax.models.tokenizer import Tokenizer
@@ -119,9 +120,10 @@ class LocalSampler:
         return Group(number, problem.id, tuple(prefix), pixels, key, request.n, self.policy.sampling)
 
     def _collect(self) -> list[tuple[Request, list[tuple[Rollout, float]] | Failure]]:
-        """As ``collect``, with log-probabilities."""
+        """As ``collect``, with log-probabilities. Raises Interrupted."""
         answers, self._failed = self._failed, []
         while not answers and self.engine.busy:
+            interruption.check()
             finished = [(self._requests.pop(number), samples) for number, samples in self.engine.step()]
             answers = [(request, Failure(str(e))) for request, e in finished if isinstance(e, UserError)]
             answers += self._verified([(r, samples) for r, samples in finished if not isinstance(samples, UserError)])

@@ -201,11 +201,13 @@ class Store:
         text = json.dumps([*key, rows], ensure_ascii=False, separators=(",", ":"))
         line = checked_line(text.encode(errors="backslashreplace").decode())
         self._answers.setdefault(request.problem.id, {})[key] = line
-        if self._writes and time.monotonic() - self._saved >= self._seconds:
+        if time.monotonic() - self._saved >= self._seconds:
             self.save()
 
     def save(self) -> None:
         """Writes the answers in flight."""
+        if not self._writes:
+            return
         lines = (line for answers in self._answers.values() for line in answers.values())
         _replace(self._flight, "".join(lines), lasting=False)
         self._saved = time.monotonic()

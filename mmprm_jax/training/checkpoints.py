@@ -14,6 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from mmprm_jax.interruption import saving
 from mmprm_jax.processes import is_first, wait_for_all
 from mmprm_jax.records import UserError
 
@@ -51,12 +52,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until what has been saved is on disk."""
-        self._manager.wait_until_finished()
+        with saving():
+            self._manager.wait_until_finished()
 
     def save(self, step: int, state: Any, position: Any, metrics: Mapping[str, float]) -> None:
         """Begins to save; ``state`` may be donated at once. position: JSON, the same on every process."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"position": position}))
-        self._manager.save(step, args=args, metrics=dict(metrics))
+        with saving():
+            self._manager.save(step, args=args, metrics=dict(metrics))
 
     def restore(self, state: Any) -> tuple[int, Any, Any]:
         """(step, state, data position) of the newest good checkpoint, laid out as ``state``; (0, state, None) if none.
@@ -114,7 +117,7 @@ def _any_process(value: bool) -> bool:
 
 def save_params(path: epath.PathLike, params: Any) -> None:
     """Writes a finished parameter tree; an older one there is replaced."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with saving(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(absolute(path), params, force=True)
 
 

@@ -17,14 +17,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from mmprm_jax import settings
+from mmprm_jax.interruption import Interrupted
 from mmprm_jax.metrics import Metrics, progress
+from mmprm_jax.processes import asked_to_end
 from mmprm_jax.records import UserError
 from mmprm_jax.schema import problems, raise_for
 from mmprm_jax.sharding import BATCH, fit_spec, parameter_shardings, put_rows, reshape
 from mmprm_jax.training import optimizers
 from mmprm_jax.training.checkpoints import Checkpoints
 from mmprm_jax.training.losses import Loss
-from mmprm_jax.training.preemption import Preemption
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -184,12 +185,12 @@ def fit(
     use them afterwards. Every process calls it, with a source of its own rows.
 
     Raises UserError when loss or gradient stop being finite (with the step and its examples) and when no checkpoint can
-    be read; Preempted when the process has been asked to end (SIGTERM, or the pod's notice), after a checkpoint.
+    be read; Interrupted when the process has been asked to end, after a checkpoint.
     """
     task = make_task(graphdef, loss_fn, s)
     state, frozen = new_state(params, task, mesh)
     first = jax.process_index() == 0
-    with Checkpoints(folder / "checkpoints", keep=s.keep, best=s.keep_best) as checkpoints, Preemption() as preemption:
+    with Checkpoints(folder / "checkpoints", keep=s.keep, best=s.keep_best) as checkpoints:
         start, state, position = checkpoints.restore(state)
         if position is not None:
             source.set_state(position)
@@ -205,7 +206,7 @@ def fit(
                 if before:
                     _check(name, *before)
                 before = (done, scalars, examples)
-                stop = preemption.reached(done)
+                stop = asked_to_end(done)
                 saved = stop or done % s.checkpoint_every == 0 or done == s.steps
                 if saved or done % s.log_every == 0:
                     values = _check(name, *before)
@@ -216,7 +217,7 @@ def fit(
                 bar.update()
                 if stop and done < s.steps:
                     checkpoints.wait()
-                    preemption.stop(f"{name}: stopped at step {done} as asked, checkpoint saved")
+                    raise Interrupted(f"{name}: stopped at step {done} as asked, checkpoint saved")
     return join(state["params"], frozen)
 
 

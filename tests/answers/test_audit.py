@@ -121,7 +121,8 @@ def test_official_modes_by_the_command(mode, tmp_path):
 INTERRUPTED = """
 import sys
 from mmprm_jax import main
-def stop(path): raise KeyboardInterrupt
+from mmprm_jax.interruption import Interrupted
+def stop(path): raise Interrupted
 main._verify, sys.argv = stop, ["mmprm", "verify", "rows.jsonl"]
 main.run()
 """
@@ -129,7 +130,7 @@ main.run()
 
 def test_an_interruption_does_not_promise_to_go_on():
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.strip() == "mmprm: interrupted; the same command begins again"
+    assert done.returncode == 143 and done.stderr.strip() == "mmprm: stopped as asked; the same command begins again"
 
 
 def test_unknown_modes_are_told():

@@ -20,8 +20,8 @@ from etils import epath
 from mmprm_jax.evaluation import pieces as pieces_module
 from mmprm_jax.evaluation import stage
 from mmprm_jax.evaluation.pieces import Pieces
+from mmprm_jax.interruption import Interrupted, handling
 from mmprm_jax.records import Candidate, Problem, Rollout, UserError
-from mmprm_jax.training.preemption import Preempted, Preemption
 
 ROOT = Path(__file__).parents[2]
 PROBLEMS = [Problem(f"p{i}", "q", str(i)) for i in range(6)]
@@ -56,28 +56,28 @@ def terminate():
 
 
 def candidates(path, policy):
-    with Preemption() as preemption:
-        return stage.candidates_of(Pieces(path, preemption), PROBLEMS, 2, policy.load, "sample")
+    with handling():
+        return stage.candidates_of(Pieces(path), PROBLEMS, 2, policy.load, "sample")
 
 
 def steps(path, policy):
     groups = {p.id: [Candidate(p.id, ("a", "b", "c"), None, True, 0.0, 3)] for p in PROBLEMS}
     groups["p5"] = [Candidate("p5", (), None, False, 0.0, 1)]
-    with Preemption() as preemption:
-        return stage.step_values(Pieces(path, preemption), PROBLEMS, groups, 4, policy.load)
+    with handling():
+        return stage.step_values(Pieces(path), PROBLEMS, groups, 4, policy.load)
 
 
 @pytest.mark.parametrize("make", [candidates, steps])
-@pytest.mark.parametrize(("how", "error", "code"), [(terminate, Preempted, 143), (fail, UserError, None)])
+@pytest.mark.parametrize(("how", "error", "code"), [(terminate, Interrupted, 143), (fail, UserError, None)])
 @pytest.mark.parametrize("end", [0, 1, 4])
-def test_nothing_is_asked_twice(tmp_path, make, how, error, code, end, capsys):
+def test_nothing_is_asked_twice(tmp_path, make, how, error, code, end, capfd):
     whole = make(epath.Path(tmp_path / "whole.jsonl"), Policy())
     path, first, second = epath.Path(tmp_path / "file.jsonl"), Policy(end, how), Policy()
     with pytest.raises(error) as caught:
         make(path, first)
     assert not path.exists()
     if code:
-        assert caught.value.code == code and "the same command goes on" in capsys.readouterr().err
+        assert caught.value.code == code and "the same command goes on" in capfd.readouterr().err
     assert make(path, second) == whole
     assert not set(first.asked) & set(second.asked)
     everything = Policy()
@@ -96,25 +96,25 @@ def test_the_steps_of_an_empty_solution_and_the_last_segment_have_no_value(tmp_p
 
 def test_pieces_are_saved_in_time(tmp_path):
     path = epath.Path(tmp_path / "f.jsonl")
-    with Pieces(path, Preemption(), seconds=0) as pieces:
+    with Pieces(path, seconds=0) as pieces:
         pieces.add("a", [1])
         pieces.add("b", [2])
-        assert Pieces(path, Preemption()).done == {"a": [1], "b": [2]}  # what a kill -9 would leave
+        assert Pieces(path).done == {"a": [1], "b": [2]}  # what a kill -9 would leave
 
 
 def test_pieces_of_several_interrupted_runs(tmp_path):
     path = epath.Path(tmp_path / "f.jsonl")
     for key in ("a", "b", "c"):
-        with Pieces(path, Preemption()) as pieces:
+        with Pieces(path) as pieces:
             pieces.add(key, 1)
-    assert Pieces(path, Preemption()).done == {"a": 1, "b": 1, "c": 1}
+    assert Pieces(path).done == {"a": 1, "b": 1, "c": 1}
 
 
 def test_damaged_pieces_are_named(tmp_path):
     (tmp_path / "f.jsonl.parts").mkdir()
     (tmp_path / "f.jsonl.parts" / "000000.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="000000.jsonl: not what an interrupted run leaves"):
-        Pieces(epath.Path(tmp_path / "f.jsonl"), Preemption())
+        Pieces(epath.Path(tmp_path / "f.jsonl"))
 
 
 def test_a_candidate_of_an_unknown_problem(tmp_path):
@@ -141,10 +141,10 @@ def test_scores_are_kept_chunk_by_chunk(tmp_path):
     groups = [[Candidate(p.id, ("a", "b"), None, True, 0.0, 2)] for p in PROBLEMS]
     path, first, second = epath.Path(tmp_path / "s.jsonl"), Scorer(end=1), Scorer()
     for scorer in (first, second):
-        with Preemption() as preemption:
+        with handling():
             try:
-                stage._score_file(Pieces(path, preemption), groups, lambda i: i, lambda s=scorer: s, 2)
-            except Preempted as ended:
+                stage._score_file(Pieces(path), groups, lambda i: i, lambda s=scorer: s, 2)
+            except Interrupted as ended:
                 assert ended.code == 143 and scorer is first
     assert first.seen + second.seen == [(0, 1), (2, 3), (4, 5)]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -205,7 +205,7 @@ def test_processes_score_the_chunks_of_one(tmp_path, monkeypatch, rows, seen):
             loaded.append(scorer)
             return scorer
 
-        stage._score_file(Pieces(path, Preemption()), groups, lambda problem: problem, load, rows)
+        stage._score_file(Pieces(path), groups, lambda problem: problem, load, rows)
 
     Processes(monkeypatch).run(*(lambda s=s: score(s) for s in scorers))
     assert [s.seen for s in scorers] == seen and len(loaded) == 2

@@ -85,7 +85,8 @@ def test_the_end_of_the_launcher_is_that_of_its_processes(scenario):
         time.sleep(0.02)
     launcher.terminate()
     _, err = launcher.communicate(timeout=60)
-    assert launcher.returncode == 1 and err.splitlines()[-1].startswith("mmprm: interrupted")
+    assert launcher.returncode == 143
+    assert err.splitlines()[-1] == "mmprm: stopped as asked; the same command goes on from here"
     assert len(list(pathlib.Path().glob("stopped.*"))) == 2
 
 

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from mmprm_jax.interruption import Interrupted
 from mmprm_jax.launch import cli
 from mmprm_jax.launch.job import CLONE
 from mmprm_jax.launch.tpu import BUSY, UNPACK, Slice
@@ -204,11 +205,12 @@ def test_an_interrupted_launcher_leaves_the_slice_alone(scenario, monkeypatch):
     scenario.put("states", "ACTIVE")
 
     def interrupted(self):
-        raise KeyboardInterrupt
+        raise Interrupted
 
     monkeypatch.setattr(Slice, "attempt", interrupted)
-    with pytest.raises(UserError, match="pod, which goes on; .* queued-resources delete pod --zone=ZONE --force"):
+    with pytest.raises(Interrupted) as ended:
         tpu()
+    assert re.search("pod, which goes on .* queued-resources delete pod --zone=ZONE --force", ended.value.said)
     assert verbs(scenario) == ["describe", "scp", "install"]
 
 

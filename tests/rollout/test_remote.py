@@ -19,6 +19,7 @@ from PIL import Image
 
 from mmprm_jax.data.images import open_image
 from mmprm_jax.data.prompts import INTERNVL_SYSTEM, PAPER_TASK
+from mmprm_jax.interruption import Interrupted, handling
 from mmprm_jax.records import Failure, Problem, Request, Rollout, UserError
 from mmprm_jax.rollout import remote
 from mmprm_jax.rollout.remote import RemoteSampler, chat_body
@@ -544,7 +545,7 @@ def test_ctrl_c_gets_through(stub):
         timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
         start = time.monotonic()
         timer.start()
-        with pytest.raises(KeyboardInterrupt):
+        with handling(), pytest.raises(Interrupted):
             s.collect()
     assert time.monotonic() - start < 2
     assert not s._thread.is_alive()

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from toy_training import Source, curve, train
 
+from mmprm_jax.interruption import Interrupted, handling
+from mmprm_jax.processes import asked_to_end
 from mmprm_jax.records import UserError
 from mmprm_jax.training.checkpoints import Checkpoints
-from mmprm_jax.training.preemption import Preempted, Preemption
 
 ONE = {"data": 1}
 SAVING = {"steps": 12, "checkpoint_every": 3}
@@ -99,7 +100,7 @@ def test_resumed_on_another_mesh(whole, half):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5), got, want)
 
 
-def test_asked_to_stop(whole, tmp_path, capsys):
+def test_asked_to_stop(whole, tmp_path):
     class Asked(Source):
         def __next__(self):
             if self.step == 4:
@@ -109,20 +110,20 @@ def test_asked_to_stop(whole, tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["toy_training"], "Source", Asked)
-        with pytest.raises(Preempted) as caught:
+        with handling(), pytest.raises(Interrupted) as caught:
             train(tmp_path, ONE, **SAVING)
     assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
-    assert "stopped at step 5 as asked" in capsys.readouterr().err and steps(tmp_path) == [3, 5]
+    assert "stopped at step 5 as asked" in caught.value.said and steps(tmp_path) == [3, 5]
     equal(train(tmp_path, ONE, **SAVING), whole[1])
 
 
 def test_pods_are_asked_for_every_step(monkeypatch):
     asked = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    module = sys.modules["mmprm_jax.training.preemption"].multihost_utils
+    module = sys.modules["mmprm_jax.processes"].multihost_utils
     monkeypatch.setattr(module, "reached_preemption_sync_point", lambda step: asked.append(step) or step == 3)
-    with Preemption() as preemption:
-        assert [preemption.reached(step) for step in (1, 2, 3)] == [False, False, True] and asked == [1, 2, 3]
+    with handling():
+        assert [asked_to_end(step) for step in (1, 2, 3)] == [False, False, True] and asked == [1, 2, 3]
 
 
 def test_newest_and_best_are_kept(tmp_path):

@@ -1,0 +1,85 @@
+"""Random signals to real commands: each ends in time, with its code and one line, and its results stay the same."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REPEATS = int(os.environ.get("MMPRM_SIGNALS", "2"))  # of each kind and stage
+LIMIT = 10.0  # seconds to end in, on an idle machine
+BOOT = 2.5  # seconds until the interpreter has installed the handlers
+KINDS = [(n, group, ignored) for n in (signal.SIGINT, signal.SIGTERM) for group in (0, 1) for ignored in (0, 1)]
+IGNORE = "import signal, sys; signal.signal(2, signal.SIG_IGN); "
+
+
+def limit():
+    """Other work on the machine makes everything slower."""
+    return LIMIT * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def start(workdir, stage, ignored):
+    code = f"{IGNORE * ignored}from mmprm_jax.main import run; run()"
+    config = f"--config={ROOT / 'configs' / 'digits.py'}:smoke"
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, stage, config, f"--workdir={workdir}"], env=env, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(workdir, stage):
+    process = start(workdir, stage, False)
+    _, err = process.communicate(timeout=1800)
+    assert process.returncode == 0, err
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run, whose compiled programs serve all others."""
+    workdir = Path(os.environ.get("MMPRM_RUN", tmp_path_factory.mktemp("whole") / "run"))
+    finish(workdir, "pipeline")
+    return workdir
+
+
+def results(workdir, stage):
+    """What the stage has made, as bytes or figures."""
+    figures = json.loads((workdir / stage / "done.json").read_text())
+    figures.pop("seconds")
+    files = sorted((workdir / stage).glob("*.jsonl"))
+    return figures, {path.name: path.read_bytes() for path in files if path.name != "metrics.jsonl"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "annotate", "train_prm", "evaluate"])
+def test_random_signals(whole, tmp_path, stage):
+    workdir, rng, count = tmp_path / "run", random.Random(stage), 0
+    shutil.copytree(whole, workdir, ignore=shutil.ignore_patterns(stage, "report"))
+    seconds = 1.5 * json.loads((whole / stage / "done.json").read_text())["seconds"] + 8
+    for number, group, ignored in rng.sample(KINDS * REPEATS, len(KINDS) * REPEATS):
+        process = start(workdir, stage, ignored)
+        try:
+            process.wait(BOOT + rng.uniform(0, seconds))
+            shutil.rmtree(workdir / stage)  # it was too late: from the beginning
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, number) if group else process.send_signal(number)
+            sent, allowed = time.monotonic(), limit()
+            _, err = process.communicate(timeout=600)
+            took, count = time.monotonic() - sent, count + 1
+            print(stage, number.name, "group" if group else "process", ignored, process.returncode, f"{took:.1f} s")
+            if process.returncode == 0 and (workdir / stage / "done.json").exists():  # it was done by then
+                shutil.rmtree(workdir / stage)
+                continue
+            assert process.returncode == 128 + number, err
+            told = [line for line in err.splitlines() if "the same command goes on from here" in line]
+            assert len(told) == 1 and "Traceback" not in err and took < allowed, err
+    assert count >= len(KINDS) * REPEATS // 2
+    finish(workdir, stage)
+    assert results(workdir, stage) == results(whole, stage)
