@@ -84,6 +84,10 @@ def from_nothing(cfg: VLMConfig, tokenizer: Tokenizer, params: Any, mesh: Any) -
 
     Raises UserError when transformers has no class for it.
     """
+    if cfg.vision and cfg.tile != cfg.vision.image_size:
+        raise UserError(
+            f"model.tile_size is {cfg.tile}: the tiles of a new model are as large as model.vision.image_size"
+        )
     plain = dataclasses.replace(cfg, kappa=False, decoder=dataclasses.replace(cfg.decoder, lora_rank=0))
     return Loaded(None, hf_native.describe(plain, tokenizer, jnp.float32), params, mesh)
 
@@ -189,8 +193,10 @@ def _native_files(loaded: Loaded, tokenizer: Tokenizer, folder: Path) -> tuple[L
     else:
         tokenizer.for_transformers().save(folder)
     if native.model.cfg.vision and not note:
-        dynamic = native.model.config.get("dynamic_image_size", True)
-        tiles = native.model.config.get("max_dynamic_patch", 12) if dynamic else 1
+        config = native.model.config
+        tiles = config.get("max_dynamic_patch", 12) if config.get("dynamic_image_size", True) else 1
+        if tiles > 1 and not config.get("use_thumbnail", True):  # which transformers always adds
+            return native, "; no image processor: transformers has none without a thumbnail"
         for name, content in hf_native.processor_files(native.model.cfg, tiles).items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     return native, note
