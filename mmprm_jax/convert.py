@@ -1,7 +1,8 @@
-"""Released checkpoints <-> Orbax, and turning a policy into a PRM.
+"""Model folders: released checkpoints <-> Orbax, what training writes, and turning a policy into a PRM.
 
-Our model folder holds ``params/`` (Orbax) and ``hf/``: every file of the source that is not weights, and
-``manifest.json``, which says how the weights were filed.
+A model folder of ours holds ``params/`` (Orbax) and ``hf/``: config.json, tokenizer and every other file of a released
+source that is not weights, and ``manifest.json``, which says how an export files the weights. A model of our own sizes
+is described as transformers' classes have it (``hf_native``).
 """
 
 from __future__ import annotations
@@ -21,20 +22,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import PartitionSpec as P
 
-from mmprm_jax.models import build, hf, hf_config
+from mmprm_jax.models import build, hf, hf_config, hf_native
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
+from mmprm_jax.models.vision import resize_positions
 from mmprm_jax.records import UserError
 from mmprm_jax.training.checkpoints import load_params, save_params
+
+_TILING = ("max_dynamic_patch", "dynamic_image_size", "use_thumbnail")  # keys of config.json: how images are cut
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A released model in memory. ``folder``: where its config.json and tokenizer are."""
+    """A model in memory. ``folder``: where its config.json and tokenizer are; None: it was made here, from nothing."""
 
-    folder: Path
+    folder: Path | None
     model: hf.Description
     params: Any
     mesh: Any
@@ -45,7 +50,7 @@ class Loaded:
 
 
 def is_ours(path: str | os.PathLike) -> bool:
-    """Whether ``path`` is a model folder that ``convert`` wrote. Raises UserError for a bucket that cannot be read."""
+    """Whether ``path`` is a model folder that we wrote. Raises UserError for a bucket that cannot be read."""
     try:
         return (epath.Path(path) / "hf" / hf.MANIFEST).exists()
     except ImportError as error:
@@ -64,10 +69,58 @@ def _local(folder: str) -> Path:
     return copied
 
 
+def _open(path_or_id: str | os.PathLike, revision: str | None) -> hf.Checkpoint:
+    folder = epath.Path(path_or_id)
+    if (folder / "params").exists() and not (folder / "config.json").exists():
+        raise UserError(
+            f"{folder}: weights without a description (hf/), as earlier versions left them; remove done.json there and"
+            " run the stage again: its checkpoints are taken as they are and the folder is made whole"
+        )
+    return hf.open_checkpoint(path_or_id, revision)
+
+
+def from_nothing(cfg: VLMConfig, tokenizer: Tokenizer, params: Any, mesh: Any) -> Loaded:
+    """A model of our own sizes, of parameters in float32, without what only training has (adapters, a head for kappa).
+
+    Raises UserError when transformers has no class for it.
+    """
+    if cfg.vision and cfg.tile != cfg.vision.image_size:
+        raise UserError(
+            f"model.tile_size is {cfg.tile}: the tiles of a new model are as large as model.vision.image_size"
+        )
+    plain = dataclasses.replace(cfg, kappa=False, decoder=dataclasses.replace(cfg.decoder, lora_rank=0))
+    return Loaded(None, hf_native.describe(plain, tokenizer, jnp.float32), params, mesh)
+
+
+def to_native(loaded: Loaded, tokenizer: Tokenizer) -> Loaded:
+    """The same model as transformers' own classes have it. Raises UserError when they cannot compute it exactly.
+
+    InternLM2's decoder is Llama's with the matrices of queries, keys and values in one. Positions of another tile size
+    than that of the tiles are resized once and for all.
+    """
+    cfg, old, params = loaded.model.cfg, loaded.model.config, loaded.params
+    longest = hf_config.text_section(old).get("max_position_embeddings") or 0
+    try:
+        model = hf_native.describe(cfg, tokenizer, loaded.dtype, longest)
+    except UserError as error:
+        raise UserError(f"{loaded.folder}: --layout=hf: {error}") from None
+    kept = {key: old[key] for key in _TILING if key in old}
+    policy, prm = hf_config.templates(old)
+    config = {**model.config, **kept, hf_config.TEMPLATES: {"policy": policy, "prm": prm}}
+    if cfg.vision and cfg.tile != cfg.vision.image_size:
+        before, after = cfg.vision.image_size // cfg.vision.patch_size, cfg.tile // cfg.vision.patch_size
+        with jax.set_mesh(loaded.mesh):
+            whole = jax.sharding.reshard(params["vision"]["positions"], P())
+            resized = resize_positions(whole, before, after, after)
+        vision = {**params["vision"], "positions": resized}
+        params = {**params, "vision": vision}
+    return Loaded(loaded.folder, dataclasses.replace(model, config=config), params, loaded.mesh)
+
+
 def inspect(path_or_id: str | os.PathLike, revision: str | None = None) -> tuple[Path, hf.Description]:
     """The folder of config.json and tokenizer, and the model's description; weights are not read, but checked."""
     if not is_ours(path_or_id):
-        checkpoint = hf.open_checkpoint(path_or_id, revision)
+        checkpoint = _open(path_or_id, revision)
         return checkpoint.folder, checkpoint.model
     folder = _local(os.fspath(epath.Path(path_or_id) / "hf"))
     stored = hf.read_json(folder / hf.MANIFEST)
@@ -77,7 +130,7 @@ def inspect(path_or_id: str | os.PathLike, revision: str | None = None) -> tuple
 def load(path_or_id: str | os.PathLike, mesh: Any, dtype: Any = None, revision: str | None = None) -> Loaded:
     """A released checkpoint (folder or hub id) or a model folder of ours, on ``mesh``; dtype: as stored by default."""
     if not is_ours(path_or_id):
-        checkpoint = hf.open_checkpoint(path_or_id, revision)
+        checkpoint = _open(path_or_id, revision)
         return Loaded(checkpoint.folder, checkpoint.model, hf.load_params(checkpoint, mesh, dtype), mesh)
     folder, model = inspect(path_or_id)
     kept = jnp.dtype(hf.read_json(folder / hf.MANIFEST)["dtype"])
@@ -85,39 +138,68 @@ def load(path_or_id: str | os.PathLike, mesh: Any, dtype: Any = None, revision: 
     return Loaded(folder, model, load_params(epath.Path(path_or_id) / "params", abstract), mesh)
 
 
-def convert(source: str, target: str, mesh: Any, *, dtype: Any = None, prm: bool = False, verify: bool = False) -> str:
+def convert(
+    source: str, target: str, mesh: Any, *, dtype: Any = None, prm: bool = False, verify: bool = False,
+    layout: str | None = None,
+) -> str:  # fmt: skip
     """A released checkpoint to Orbax, or back, by what ``source`` is. Returns a line that says what was done.
 
-    prm: adds ``<prm>`` as the original does. verify: reads the result again and compares every tensor. Raises
+    prm: adds ``<prm>`` as the original does. verify: reads the result again and compares every tensor. layout: "hf":
+    whatever ``source`` is, to a checkpoint of transformers' own classes; None: back to the files that came in. Raises
     UserError; a conversion that fails leaves no target behind.
     """
     final = Path(target)
     if final.exists():
         raise UserError(f"{target}: exists already; choose another target or remove it")
-    back = is_ours(source)
-    if back and prm:
+    ours = is_ours(source)
+    if ours and prm:
         raise UserError("a PRM is made on the way from the released checkpoint: mmprm convert CHECKPOINT TARGET --prm")
-    if back and dtype is not None:
+    if ours and dtype is not None and not layout:
         raise UserError("--dtype is for the way to Orbax; an export has the dtypes of the files that came in")
-    loaded = load(source, mesh, dtype)
+    loaded, tokenizer, note = load(source, mesh, dtype), None, ""
     if prm:
         loaded, tokenizer = add_prm(loaded)
     part = final.with_name(f"{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    if back:
-        hf.copy_other_files(loaded.folder, part)
+    if layout or ours:
+        if layout:
+            loaded, note = _native_files(loaded, tokenizer or Tokenizer.load(loaded.folder), part)
+        else:
+            hf.copy_other_files(loaded.folder, part)
         hf.save(part, loaded.params, mesh, loaded.model)
-        written = hf.open_checkpoint(part)
+        written, again, added = hf.open_checkpoint(part), loaded, None
     else:
-        write_folder(part, loaded, tokenizer if prm else None)
-        written = hf.open_checkpoint(source)
-    count = len(loaded.model.dtypes)
+        write_folder(part, loaded, tokenizer)
+        written, added = hf.open_checkpoint(source), tokenizer and tokenizer.id(tok.PRM)
+        again = dataclasses.replace(loaded, params=load(os.fspath(part), mesh).params) if verify else loaded
     if verify:
-        again = loaded if back else dataclasses.replace(loaded, params=load(os.fspath(part), mesh).params)
-        _compare(written, again, tokenizer.id(tok.PRM) if prm else None)
+        _compare(written, again, added)
     part.rename(final)
     size = sum(x.size for x in jax.tree.leaves(loaded.params))
-    return f"{target}: {count} tensors, {size:,} parameters" + (", verified" if verify else "")
+    done = f"{target}: {len(loaded.model.dtypes)} tensors, {size:,} parameters" + (", verified" if verify else "")
+    return done + note
+
+
+def _native_files(loaded: Loaded, tokenizer: Tokenizer, folder: Path) -> tuple[Loaded, str]:
+    """Writes all but config.json and weights; returns the model as it is to be written, and what the user must know."""
+    native = to_native(loaded, tokenizer)
+    hf.copy_other_files(loaded.folder, folder)
+    for path in (*folder.glob("*.py"), *folder.glob("config.json"), *folder.glob("*processor_config.json")):
+        path.unlink()  # code that must not run, and what is of the other layout
+    note = ""
+    if tokenizer.is_internlm2:
+        tokenizer.save(folder)
+        note = "; the tokenizer stays InternLM2's, which transformers has as remote code only: encode prompts with ours"
+    else:
+        tokenizer.for_transformers().save(folder)
+    if native.model.cfg.vision and not note:
+        config = native.model.config
+        tiles = config.get("max_dynamic_patch", 12) if config.get("dynamic_image_size", True) else 1
+        if tiles > 1 and not config.get("use_thumbnail", True):  # which transformers always adds
+            return native, "; no image processor: transformers has none without a thumbnail"
+        for name, content in hf_native.processor_files(native.model.cfg, tiles).items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    return native, note
 
 
 def write_folder(folder: epath.PathLike, loaded: Loaded, tokenizer: Tokenizer | None = None) -> None:
@@ -129,9 +211,10 @@ def write_folder(folder: epath.PathLike, loaded: Loaded, tokenizer: Tokenizer | 
     (folder / "hf").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         other = Path(temporary)
-        hf.copy_other_files(loaded.folder, other)
+        if loaded.folder is not None:
+            hf.copy_other_files(loaded.folder, other)
         if tokenizer is not None:
-            tokenizer.save(other)
+            tokenizer.in_folder().save(other)
         hf.write_config(other, loaded.model.config)
         for path in sorted(other.iterdir()):
             (folder / "hf" / path.name).write_bytes(path.read_bytes())
@@ -182,7 +265,7 @@ class Start:
     graphdef: Any
     params: Any
     tokenizer: Tokenizer
-    loaded: Loaded  # as the files have it, with <prm> where it was added
+    loaded: Loaded  # as the model folder will have it, with <prm> where it was added
 
 
 def warm_start(

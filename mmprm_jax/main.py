@@ -9,7 +9,8 @@ the other; all take ``--json=FILE``.
 ``mmprm fit --model=internvl2_5-8b --job=train_prm --topology=v5e-32 [key=value …] [--json=FILE]`` compiles a job ahead
 of time for chips that are not there: memory, FLOPs, traffic, the least time; exit code 1 when it does not fit.
 ``mmprm convert SOURCE TARGET [--prm] [--verify] [--dtype=…]`` takes a released checkpoint (a folder or a hub id) to
-Orbax, or back. ``mmprm score PROBLEMS.jsonl --model=MODEL`` scores solutions with a released PRM.
+Orbax, or back; with ``--layout=hf`` any model to transformers' own classes. ``mmprm score PROBLEMS.jsonl
+--model=MODEL`` scores solutions with a PRM.
 ``mmprm prepare SOURCE PATH_OR_HUB_ID --output=FOLDER`` turns a named data set into the files that the stages read.
 ``mmprm split PROBLEMS.jsonl --dev=N --test=N`` holds problems out, where a data set has one file only.
 ``mmprm bon CANDIDATES`` compares selectors on stored candidates, ``mmprm detect SCORES.jsonl`` finds wrong steps,
@@ -39,6 +40,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "directory of this run: data, we
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "convert, score: of the weights; default: as stored")
 _PRM = flags.DEFINE_bool("prm", False, "convert: add the token <prm>, to train a policy on as a PRM")
 _VERIFY = flags.DEFINE_bool("verify", False, "convert: read the result again and compare every tensor")
+_LAYOUT = flags.DEFINE_enum(
+    "layout", None, ["hf"], "convert: hf: to a checkpoint that transformers' own classes load without remote code"
+)
 _MODEL = flags.DEFINE_string(
     "model", None, "score: a checkpoint folder, hub id (org/name@revision) or converted model; fit: a name"
 )
@@ -67,7 +71,7 @@ _TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e-8"], "bench rollout: TPUs to
 _USAGE = (
     "usage: mmprm {data,sft,annotate,train_prm,evaluate,report,pipeline} --config=FILE[:ARG] --workdir=DIR"
     " [--config.key=value …] or: mmprm summary WORKDIR [WORKDIR …] or: mmprm convert SOURCE TARGET [--prm] [--verify]"
-    " [--dtype=bfloat16] or: mmprm score PROBLEMS.jsonl --model=MODEL [--output=FILE] [--template=NAME]"
+    " [--dtype=bfloat16] [--layout=hf] or: mmprm score PROBLEMS.jsonl --model=MODEL [--output=FILE] [--template=NAME]"
     " or: mmprm bench {rollout [CASE …],annotate,train} [--json=FILE] or: mmprm launch {tpu,gke,slurm,local} --help"
     " or: mmprm config --config=FILE[:ARG] [--config.key=value …] [--check]"
     " or: mmprm prepare SOURCE PATH_OR_HUB_ID --output=FOLDER [--split=NAME]"
@@ -92,7 +96,11 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
         from mmprm_jax.sharding import make_mesh
 
         mesh = make_mesh({"fsdp": -1})
-        print(convert(argv[2], argv[3], mesh, dtype=_DTYPE.value, prm=_PRM.value, verify=_VERIFY.value))
+        print(
+            convert(
+                argv[2], argv[3], mesh, dtype=_DTYPE.value, prm=_PRM.value, verify=_VERIFY.value, layout=_LAYOUT.value
+            )
+        )
         return
     if argv[1:2] == ["score"] and len(argv) == 3:
         if not _MODEL.value:

@@ -1,4 +1,4 @@
-"""Scoring solutions with a released PRM, or one of our own in their format.
+"""Scoring solutions with a PRM: a released one, or one that a run trained.
 
 prm = PRM.from_pretrained("Cierra0506/MM-PRM")
 prm.score("What is the area of triangle ABC?", ["triangle.png"], ["The base is 4.", "So it is 6."])
@@ -23,7 +23,7 @@ from PIL import Image
 
 from mmprm_jax import convert, interruption, records
 from mmprm_jax.data import images as image_files
-from mmprm_jax.data.prompts import PRMTemplate, prm_template
+from mmprm_jax.data.prompts import OWN, PRMTemplate, own_prm, prm_template
 from mmprm_jax.evaluation.score import Scorer, Solutions
 from mmprm_jax.metrics import progress
 from mmprm_jax.models import build, hf, hf_config
@@ -84,15 +84,17 @@ class PRM:
         revision: str | None = None,
         **settings: Any,
     ) -> PRM:
-        """A PRM from a released checkpoint (folder or hub id, ``org/name@revision``) or a folder of ``mmprm convert``.
+        """A PRM from a released checkpoint (folder or hub id, ``org/name@revision``) or a model folder of ours.
 
-        mesh: default all devices, heads over as many as divide them, parameters over the others. template: default by
-        the model's kind (``mm_prm``, ``visual_prm`` or ``qwen_math_prm``); ``mm_prm_eval`` asks as MM-PRM's own
-        evaluation does. dtype: default as stored. settings: as in ``PRM``. Raises UserError, before weights are read
-        if tokenizer or template do not fit.
+        mesh: default all devices, heads over as many as divide them, parameters over the others. template: default the
+        one that it was trained with (``own``), or by its kind (``mm_prm``, ``visual_prm`` or ``qwen_math_prm``);
+        ``mm_prm_eval`` asks as MM-PRM's own evaluation does. dtype: default as stored. settings: as in ``PRM``. Raises
+        UserError, before weights are read if tokenizer or template do not fit.
         """
         folder, model = convert.inspect(path_or_id, revision)
-        tokenizer, chosen = Tokenizer.load(folder), prm_template(template or _default_template(model.config))
+        tokenizer = Tokenizer.load(folder)
+        name = template or hf_config.templates(model.config)[1]
+        chosen = own_prm(tokenizer.own_markers) if name == OWN else prm_template(name)
         _classes(folder, model, tokenizer, chosen)
         if mesh is None:
             mesh = make_mesh({"fsdp": -1, "tensor": math.gcd(jax.device_count(), model.cfg.decoder.num_kv_heads)})
@@ -163,12 +165,6 @@ def _markers(template: PRMTemplate, images: bool) -> list[str]:
     """The special tokens that a template uses."""
     segments = template.build("q", ["s"], [1] if images else [])
     return sorted({segment.text for segment in segments if segment.marker})
-
-
-def _default_template(config: dict[str, Any]) -> str:
-    if hf_config.kind_of(config) == hf_config.TEXT_PRM:
-        return "qwen_math_prm"
-    return "visual_prm" if config["architectures"][0] == "InternVLRewardModel" else "mm_prm"
 
 
 def score_file(prm: PRM, model: str, problems: epath.PathLike, output: epath.PathLike) -> str:

@@ -27,7 +27,7 @@ from mmprm_jax.data.encode import Language, Pixels
 from mmprm_jax.data.packing import Sizes
 from mmprm_jax.data.training_files import Encoded, TrainingSet
 from mmprm_jax.evaluation.stage import evaluate
-from mmprm_jax.models import build, lora
+from mmprm_jax.models import build, hf_config, lora
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ from mmprm_jax.search.store import each_tree, read_trees
 from mmprm_jax.settings import Annotate, Config, Evaluate, Training
 from mmprm_jax.sharding import BATCH, make_mesh, make_own_mesh, row_share
 from mmprm_jax.training import losses, trainer
-from mmprm_jax.training.checkpoints import load_params, save_params
+from mmprm_jax.training.checkpoints import load_params
 from mmprm_jax.training.input import Batches, Tiles
 
 Figures = dict[str, Any]
@@ -96,7 +96,7 @@ class Run:
         if c.policy:
             folder, model = convert.inspect(c.policy)
             cfg = dataclasses.replace(model.cfg, remat=c.model.remat)
-            return Language.released(Tokenizer.load(folder), cfg)
+            return Language.stored(Tokenizer.load(folder), cfg, model.config)
         path = self.data / "tokenizer.json"
         tokenizer = Tokenizer.load(path if path.exists() else self.folder("data") / "tokenizer.json")
         sizes = dataclasses.asdict(c.model)
@@ -158,7 +158,9 @@ class Sampled:
 def other_policy(run: Run, settings: Annotate, mesh: Any) -> Sampled:
     """The checkpoint that ``settings.policy`` names: a folder, a hub id, or what ``mmprm convert`` wrote."""
     loaded = convert.load(settings.policy, mesh, settings.dtype or None)
-    language = Language.released(Tokenizer.load(loaded.folder), loaded.model.cfg, settings.template or "internvl")
+    language = Language.stored(Tokenizer.load(loaded.folder), loaded.model.cfg, loaded.model.config)
+    if settings.template:
+        language = Language.released(language.tokenizer, language.cfg, settings.template)
     return Sampled.of(language, loaded.params, run.pixels(language.cfg), settings, mesh)
 
 
@@ -245,13 +247,13 @@ def training_set(
 
 
 def train(
-    run: Run, stage: str, start: convert.Start, loss: losses.Loss, sets: Sequence[TrainingSet],
+    run: Run, stage: str, language: Language, start: convert.Start, loss: losses.Loss, sets: Sequence[TrainingSet],
     weights: Sequence[float] = (),
 ) -> Any:  # fmt: skip
     """Trains what ``start`` begins with on the sets and writes it into the stage's folder. Returns the parameters.
 
-    Adapters are added to their matrices, and the head that only Beta-Binomial labels need is left out. A run with
-    ``config.policy`` writes a model folder as ``mmprm convert`` does.
+    Adapters are added to their matrices, and the head that only Beta-Binomial labels need is left out. The stage's
+    folder becomes a model folder as ``mmprm convert`` writes them.
     """
     c, folder, vision = run.config[stage], run.folder(stage), start.cfg.vision
     tiles = Tiles(start.cfg.tile, run.config.max_tiles, c.shift, c.noise) if vision else None
@@ -260,14 +262,12 @@ def train(
     with Batches(sets, sizes, run.config.seed, tiles, weights, row_share(run.mesh)) as source:
         params = trainer.fit(stage, folder, start.graphdef, start.params, loss, source, settings, run.mesh)
     params = {name: x for name, x in lora.merge(params, start.cfg).items() if name != "kappa"}
-    if start.loaded is not None:
-        loaded = dataclasses.replace(start.loaded, params=params)
-        # what the exported model does by itself: the tiles that it was trained with
-        tiling = {"max_dynamic_patch": run.config.max_tiles, "dynamic_image_size": True, "use_thumbnail": True}
-        model = dataclasses.replace(loaded.model, config={**loaded.model.config, **(tiling if vision else {})})
-        convert.write_folder(folder, dataclasses.replace(loaded, model=model), start.tokenizer)
-    else:
-        save_params(folder / "params", params)
+    # what the model does by itself, wherever it is loaded: the prompts and the tiles that it was trained with
+    trained_with = {hf_config.TEMPLATES: dict(zip(("policy", "prm"), language.templates, strict=True))}
+    if vision:
+        trained_with |= {"max_dynamic_patch": run.config.max_tiles, "dynamic_image_size": True, "use_thumbnail": True}
+    model = dataclasses.replace(start.loaded.model, config={**start.loaded.model.config, **trained_with})
+    convert.write_folder(folder, dataclasses.replace(start.loaded, model=model, params=params), start.tokenizer)
     return params
 
 
@@ -298,11 +298,17 @@ def sft(run: Run) -> Figures:
     else:
         cfg = with_adapters(language.cfg, **adapters(run, "sft"))
         graphdef, params = build.initialise(cfg, language.image_token, run.config.seed, run.mesh)
-        start = convert.Start(cfg, graphdef, params, language.tokenizer, None)
-    params = train(run, "sft", start, losses.policy_loss, sets, c.weights)
+        start = own_start(cfg, graphdef, params, language, run.mesh)
+    params = train(run, "sft", language, start, losses.policy_loss, sets, c.weights)
     left_out = [data.summary["left_out"] for data in sets]
     parameters = sum(x.size for x in jax.tree.leaves(params))
     return {"examples": sum(map(len, sets)), "left_out": left_out, "parameters": parameters}
+
+
+def own_start(cfg: VLMConfig, graphdef: Any, params: Any, language: Language, mesh: Any) -> convert.Start:
+    """A model of our own sizes, to be trained."""
+    loaded = convert.from_nothing(cfg, language.tokenizer, params, mesh)
+    return convert.Start(cfg, graphdef, params, language.tokenizer, loaded)
 
 
 def with_adapters(cfg: VLMConfig, lora_rank: int, lora_alpha: float) -> VLMConfig:
@@ -342,9 +348,7 @@ def train_prm(run: Run) -> Figures:
     data = step_examples(run, language)
     start = prm_start(run, language)
     loss = losses.prm_loss(c.label, c.threshold, *language.classes)
-    train(run, "train_prm", start, loss, [data])
-    if is_first() and start.loaded is None:
-        language.tokenizer.save(folder / "tokenizer.json")
+    train(run, "train_prm", language, start, loss, [data])
     found = labels.histogram(records.read(folder / "examples.jsonl", StepExample))
     return {"labels": found, "left_out": data.summary["left_out"]}
 
@@ -361,7 +365,7 @@ def prm_start(run: Run, language: Language) -> convert.Start:
     cfg, image = with_adapters(language.cfg, **adapters(run, "train_prm")), language.image_token
     params = build.add_token(run.load("sft", run.language, run.mesh), run.mesh)
     params = build.complete(params, cfg, image, seed, run.mesh)
-    return convert.Start(cfg, build.abstract(cfg, image, run.mesh)[0], params, language.tokenizer, None)
+    return own_start(cfg, build.abstract(cfg, image, run.mesh)[0], params, language, run.mesh)
 
 
 def step_examples(run: Run, language: Language) -> TrainingSet:

@@ -1,5 +1,6 @@
 """The command line from end to end: bad input, interruptions, meshes, and (slow) the claims of the default run."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -94,6 +96,30 @@ def test_the_pipeline_ends_with_the_table_and_the_report(finished):
     assert "oracle" in out and "PRM" in out and "minus majority" in out
     page = (workdir / "report" / "index.html").read_text()
     assert page.count("data:image/png") >= 3
+
+
+def test_what_was_trained_is_a_model_folder(finished, tmp_path):
+    """The README's own run: its PRM scores as the evaluation did, from its folder and exported."""
+    from mmprm_jax import convert, records
+    from mmprm_jax.prm import PRM
+    from mmprm_jax.records import Problem, ScoredCandidate
+    from mmprm_jax.sharding import make_mesh
+
+    workdir, mesh = finished[0], make_mesh({"data": 1}, jax.devices()[:1])
+    problems = {p.id: p for p in records.read(workdir / "data" / "test.jsonl", Problem)}
+    scored = records.read_all(workdir / "evaluate" / "test_scored.jsonl", ScoredCandidate)[:48]
+    wanted = [score for x in scored for score in x.scores]
+    assert len(wanted) > 100 and np.std(wanted) > 1e-3
+    convert.convert(str(workdir / "train_prm"), str(tmp_path / "native"), mesh, layout="hf")
+    for model in (workdir / "train_prm", tmp_path / "native"):
+        prm, found = PRM.from_pretrained(model, mesh), []
+        for name, group in itertools.groupby(scored, lambda x: x.candidate.problem_id):
+            problem, solutions = problems[name], [x.candidate.segments for x in group]
+            for scores in prm.score_candidates(problem.question, [workdir / "data" / problem.image], solutions):
+                found += scores
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+    policy, model = convert.inspect(workdir / "sft")
+    assert model.config["mmprm_templates"] == {"policy": "own", "prm": "own"} and (policy / "tokenizer.json").exists()
 
 
 def test_a_finished_run_is_not_run_again(environment, finished):

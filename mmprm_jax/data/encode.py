@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from mmprm_jax.data import images, prompts
 from mmprm_jax.data.training_files import Encoded
+from mmprm_jax.models import hf_config
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Segment, Tokenizer
@@ -29,7 +31,8 @@ class Language:
 
     Solutions are tuples of segments (``records``). ask: the policy's prompt, which ends where it goes on. respond: a
     demonstration's response behind it. judge: a solution as the PRM reads it, with one score per segment. positive,
-    negative: the vocabulary entries whose logits are compared there.
+    negative: the vocabulary entries whose logits are compared there. templates: the names of the policy's prompt and of
+    the PRM's, as a model folder keeps them.
     """
 
     tokenizer: Tokenizer
@@ -39,20 +42,17 @@ class Language:
     judge: Build
     positive: str = tok.YES
     negative: str = tok.NO
+    templates: tuple[str, str] = (prompts.OWN, prompts.OWN)
 
     @classmethod
     def own(cls, tokenizer: Tokenizer, cfg: VLMConfig) -> Language:
         """Of a model of our own: the tags of steps are tokens, and ``<prm>`` stands behind each segment."""
         markers = tokenizer.own_markers
+        judge = prompts.own_prm(markers).build
         chat = prompts.policy_template("plain").build
 
         def ask(question: str, segments: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
             return chat(question, (), image_tokens) + [x for s in segments for x in prompts.marked(s, markers)]
-
-        def judge(question: str, segments: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
-            mark = Segment(tok.PRM, marker=True, score="at")
-            parts = [x for s in segments for x in (*prompts.marked(s, markers), mark)]
-            return chat(question, (), image_tokens) + parts
 
         return cls(tokenizer, cfg, ask, lambda response: prompts.marked(response, markers), judge)
 
@@ -63,13 +63,18 @@ class Language:
         if judged.positive is None or judged.negative is None:
             raise UserError(f"the template {prm!r} is for a model with a score head; a policy has none")
 
-        def bare(build: Build) -> Build:
-            return lambda question, segments, n: build(question, [prompts.step_text(s) for s in segments], n)
-
         return cls(
-            tokenizer, cfg, bare(asked.build), lambda response: [Segment(response)], bare(judged.build),
-            judged.positive, judged.negative,
+            tokenizer, cfg, prompts.bare(asked.build), lambda response: [Segment(response)], judged.build,
+            judged.positive, judged.negative, (policy, prm),
         )  # fmt: skip
+
+    @classmethod
+    def stored(cls, tokenizer: Tokenizer, cfg: VLMConfig, config: Mapping[str, Any]) -> Language:
+        """Of a model in a folder, as its config.json says it was trained, or else as a released policy."""
+        named = hf_config.templates(config) if hf_config.TEMPLATES in config else ("internvl", "mm_prm")
+        if prompts.OWN in named:
+            return cls.own(tokenizer, cfg)
+        return cls.released(tokenizer, cfg, *named)
 
     @property
     def image_token(self) -> int:

@@ -1,8 +1,9 @@
 """Prompt templates as lists of ``Segment``, and the step format ``<step>…</step>…<answer>…</answer>``.
 
-In the templates ``question`` and ``steps`` are bare text (``step_text`` takes the tags off a record's segment), and
-``image_tokens`` holds the number of visual tokens of each image; empty: text only. ``<image>`` placeholders in the
-question are replaced by the images in order; a question without any has all images in front, a line each.
+In the templates ``question`` and ``steps`` are bare text (``step_text`` takes the tags off a record's segment; those of
+PRMs take steps with or without tags) and ``image_tokens`` holds the number of visual tokens of each image; empty: text
+only. ``<image>`` placeholders in the question are replaced by the images in order; a question without any has all
+images in front, a line each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mmprm_jax.models.tokenizer import Segment
 from mmprm_jax.records import UserError
 
 PLACEHOLDER = "<image>"
+OWN = "own"  # the prompts of a model of our own sizes, which need its tokenizer's markers
 INTERNVL_SYSTEM = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
@@ -171,13 +173,32 @@ def _paper(question: str, steps: Sequence[str], image_tokens: Sequence[int]) -> 
     return [*_turn("system", _text(INTERNVL_SYSTEM)), *_turn("user", content), *_open("assistant")]
 
 
+def bare(build: Build) -> Build:
+    """``build`` for steps that may stand in their tags, which are taken off."""
+    return lambda question, steps, image_tokens: build(question, [step_text(s) for s in steps], image_tokens)
+
+
+def own_prm(markers: Sequence[str]) -> PRMTemplate:
+    """How a PRM of our own sizes reads a solution: the tags of steps are tokens, ``<prm>`` stands behind each step.
+
+    markers: the tokens that stand for their text in a step. A step without any tag gets those of a step.
+    """
+
+    def build(question: str, steps: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
+        mark = _marker(tok.PRM, score="at")
+        tagged = [s if _TAG.search(s) else f"{tok.STEP}{s}{tok.STEP_END}" for s in steps]
+        return _plain(question, (), image_tokens) + [x for s in tagged for x in (*marked(s, markers), mark)]
+
+    return PRMTemplate(OWN, build, tok.YES, tok.NO)
+
+
 PRM_TEMPLATES: Mapping[str, PRMTemplate] = {
     t.name: t
     for t in (
-        PRMTemplate("mm_prm", _mm_prm, tok.YES, tok.NO),
-        PRMTemplate("mm_prm_eval", _mm_prm_eval, tok.YES, tok.NO),
-        PRMTemplate("visual_prm", _visual_prm, "+", "-"),
-        PRMTemplate("qwen_math_prm", _qwen_math_prm, None, None),
+        PRMTemplate("mm_prm", bare(_mm_prm), tok.YES, tok.NO),
+        PRMTemplate("mm_prm_eval", bare(_mm_prm_eval), tok.YES, tok.NO),
+        PRMTemplate("visual_prm", bare(_visual_prm), "+", "-"),
+        PRMTemplate("qwen_math_prm", bare(_qwen_math_prm), None, None),
     )
 }
 POLICY_TEMPLATES: Mapping[str, PolicyTemplate] = {

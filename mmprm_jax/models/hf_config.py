@@ -9,12 +9,16 @@ from typing import Any
 from mmprm_jax.models.config import DecoderConfig, RopeScaling, VisionConfig, VLMConfig
 from mmprm_jax.records import UserError
 
-# How the weights are named: InternVLChatModel's remote code, transformers' own InternVL, or a text-only PRM.
-CHAT, NATIVE, TEXT_PRM = "internvl_chat", "internvl", "qwen2_prm"
+# How the weights are named: InternVLChatModel's remote code, transformers' own InternVL, a text-only policy or PRM.
+CHAT, NATIVE, TEXT, TEXT_PRM = "internvl_chat", "internvl", "causal_lm", "qwen2_prm"
+TEMPLATES = "mmprm_templates"  # a key of config.json: the prompts that the model was trained with
 _KINDS = {
     "InternVLChatModel": CHAT,
     "InternVLRewardModel": CHAT,  # VisualPRM
     "InternVLForConditionalGeneration": NATIVE,
+    "Qwen2ForCausalLM": TEXT,
+    "Qwen3ForCausalLM": TEXT,
+    "LlamaForCausalLM": TEXT,
     "Qwen2ForProcessRewardModel": TEXT_PRM,  # Qwen2.5-Math-PRM
 }
 _DECODERS = {
@@ -27,7 +31,7 @@ _DECODERS = {
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """The checkpoint's kind: CHAT, NATIVE or TEXT_PRM. Raises UserError on another architecture."""
+    """The checkpoint's kind: CHAT, NATIVE, TEXT or TEXT_PRM. Raises UserError on another architecture."""
     name = (config.get("architectures") or [None])[0]
     if name not in _KINDS:
         raise UserError(f"config.json: unknown architecture {name!r}; known: {', '.join(_KINDS)}")
@@ -46,12 +50,27 @@ def decoder_kind(config: Mapping[str, Any]) -> str:
 
 def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config.json that describes the language model."""
-    key = {CHAT: "llm_config", NATIVE: "text_config", TEXT_PRM: None}[kind_of(config)]
+    key = {CHAT: "llm_config", NATIVE: "text_config"}.get(kind_of(config))
     return config if key is None else _section(config, key)
 
 
+def templates(config: Mapping[str, Any]) -> tuple[str, str]:
+    """The names of the prompts that the model was trained with: as a policy, and as a PRM.
+
+    Training writes them; a config.json that is silent is of a released model, whose kind says it. Raises UserError when
+    they are no names.
+    """
+    released = {"InternVLRewardModel": "visual_prm", "Qwen2ForProcessRewardModel": "qwen_math_prm"}
+    default = {"policy": "internvl", "prm": released.get((config.get("architectures") or [None])[0], "mm_prm")}
+    named = config.get(TEMPLATES, {})
+    if not isinstance(named, Mapping) or not all(isinstance(named.get(key, ""), str) for key in default):
+        raise UserError(f"config.json: {TEMPLATES} must hold the names of two templates, policy and prm")
+    found = default | named
+    return found["policy"], found["prm"]
+
+
 def from_hf_config(config: Mapping[str, Any]) -> VLMConfig:
-    """The model's sizes from a config.json of InternVLChatModel, InternVLForConditionalGeneration or a text-only PRM.
+    """The model's sizes from a config.json of InternVLChatModel, InternVLForConditionalGeneration or a text-only model.
 
     Raises UserError on an unknown architecture, a missing size, and settings that the model does not have.
     """
@@ -61,6 +80,8 @@ def from_hf_config(config: Mapping[str, Any]) -> VLMConfig:
         # The published files may or may not hold an output head, which no score needs: import looks.
         decoder = dataclasses.replace(decoder, tied=True)
         return VLMConfig(vision=None, decoder=decoder, num_labels=int(config.get("num_labels", 2)))
+    if kind == TEXT:
+        return VLMConfig(vision=None, decoder=decoder)
     section = _section(config, "vision_config")
     vision = _vision_chat(section) if kind == CHAT else _vision_native(section)
     ratio = config.get("downsample_ratio", 0.5)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mmprm_jax.models.config import VisionConfig, VLMConfig
-from mmprm_jax.models.hf_config import CHAT, NATIVE, TEXT_PRM
+from mmprm_jax.models.hf_config import CHAT, NATIVE, TEXT, TEXT_PRM
 
 Arrays = tuple[jax.Array, ...]
 
@@ -239,8 +239,8 @@ def _decoder(cfg: VLMConfig, root: str, head: str, internlm2: bool) -> list[Grou
 def layout(cfg: VLMConfig, kind: str, decoder: str, prefixed: bool = False) -> list[Group]:
     """Every tensor of a checkpoint.
 
-    kind: CHAT, NATIVE or TEXT_PRM; decoder: internlm2, qwen2, qwen3 or llama; prefixed: transformers' newer names of
-    the NATIVE kind, ``model.language_model.*`` and ``lm_head.*``, not ``language_model.model.*``.
+    kind: CHAT, NATIVE, TEXT or TEXT_PRM; decoder: internlm2, qwen2, qwen3 or llama; prefixed: transformers' newer names
+    of the NATIVE kind, ``model.language_model.*`` and ``lm_head.*``, not ``language_model.model.*``.
     """
     if kind == TEXT_PRM:
         size = cfg.decoder.hidden_size
@@ -249,6 +249,8 @@ def layout(cfg: VLMConfig, kind: str, decoder: str, prefixed: bool = False) -> l
             *_dense("score.0", "score/fc1", size, size),
             *_dense("score.2", "score/fc2", size, cfg.num_labels),
         ]
+    if kind == TEXT:
+        return _decoder(cfg, "model.", "lm_head", False)
     internlm2 = decoder == "internlm2"
     if kind == CHAT:
         vision, projector, names = "vision_model.", "mlp1.", ("0", "1", "3")

@@ -1,7 +1,8 @@
 """Tokenizers, and the marker tokens that must be exactly one id each.
 
-Four kinds: word-level and byte-level BPE (a file: of the embedded data, and what ``train_bpe`` makes of other data),
-InternLM2 and Qwen2 (a released checkpoint's folder). Everything is read as data: no code of the checkpoint runs.
+Four kinds: word-level and byte-level BPE (our own: of the embedded data, and what ``train_bpe`` makes of other data; a
+file, or in a model folder with a tokenizer_config.json beside it), InternLM2 and Qwen2 (a released checkpoint's
+folder). Everything is read as data: no code of the checkpoint runs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ _DEFAULTS = {
     "InternLM2Tokenizer": {"add_bos_token": True, "bos_token": "<s>", "pad_token": "</s>"},
     "Qwen2Tokenizer": {"add_bos_token": False, "bos_token": None, "pad_token": "<|endoftext|>"},
 }
+_OWN = "PreTrainedTokenizer"  # transformers' class for any tokenizer.json
+# What transformers' InternVLProcessor asks of a tokenizer. There are no videos here: no token of their own either.
+PROCESSOR_TOKENS = {
+    "start_image_token": IMAGE_START, "end_image_token": IMAGE_END, "context_image_token": IMAGE, "video_token": IMAGE
+}  # fmt: skip
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -79,8 +85,13 @@ class Tokenizer:
             return
         config = _read_json(files, _CONFIG, where)
         kind = str(config.get("tokenizer_class")).removesuffix("Fast")
+        if kind == _OWN:
+            self._core = _FastCore(_read_fast(_required(files, _FAST, where), where))
+            return
         if kind not in _DEFAULTS:
-            raise UserError(f"{where}/{_CONFIG}: unknown tokenizer_class {kind!r}; known: {', '.join(_DEFAULTS)}")
+            raise UserError(
+                f"{where}/{_CONFIG}: unknown tokenizer_class {kind!r}; known: {', '.join([*_DEFAULTS, _OWN])}"
+            )
         added = _added_tokens(config, where)
         if kind == "Qwen2Tokenizer":
             self._core = _FastCore(_qwen2(files, added, where))
@@ -139,7 +150,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: epath.PathLike) -> Tokenizer:
-        """``path``: the file of a tokenizer of our own, or the folder of a released checkpoint.
+        """``path``: the file of a tokenizer of our own, or the folder of a model.
 
         Raises UserError when there is none, when it is damaged, and when its kind is unknown.
         """
@@ -171,6 +182,31 @@ class Tokenizer:
         for name, content in self._files.items():
             (path / name).write_bytes(content)
 
+    def in_folder(self) -> Tokenizer:
+        """The tokenizer as a model folder holds it: one of our own gets a tokenizer_config.json for transformers."""
+        if _CONFIG in self._files:
+            return self
+        tokens = _read_json(self._files, _FAST, self._where)["added_tokens"]
+        config = {
+            "tokenizer_class": f"{_OWN}Fast", "clean_up_tokenization_spaces": False,
+            "pad_token": PAD, "eos_token": TURN_END, "extra_special_tokens": PROCESSOR_TOKENS,
+            "added_tokens_decoder": {str(t["id"]): {k: x for k, x in t.items() if k != "id"} for t in tokens},
+        }  # fmt: skip
+        content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        return Tokenizer({**self._files, _CONFIG: content.encode()}, self._where)
+
+    def for_transformers(self) -> Tokenizer:
+        """As ``in_folder``, with the names by which transformers' InternVLProcessor finds the tokens of images."""
+        files = self.in_folder()._files
+        config = {"extra_special_tokens": PROCESSOR_TOKENS} | _read_json(files, _CONFIG, self._where)
+        content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        return Tokenizer({**files, _CONFIG: content.encode()}, self._where)
+
+    @property
+    def is_internlm2(self) -> bool:
+        """Whether transformers has its class as remote code only."""
+        return isinstance(self._core, SentencePieceCore)
+
     def with_token(self, token: str) -> Tokenizer:
         """A copy that also knows the special token ``token``: with the next free id, or its own if it is a token."""
         if not token:
@@ -189,10 +225,11 @@ class Tokenizer:
     def own_markers(self) -> tuple[str, ...]:
         """The tokens that stand for their text in a tokenizer of our own: the tags of steps.
 
-        Of a word-level tokenizer all special ones: no other ids could stand for them.
+        Of a word-level tokenizer all special ones: no other ids could stand for them. Never ``<prm>``, which no text
+        may bring in.
         """
         is_word_level = isinstance(self._core, _FastCore) and self._core.is_word_level
-        return self._core.special_texts if is_word_level else TAGS
+        return tuple(t for t in self._core.special_texts if t != PRM) if is_word_level else TAGS
 
     def __len__(self) -> int:
         return len(self._core)

@@ -89,6 +89,16 @@ def cubic_resize(old: int, new: int) -> np.ndarray:
     return weights.astype(np.float32)
 
 
+def resize_positions(positions: jax.Array, side: int, rows: int, columns: int) -> jax.Array:
+    """Positions of side x side patches for a grid of rows x columns, the class token's first. [1, 1 + patches, D]."""
+    if (rows, columns) == (side, side):
+        return positions
+    grid = positions[0, 1:].reshape(side, side, -1).astype(jnp.float32)
+    grid = jnp.einsum("rs,std->rtd", cubic_resize(side, rows), grid)
+    grid = jnp.einsum("ct,rtd->rcd", cubic_resize(side, columns), grid).astype(positions.dtype)
+    return jnp.concatenate([positions[:, :1], grid.reshape(1, rows * columns, -1)], axis=1)
+
+
 class VisionTower(nnx.Module):
     """Pixels -> patch features, the class token dropped."""
 
@@ -103,13 +113,7 @@ class VisionTower(nnx.Module):
 
     def resized_positions(self, rows: int, columns: int) -> jax.Array:
         """Positions of a grid of rows x columns patches, the class token's first. [1, 1 + patches, hidden]."""
-        side, positions = self.cfg.image_size // self.cfg.patch_size, self.positions[...]
-        if (rows, columns) == (side, side):
-            return positions
-        grid = positions[0, 1:].reshape(side, side, -1).astype(jnp.float32)
-        grid = jnp.einsum("rs,std->rtd", cubic_resize(side, rows), grid)
-        grid = jnp.einsum("ct,rtd->rcd", cubic_resize(side, columns), grid).astype(positions.dtype)
-        return jnp.concatenate([positions[:, :1], grid.reshape(1, rows * columns, -1)], axis=1)
+        return resize_positions(self.positions[...], self.cfg.image_size // self.cfg.patch_size, rows, columns)
 
     def embed(self, pixels: jax.Array) -> jax.Array:
         """pixels [B, H, W, 3] -> what enters the first layer, the class token first: [B, 1 + patches, hidden].

@@ -250,7 +250,7 @@ def test_a_stage_encodes_again_only_what_has_changed(run, monkeypatch):
     seen = []
     monkeypatch.setattr(stages.trainer, "fit", lambda *a: seen.append(next(a[5])["example"]) or a[3])
     monkeypatch.setattr(stages.build, "initialise", lambda *a: (None, {}))
-    monkeypatch.setattr(stages, "save_params", lambda *a: None)
+    monkeypatch.setattr(stages.convert, "write_folder", lambda *a: None)
     times = []
     write = training_files.write
     monkeypatch.setattr(training_files, "write", lambda *a: times.append(1) or write(*a))
