@@ -205,11 +205,15 @@ def _cache_compilations(folder: str) -> None:
 
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def run() -> None:
     """The console script. A UserError is one line on stderr and exit code 1."""
+    from mmprm_jax.allocator import keep_memory
+
+    keep_memory()  # before the numeric libraries start threads
     from mmprm_jax import config as configs
     from mmprm_jax.records import UserError
 

@@ -2,32 +2,69 @@
 
 import functools
 import json
+import logging
 import math
 import os
+import sys
+import tempfile
+import types
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
-from safetensors.numpy import save_file
+from mmprm_jax.allocator import keep_memory
 
-from mmprm_jax import sharding
-from mmprm_jax.models import build, hf_config
-from mmprm_jax.models.config import VLMConfig
-from mmprm_jax.models.hf_layout import layout
+keep_memory()  # before threads start
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from absl import logging as absl_logging  # noqa: E402
+from absl.testing import flagsaver  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
+
+from mmprm_jax import sharding  # noqa: E402
+from mmprm_jax.models import build, hf_config  # noqa: E402
+from mmprm_jax.models.config import VLMConfig  # noqa: E402
+from mmprm_jax.models.hf_layout import layout  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)  # compiles 5 times as fast; the programs stay the same
 
 
-def pytest_configure():
+def pytest_configure(config):
     """Not when this file is imported: programs that tests start have devices of their own, and XLA as users have it."""
+    share_compilations(config)
     if "XLA_FLAGS" not in os.environ:  # XLA's older code for fused loops on CPUs compiles twice as fast again
         os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
         jax.devices()  # reads it
         del os.environ["XLA_FLAGS"]
+
+
+def share_compilations(config):
+    """One cache of compiled programs for all that this session starts; the tests themselves have a folder beside it.
+
+    JAX_COMPILATION_CACHE_DIR may name a folder that later sessions find again.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # workers of xdist get that of the first process
+        config.compilations = tempfile.TemporaryDirectory(prefix="compilations", ignore_cleanup_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compilations.name
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # XLA_FLAGS is gone again when a program is looked up: those of the tests must not be found by others.
+    jax.config.update("jax_compilation_cache_dir", f"{os.environ['JAX_COMPILATION_CACHE_DIR']}/tests")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "golden" in item.fixturenames:
+            item.add_marker("golden")
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "compilations"):
+        config.compilations.cleanup()
 
 
 IMAGE_TOKEN = 4
@@ -156,6 +193,34 @@ def dry_run(capsys):
         return capsys.readouterr().out
 
     return shown
+
+
+@pytest.fixture
+def mmprm_here(capfd, monkeypatch):
+    """``mmprm_here(*words)``: a command in this process, which spares the imports; returncode, stdout and stderr.
+
+    For commands that fail early or need no device: there are eight devices here, and other options for XLA.
+    """
+    from mmprm_jax import main
+
+    def run(*words):
+        capfd.readouterr()
+        root, code = logging.getLogger(), 0
+        handlers, level = list(root.handlers), absl_logging.get_verbosity()
+        with monkeypatch.context() as patch, flagsaver.flagsaver():
+            patch.setattr(sys, "argv", ["mmprm", *map(str, words)])
+            try:
+                main.run()
+            except SystemExit as ended:
+                code = ended.code or 0
+        root.handlers[:] = handlers  # absl adds its own
+        absl_logging.set_verbosity(level)
+        out, err = capfd.readouterr()
+        if isinstance(code, str):  # as the interpreter does at the end
+            code, err = 1, f"{err}{code}\n"
+        return types.SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    return run
 
 
 def release(folder, golden, tokenizer):

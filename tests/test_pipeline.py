@@ -19,11 +19,10 @@ SMOKE = f"{DEFAULT}:smoke"
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """A shared compilation cache makes every run after the first one quick."""
-    cache = tmp_path_factory.mktemp("compilation_cache")
+def environment():
+    """With the compilation cache of all tests: every run after the first one is quick."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return {**env, "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
+    return {**env, "JAX_PLATFORMS": "cpu"}
 
 
 def start(environment, command, workdir, *more, config=SMOKE, devices=1):
@@ -48,6 +47,20 @@ def failure(environment, command, workdir, *more):
     line = err.strip().splitlines()[-1]
     assert line.startswith("mmprm: ")
     return line
+
+
+@pytest.fixture
+def failure_here(mmprm_here):
+    """The same, for what is found out before the first stage: in this process."""
+
+    def failing(command, workdir, *more):
+        done = mmprm_here(command, SMOKE, f"--workdir={workdir}", *more)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        line = done.stderr.strip().splitlines()[-1]
+        assert line.startswith("mmprm: ")
+        return line
+
+    return failing
 
 
 def metrics_of(workdir):
@@ -117,19 +130,19 @@ def test_no_truth_reaches_policy_or_prm(finished):
         (["--config.mesh=3,1,1"], ["mesh", "devices"]),
     ],
 )
-def test_bad_settings_are_one_line(environment, tmp_path, overrides, words):
-    line = failure(environment, "data", tmp_path / "w", *overrides)
+def test_bad_settings_are_one_line(failure_here, tmp_path, overrides, words):
+    line = failure_here("data", tmp_path / "w", *overrides)
     assert all(word in line for word in words), line
 
 
-def test_a_work_directory_of_another_configuration(environment, finished):
-    line = failure(environment, "pipeline", finished[0], "--config.seed=5")
+def test_a_work_directory_of_another_configuration(failure_here, finished):
+    line = failure_here("pipeline", finished[0], "--config.seed=5")
     assert "seed" in line and "--workdir" in line
 
 
-def test_a_work_directory_that_cannot_be_written(environment, tmp_path):
+def test_a_work_directory_that_cannot_be_written(failure_here, tmp_path):
     (tmp_path / "file").write_text("")
-    line = failure(environment, "pipeline", tmp_path / "file" / "w")
+    line = failure_here("pipeline", tmp_path / "file" / "w")
     assert str(tmp_path / "file") in line
 
 
@@ -156,16 +169,16 @@ def test_a_bomb_of_an_image_is_refused(environment, finished, tmp_path):
     assert "demonstration-00001.png" in line
 
 
-def test_an_empty_data_set_is_named(environment, finished, tmp_path):
+def test_an_empty_data_set_is_named(failure_here, finished, tmp_path):
     folder = copy_data(finished, tmp_path / "set")
     (folder / "train.jsonl").write_text("\n")
-    line = failure(environment, "data", tmp_path / "w", f"--config.data.folder={folder}")
+    line = failure_here("data", tmp_path / "w", f"--config.data.folder={folder}")
     assert "train.jsonl" in line
-    assert "data.test" in failure(environment, "data", tmp_path / "v", "--config.data.test=0")
+    assert "data.test" in failure_here("data", tmp_path / "v", "--config.data.test=0")
 
 
-def test_a_stage_before_its_turn(environment, tmp_path):
-    assert "mmprm data" in failure(environment, "sft", tmp_path / "w")
+def test_a_stage_before_its_turn(failure_here, tmp_path):
+    assert "mmprm data" in failure_here("sft", tmp_path / "w")
 
 
 # What tells that a stage is under way, and where to cut it off.

@@ -776,8 +776,8 @@ def test_command_line(cases, problems, tmp_path):
             close(got, want, 1e-4)
 
 
-def test_command_line_with_a_wrong_model(problems, tmp_path):
-    done = mmprm("score", problems(GOOD), f"--model={tmp_path / 'nowhere'}")
+def test_command_line_with_a_wrong_model(mmprm_here, problems, tmp_path):
+    done = mmprm_here("score", problems(GOOD), f"--model={tmp_path / 'nowhere'}")
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.splitlines() == [
         f"mmprm: {tmp_path / 'nowhere'}: neither a folder nor a hub id (org/name or org/name@revision)"
