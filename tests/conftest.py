@@ -23,7 +23,7 @@ from absl.testing import flagsaver  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from mmprm_jax import sharding  # noqa: E402
-from mmprm_jax.models import build, hf_config  # noqa: E402
+from mmprm_jax.models import build, hf, hf_config  # noqa: E402
 from mmprm_jax.models.config import VLMConfig  # noqa: E402
 from mmprm_jax.models.hf_layout import layout  # noqa: E402
 
@@ -86,6 +86,23 @@ TINY = VLMConfig.from_dict(
 # Golden data of the original implementation; another set with other sizes is checked with MMPRM_GOLDEN=FOLDER.
 GOLDEN = Path(os.environ.get("MMPRM_GOLDEN", Path(__file__).parent / "golden")).absolute()
 MODELS = sorted(path.parent.name for path in (GOLDEN / "models").glob("*/config.json"))
+
+
+def some_models():
+    """Parameters of a test: golden models of every layout, decoder and kind of embedding; the others are slow."""
+    paths = {}
+    for name in MODELS:
+        model = hf.open_checkpoint(GOLDEN / "models" / name).model
+        paths[name] = {
+            hf_config.kind_of(model.config),
+            hf_config.decoder_kind(model.config),
+            f"tied {model.cfg.decoder.tied}",
+        }
+    chosen, missing = [], set().union(*paths.values())
+    while missing:
+        chosen.append(max(paths, key=lambda name: len(paths[name] & missing)))
+        missing -= paths[chosen[-1]]
+    return [pytest.param(name, marks=() if name in chosen else pytest.mark.slow) for name in MODELS]
 
 
 @pytest.fixture(scope="session")

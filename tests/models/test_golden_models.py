@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, MODELS, generate_greedily
+from conftest import GOLDEN, MODELS, generate_greedily, some_models
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -27,22 +27,6 @@ from mmprm_jax.training.losses import prm_loss
 
 TOLERANCE = 1e-4
 pytestmark = pytest.mark.golden
-
-
-def few():
-    """Golden models that have every layout, decoder and kind of embedding among them; the others are slow."""
-    paths = {}
-    for name in MODELS:
-        model = hf.open_checkpoint(GOLDEN / "models" / name).model
-        paths[name] = {kind_of(model.config), decoder_kind(model.config), f"tied {model.cfg.decoder.tied}"}
-    chosen, missing = [], set().union(*paths.values())
-    while missing:
-        chosen.append(max(paths, key=lambda name: len(paths[name] & missing)))
-        missing -= paths[chosen[-1]]
-    return chosen
-
-
-QUICK = few()
 
 
 class Case:
@@ -97,7 +81,7 @@ def case_of(mesh_of):
     return functools.cache(lambda name: Case(name, mesh_of(data=1)))
 
 
-@pytest.fixture(params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS])
+@pytest.fixture(params=some_models())
 def case(request, case_of):
     return case_of(request.param)
 
