@@ -1,10 +1,12 @@
 """Eight CPU devices, and a tiny vision-language model that many tests share."""
 
+import fcntl
 import functools
 import json
 import logging
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import types
@@ -34,25 +36,31 @@ jax.config.update("jax_disable_most_optimizations", True)  # compiles 5 times as
 
 def pytest_configure(config):
     """Not when this file is imported: programs that tests start have devices of their own, and XLA as users have it."""
-    share_compilations(config)
+    if "MMPRM_TEST_SHARED" not in os.environ:  # workers of xdist get the folder of the first process
+        config.shared = tempfile.TemporaryDirectory(prefix="mmprm_tests", ignore_cleanup_errors=True)
+        os.environ["MMPRM_TEST_SHARED"] = config.shared.name
+    share_compilations()
     if "XLA_FLAGS" not in os.environ:  # XLA's older code for fused loops on CPUs compiles twice as fast again
         os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
         jax.devices()  # reads it
         del os.environ["XLA_FLAGS"]
 
 
-def share_compilations(config):
+def share_compilations():
     """One cache of compiled programs for all that this session starts; the tests themselves have a folder beside it.
 
     JAX_COMPILATION_CACHE_DIR may name a folder that later sessions find again.
     """
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # workers of xdist get that of the first process
-        config.compilations = tempfile.TemporaryDirectory(prefix="compilations", ignore_cleanup_errors=True)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compilations.name
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{os.environ['MMPRM_TEST_SHARED']}/compilations"
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # XLA_FLAGS is gone again when a program is looked up: those of the tests must not be found by others.
     jax.config.update("jax_compilation_cache_dir", f"{os.environ['JAX_COMPILATION_CACHE_DIR']}/tests")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+# The files whose slow tests take longest, for runs with --no-loadscope-reorder: no process is left with one at the end.
+LONGEST = ("test_pipeline", "test_stage", "test_launch_local", "test_annotate", "test_real_problems")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -60,11 +68,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "golden" in item.fixturenames:
             item.add_marker("golden")
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def pytest_unconfigure(config):
-    if hasattr(config, "compilations"):
-        config.compilations.cleanup()
+    if hasattr(config, "shared"):
+        config.shared.cleanup()
+        del os.environ["MMPRM_TEST_SHARED"]
 
 
 IMAGE_TOKEN = 4
@@ -130,6 +140,23 @@ def mesh(mesh_of):
     """The mesh of one device, set for the test."""
     with jax.set_mesh(mesh_of(data=1)):
         yield mesh_of(data=1)
+
+
+@pytest.fixture(scope="session")
+def smoke_run():
+    """An uninterrupted smoke run that only this fixture writes, and what it printed; one for all processes of xdist."""
+    shared = Path(os.environ["MMPRM_TEST_SHARED"])
+    workdir, printed = shared / "smoke", shared / "smoke.txt"
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    config = f"--config={Path(__file__).parent.parent / 'configs' / 'digits.py'}:smoke"
+    command = [sys.executable, "-m", "mmprm_jax.main", "pipeline", config, f"--workdir={workdir}"]
+    with open(shared / "smoke.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1700)
+            assert done.returncode == 0, done.stderr
+            printed.write_text(done.stdout)
+    return workdir, printed.read_text()
 
 
 class Tiny:

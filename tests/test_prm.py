@@ -348,7 +348,11 @@ def test_candidates_longer_than_trained(released, mesh_of):
 
 
 @pytest.mark.parametrize(
-    "decoder, shape", [(INTERNLM2, dict(data=2, fsdp=2, tensor=2)), (QWEN2, dict(data=1, fsdp=4, tensor=2))]
+    "decoder, shape",
+    [
+        (INTERNLM2, dict(data=2, fsdp=2, tensor=2)),
+        pytest.param(QWEN2, dict(data=1, fsdp=4, tensor=2), marks=pytest.mark.slow),
+    ],
 )
 def test_eight_devices(cases, mesh_of, decoder, shape):
     want = cases[decoder].prm.score_candidates(QUESTION, [WIDE], CANDIDATES[:7])

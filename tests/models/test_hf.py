@@ -20,6 +20,7 @@ from mmprm_jax.models.released import NAMED, named
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import UserError
 
+SLOW = pytest.mark.slow
 NATIVE_MODELS = [
     m for m in MODELS if hf_config.kind_of(hf.read_json(GOLDEN / "models" / m / "config.json")) == hf_config.NATIVE
 ]
@@ -65,7 +66,7 @@ def weight_files(folder):
 
 
 @pytest.mark.parametrize("name", some_models())
-@pytest.mark.parametrize("kind", ["single", *(pytest.param(k, marks=pytest.mark.slow) for k in ("sharded", "bfloat16"))])
+@pytest.mark.parametrize("kind", ["single", pytest.param("sharded", marks=SLOW), pytest.param("bfloat16", marks=SLOW)])
 def test_round_trip_is_byte_identical(golden, tmp_path, mesh_of, mesh8, name, kind):
     """To Orbax on one mesh and back from another: every tensor, and indeed every file."""
     source = copied(golden, name, tmp_path / "source")

@@ -365,6 +365,7 @@ def test_normalised_pixels(base, groups, samples):
     assert_same(found, [samples[g.id] for g in shown])
 
 
+@pytest.mark.slow
 def test_ordinary_sizes(tiny, mesh_of):
     """Log-probabilities hardly depend on what is sampled beside, with whole vectors of a processor in every sum."""
     decoder = dataclasses.replace(tiny.cfg.decoder, hidden_size=64, head_dim=16, intermediate_size=128)
@@ -420,7 +421,7 @@ def narrow(make):
     return make(least=8)
 
 
-@pytest.mark.parametrize("tiles", [0, 1])
+@pytest.mark.parametrize("tiles", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_border_of_an_extension(narrow, logits_of, tiles):
     """Greedily: the tokens of a plain loop of full forwards. Each prefix is computed in a batch of its width."""
     groups = border_groups(tiles, GREEDY)
@@ -429,6 +430,7 @@ def test_every_border_of_an_extension(narrow, logits_of, tiles):
     check_against_full_forwards(sampled, narrow.sample(sampled), logits_of)
 
 
+@pytest.mark.slow
 def test_every_border_of_a_row(narrow, logits_of):
     """One after the other: the rows are as wide as this prefix needs. They grow and shrink."""
     groups = [g for tiles in (0, 1) for g in border_groups(tiles, GREEDY) if len(g.prefix) in (7, 8, 9, 16)]
@@ -635,6 +637,7 @@ def test_penalty_on_every_sampled_token(base, logits_of):
     assert repeats > 10  # without the penalty a token would have come again
 
 
+@pytest.mark.slow
 def test_samples_of_other_keys_and_groups_are_independent(many, exact_pairs):
     """One sample each of 1500 groups with keys that differ a little, by chi-square as well."""
     rng = np.random.default_rng(17)
@@ -711,6 +714,7 @@ def test_the_image_tower_runs_once_per_problem(make, groups, samples, monkeypatc
     assert sum(seen) == 4 + tiles["problem 2"] == 6 and engine.counts.images == 4
 
 
+@pytest.mark.slow
 def test_slots_are_refilled(make):
     """Samples of very different lengths: slots are never idle but at the end."""
     rng, slots = np.random.default_rng(0), 16
@@ -826,6 +830,7 @@ def test_one_problem_fills_the_cache(make, at_once):
 # Small things.
 
 
+@pytest.mark.slow
 def test_samples_that_end_at_once(make, base):
     """Rows whose samples all end with their first token are done before any of them got a slot."""
     rng = np.random.default_rng(6)
