@@ -83,6 +83,7 @@ def finished(smoke_run, tmp_path_factory):
     return workdir, smoke_run[1]
 
 
+@pytest.mark.slow
 def test_the_pipeline_ends_with_the_table_and_the_report(finished):
     workdir, out = finished
     metrics = json.loads((workdir / "report" / "metrics.json").read_text())
@@ -105,6 +106,7 @@ def test_the_pipeline_ends_with_the_table_and_the_report(finished):
     assert page.count("data:image/png") >= 3
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(environment, finished):
     workdir, _ = finished
     before = {p: p.stat().st_mtime_ns for p in workdir.glob("*/done.json") if p.parent.name != "report"}
@@ -112,6 +114,7 @@ def test_a_finished_run_is_not_run_again(environment, finished):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
+@pytest.mark.slow
 def test_no_truth_reaches_policy_or_prm(finished):
     """The stages that train read neither the truth file nor any problem of dev and test."""
     workdir, _ = finished
@@ -135,8 +138,17 @@ def test_bad_settings_are_one_line(failure_here, tmp_path, overrides, words):
     assert all(word in line for word in words), line
 
 
-def test_a_work_directory_of_another_configuration(failure_here, finished):
-    line = failure_here("pipeline", finished[0], "--config.seed=5")
+@pytest.fixture(scope="module")
+def begun(environment, tmp_path_factory):
+    """The work directory of a smoke run that has its data."""
+    workdir = tmp_path_factory.mktemp("runs") / "begun"
+    code, _, err = run(environment, "data", workdir)
+    assert code == 0, err
+    return workdir
+
+
+def test_a_work_directory_of_another_configuration(failure_here, begun):
+    line = failure_here("pipeline", begun, "--config.seed=5")
     assert "seed" in line and "--workdir" in line
 
 
@@ -146,29 +158,29 @@ def test_a_work_directory_that_cannot_be_written(failure_here, tmp_path):
     assert str(tmp_path / "file") in line
 
 
-def copy_data(finished, folder):
-    shutil.copytree(finished[0] / "data", folder)
+def copy_data(begun, folder):
+    shutil.copytree(begun / "data", folder)
     return folder
 
 
-def test_an_unreadable_image_is_named(environment, finished, tmp_path):
-    folder = copy_data(finished, tmp_path / "set")
+def test_an_unreadable_image_is_named(environment, begun, tmp_path):
+    folder = copy_data(begun, tmp_path / "set")
     (folder / "images" / "demonstration-00003.png").write_bytes(b"\x89PNG broken")
     assert run(environment, "data", tmp_path / "w", f"--config.data.folder={folder}")[0] == 0
     line = failure(environment, "sft", tmp_path / "w", f"--config.data.folder={folder}")
     assert "demonstration-00003.png" in line
 
 
-def test_a_bomb_of_an_image_is_refused(environment, finished, tmp_path):
-    folder = copy_data(finished, tmp_path / "set")
+def test_a_bomb_of_an_image_is_refused(environment, begun, tmp_path):
+    folder = copy_data(begun, tmp_path / "set")
     Image.new("1", (20000, 20000)).save(folder / "images" / "demonstration-00001.png")
     run(environment, "data", tmp_path / "w", f"--config.data.folder={folder}")
     line = failure(environment, "sft", tmp_path / "w", f"--config.data.folder={folder}")
     assert "demonstration-00001.png" in line
 
 
-def test_an_empty_data_set_is_named(failure_here, finished, tmp_path):
-    folder = copy_data(finished, tmp_path / "set")
+def test_an_empty_data_set_is_named(failure_here, begun, tmp_path):
+    folder = copy_data(begun, tmp_path / "set")
     (folder / "train.jsonl").write_text("\n")
     line = failure_here("data", tmp_path / "w", f"--config.data.folder={folder}")
     assert "train.jsonl" in line
