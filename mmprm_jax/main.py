@@ -218,7 +218,8 @@ def _cache_compilations(folder: str) -> None:
 
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 # They keep nothing to go on from.
@@ -227,6 +228,9 @@ _BEGIN_AGAIN = ("verify", "fit", "bench", "summary", "bon", "detect", "split", "
 
 def run() -> None:
     """The console script. A UserError is one line on stderr and exit code 1; SIGINT ends with 130, SIGTERM with 143."""
+    from mmprm_jax.allocator import keep_memory
+
+    keep_memory()  # before the numeric libraries start threads
     again = "begins again" if sys.argv[1:2] and sys.argv[1] in _BEGIN_AGAIN else "goes on from here"
     with interruption.handling(again, stays=True):
         _run()

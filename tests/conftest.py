@@ -1,33 +1,80 @@
 """Eight CPU devices, and a tiny vision-language model that many tests share."""
 
+import fcntl
 import functools
 import json
+import logging
 import math
 import os
+import subprocess
+import sys
+import tempfile
+import types
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
-from safetensors.numpy import save_file
+from mmprm_jax.allocator import keep_memory
 
-from mmprm_jax import sharding
-from mmprm_jax.models import build, hf_config
-from mmprm_jax.models.config import VLMConfig
-from mmprm_jax.models.hf_layout import layout
+keep_memory()  # before threads start
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from absl import logging as absl_logging  # noqa: E402
+from absl.testing import flagsaver  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
+
+from mmprm_jax import sharding  # noqa: E402
+from mmprm_jax.models import build, hf, hf_config  # noqa: E402
+from mmprm_jax.models.config import VLMConfig  # noqa: E402
+from mmprm_jax.models.hf_layout import layout  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_disable_most_optimizations", True)  # compiles 5 times as fast; the programs stay the same
 
 
-def pytest_configure():
+def pytest_configure(config):
     """Not when this file is imported: programs that tests start have devices of their own, and XLA as users have it."""
+    if "MMPRM_TEST_SHARED" not in os.environ:  # workers of xdist get the folder of the first process
+        config.shared = tempfile.TemporaryDirectory(prefix="mmprm_tests", ignore_cleanup_errors=True)
+        os.environ["MMPRM_TEST_SHARED"] = config.shared.name
+    share_compilations()
     if "XLA_FLAGS" not in os.environ:  # XLA's older code for fused loops on CPUs compiles twice as fast again
         os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
         jax.devices()  # reads it
         del os.environ["XLA_FLAGS"]
+
+
+def share_compilations():
+    """One cache of compiled programs for all that this session starts; the tests themselves have a folder beside it.
+
+    JAX_COMPILATION_CACHE_DIR may name a folder that later sessions find again.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{os.environ['MMPRM_TEST_SHARED']}/compilations"
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # XLA_FLAGS is gone again when a program is looked up: those of the tests must not be found by others.
+    jax.config.update("jax_compilation_cache_dir", f"{os.environ['JAX_COMPILATION_CACHE_DIR']}/tests")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+# The files whose slow tests take longest, for runs with --no-loadscope-reorder: no process is left with one at the end.
+LONGEST = ("test_pipeline", "test_stage", "test_launch_local", "test_annotate", "test_real_problems")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "golden" in item.fixturenames:
+            item.add_marker("golden")
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "shared"):
+        config.shared.cleanup()
+        del os.environ["MMPRM_TEST_SHARED"]
 
 
 IMAGE_TOKEN = 4
@@ -49,6 +96,23 @@ TINY = VLMConfig.from_dict(
 # Golden data of the original implementation; another set with other sizes is checked with MMPRM_GOLDEN=FOLDER.
 GOLDEN = Path(os.environ.get("MMPRM_GOLDEN", Path(__file__).parent / "golden")).absolute()
 MODELS = sorted(path.parent.name for path in (GOLDEN / "models").glob("*/config.json"))
+
+
+def some_models():
+    """Parameters of a test: golden models of every layout, decoder and kind of embedding; the others are slow."""
+    paths = {}
+    for name in MODELS:
+        model = hf.open_checkpoint(GOLDEN / "models" / name).model
+        paths[name] = {
+            hf_config.kind_of(model.config),
+            hf_config.decoder_kind(model.config),
+            f"tied {model.cfg.decoder.tied}",
+        }
+    chosen, missing = [], set().union(*paths.values())
+    while missing:
+        chosen.append(max(paths, key=lambda name: len(paths[name] & missing)))
+        missing -= paths[chosen[-1]]
+    return [pytest.param(name, marks=() if name in chosen else pytest.mark.slow) for name in MODELS]
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +140,23 @@ def mesh(mesh_of):
     """The mesh of one device, set for the test."""
     with jax.set_mesh(mesh_of(data=1)):
         yield mesh_of(data=1)
+
+
+@pytest.fixture(scope="session")
+def smoke_run():
+    """An uninterrupted smoke run that only this fixture writes, and what it printed; one for all processes of xdist."""
+    shared = Path(os.environ["MMPRM_TEST_SHARED"])
+    workdir, printed = shared / "smoke", shared / "smoke.txt"
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    config = f"--config={Path(__file__).parent.parent / 'configs' / 'digits.py'}:smoke"
+    command = [sys.executable, "-m", "mmprm_jax.main", "pipeline", config, f"--workdir={workdir}"]
+    with open(shared / "smoke.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1700)
+            assert done.returncode == 0, done.stderr
+            printed.write_text(done.stdout)
+    return workdir, printed.read_text()
 
 
 class Tiny:
@@ -156,6 +237,34 @@ def dry_run(capsys):
         return capsys.readouterr().out
 
     return shown
+
+
+@pytest.fixture
+def mmprm_here(capfd, monkeypatch):
+    """``mmprm_here(*words)``: a command in this process, which spares the imports; returncode, stdout and stderr.
+
+    For commands that fail early or need no device: there are eight devices here, and other options for XLA.
+    """
+    from mmprm_jax import main
+
+    def run(*words):
+        capfd.readouterr()
+        root, code = logging.getLogger(), 0
+        handlers, level = list(root.handlers), absl_logging.get_verbosity()
+        with monkeypatch.context() as patch, flagsaver.flagsaver():
+            patch.setattr(sys, "argv", ["mmprm", *map(str, words)])
+            try:
+                main.run()
+            except SystemExit as ended:
+                code = ended.code or 0
+        root.handlers[:] = handlers  # absl adds its own
+        absl_logging.set_verbosity(level)
+        out, err = capfd.readouterr()
+        if isinstance(code, str):  # as the interpreter does at the end
+            code, err = 1, f"{err}{code}\n"
+        return types.SimpleNamespace(returncode=code, stdout=out, stderr=err)
+
+    return run
 
 
 def release(folder, golden, tokenizer):

@@ -491,7 +491,7 @@ def released(tmp_path_factory, golden):
     return release(folder, golden, tokenizer)
 
 
-def test_a_released_policy_annotates_any_problems(data_set, released, tmp_path):
+def test_a_released_policy_annotates_any_problems(data_set, released, tmp_path, mmprm_here):
     """No stage before, no tokenizer.json, no other split."""
     options = (
         f"--config.data.folder={data_set}", f"--config.annotate.policy={released}",
@@ -514,8 +514,8 @@ def test_a_released_policy_annotates_any_problems(data_set, released, tmp_path):
     code, error, seconds = mmprm(tmp_path / "w", *options, "--config.annotate.slots=9", "--config.mesh=1,1,-1")
     assert code == 0, error
     assert "rollouts" not in error and before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    code, error, _ = mmprm(tmp_path / "w", *options, "--config.seed=5")
-    assert code == 1 and "seed was 0, is 5" in error.splitlines()[-1]
+    done = mmprm_here("annotate", SMOKE, f"--workdir={tmp_path / 'w'}", *options, "--config.seed=5")
+    assert done.returncode == 1 and "seed was 0, is 5" in done.stderr.splitlines()[-1]
 
 
 class Server(ThreadingHTTPServer):

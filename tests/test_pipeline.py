@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,17 +16,18 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from mmprm_jax import config as configs
+
 ROOT = pathlib.Path(__file__).parent.parent
 DEFAULT = f"--config={ROOT / 'configs' / 'digits.py'}"
 SMOKE = f"{DEFAULT}:smoke"
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """A shared compilation cache makes every run after the first one quick."""
-    cache = tmp_path_factory.mktemp("compilation_cache")
+def environment():
+    """With the compilation cache of all tests: every run after the first one is quick."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return {**env, "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
+    return {**env, "JAX_PLATFORMS": "cpu"}
 
 
 def start(environment, command, workdir, *more, config=SMOKE, devices=1):
@@ -52,6 +54,20 @@ def failure(environment, command, workdir, *more):
     return line
 
 
+@pytest.fixture
+def failure_here(mmprm_here):
+    """The same, for what is found out before the first stage: in this process."""
+
+    def failing(command, workdir, *more):
+        done = mmprm_here(command, SMOKE, f"--workdir={workdir}", *more)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        line = done.stderr.strip().splitlines()[-1]
+        assert line.startswith("mmprm: ")
+        return line
+
+    return failing
+
+
 def metrics_of(workdir):
     found = json.loads((workdir / "report" / "metrics.json").read_text())
     found.pop("seconds")
@@ -64,14 +80,14 @@ def losses_of(workdir, stage):
 
 
 @pytest.fixture(scope="session")
-def finished(environment, tmp_path_factory):
-    """An uninterrupted smoke run."""
+def finished(smoke_run, tmp_path_factory):
+    """An uninterrupted smoke run in a folder of this file's own: a work directory knows no path of its own."""
     workdir = tmp_path_factory.mktemp("runs") / "smoke"
-    code, out, err = run(environment, "pipeline", workdir)
-    assert code == 0, err
-    return workdir, out
+    shutil.copytree(smoke_run[0], workdir)
+    return workdir, smoke_run[1]
 
 
+@pytest.mark.slow
 def test_the_pipeline_ends_with_the_table_and_the_report(finished):
     workdir, out = finished
     metrics = json.loads((workdir / "report" / "metrics.json").read_text())
@@ -98,6 +114,7 @@ def test_the_pipeline_ends_with_the_table_and_the_report(finished):
     assert page.count("data:image/png") >= 3
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_a_model_folder(finished, tmp_path):
     """The README's own run: its PRM scores as the evaluation did, from its folder and exported."""
     from mmprm_jax import convert, records
@@ -122,6 +139,8 @@ def test_what_was_trained_is_a_model_folder(finished, tmp_path):
     assert model.config["mmprm_templates"] == {"policy": "own", "prm": "own"} and (policy / "tokenizer.json").exists()
 
 
+
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(environment, finished):
     workdir, _ = finished
     before = {p: p.stat().st_mtime_ns for p in workdir.glob("*/done.json") if p.parent.name != "report"}
@@ -129,6 +148,7 @@ def test_a_finished_run_is_not_run_again(environment, finished):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
+@pytest.mark.slow
 def test_no_truth_reaches_policy_or_prm(finished):
     """The stages that train read neither the truth file nor any problem of dev and test."""
     workdir, _ = finished
@@ -147,59 +167,64 @@ def test_no_truth_reaches_policy_or_prm(finished):
         (["--config.mesh=3,1,1"], ["mesh", "devices"]),  # told when there are devices
     ],
 )
-def test_bad_settings_are_one_line_and_bind_no_directory(environment, tmp_path, overrides, words):
-    line = failure(environment, "data", tmp_path / "w", *overrides)
+def test_bad_settings_are_one_line_and_bind_no_directory(failure_here, tmp_path, overrides, words):
+    line = failure_here("data", tmp_path / "w", *overrides)
     assert all(word in line for word in words), line
     assert not list(tmp_path.glob("w/*/*"))
-    load = "import sys\nfrom mmprm_jax import config as c\nc.guard_workdir(sys.argv[1], c.load(sys.argv[2]))"
-    command = [sys.executable, "-c", load, str(tmp_path / "w"), SMOKE.removeprefix("--config=")]
-    assert subprocess.run(command, env=environment).returncode == 0
+    configs.guard_workdir(tmp_path / "w", configs.load(SMOKE.removeprefix("--config=")))
 
 
-def test_a_work_directory_of_another_configuration(environment, finished):
-    line = failure(environment, "pipeline", finished[0], "--config.seed=5")
+@pytest.fixture(scope="module")
+def begun(environment, tmp_path_factory):
+    """The work directory of a smoke run that has its data."""
+    workdir = tmp_path_factory.mktemp("runs") / "begun"
+    code, _, err = run(environment, "data", workdir)
+    assert code == 0, err
+    return workdir
+
+
+def test_a_work_directory_of_another_configuration(failure_here, begun):
+    line = failure_here("pipeline", begun, "--config.seed=5")
     assert "seed" in line and "--workdir" in line
 
 
-def test_a_work_directory_that_cannot_be_written(environment, tmp_path):
+def test_a_work_directory_that_cannot_be_written(failure_here, tmp_path):
     (tmp_path / "file").write_text("")
-    line = failure(environment, "pipeline", tmp_path / "file" / "w")
+    line = failure_here("pipeline", tmp_path / "file" / "w")
     assert str(tmp_path / "file") in line
 
 
-def copy_data(finished, folder):
-    import shutil
-
-    shutil.copytree(finished[0] / "data", folder)
+def copy_data(begun, folder):
+    shutil.copytree(begun / "data", folder)
     return folder
 
 
-def test_an_unreadable_image_is_named(environment, finished, tmp_path):
-    folder = copy_data(finished, tmp_path / "set")
+def test_an_unreadable_image_is_named(environment, begun, tmp_path):
+    folder = copy_data(begun, tmp_path / "set")
     (folder / "images" / "demonstration-00003.png").write_bytes(b"\x89PNG broken")
     assert run(environment, "data", tmp_path / "w", f"--config.data.folder={folder}")[0] == 0
     line = failure(environment, "sft", tmp_path / "w", f"--config.data.folder={folder}")
     assert "demonstration-00003.png" in line
 
 
-def test_a_bomb_of_an_image_is_refused(environment, finished, tmp_path):
-    folder = copy_data(finished, tmp_path / "set")
+def test_a_bomb_of_an_image_is_refused(environment, begun, tmp_path):
+    folder = copy_data(begun, tmp_path / "set")
     Image.new("1", (20000, 20000)).save(folder / "images" / "demonstration-00001.png")
     run(environment, "data", tmp_path / "w", f"--config.data.folder={folder}")
     line = failure(environment, "sft", tmp_path / "w", f"--config.data.folder={folder}")
     assert "demonstration-00001.png" in line
 
 
-def test_an_empty_data_set_is_named(environment, finished, tmp_path):
-    folder = copy_data(finished, tmp_path / "set")
+def test_an_empty_data_set_is_named(failure_here, begun, tmp_path):
+    folder = copy_data(begun, tmp_path / "set")
     (folder / "train.jsonl").write_text("\n")
-    line = failure(environment, "data", tmp_path / "w", f"--config.data.folder={folder}")
+    line = failure_here("data", tmp_path / "w", f"--config.data.folder={folder}")
     assert "train.jsonl" in line
-    assert "data.test" in failure(environment, "data", tmp_path / "v", "--config.data.test=0")
+    assert "data.test" in failure_here("data", tmp_path / "v", "--config.data.test=0")
 
 
-def test_a_stage_before_its_turn(environment, tmp_path):
-    assert "mmprm data" in failure(environment, "sft", tmp_path / "w")
+def test_a_stage_before_its_turn(failure_here, tmp_path):
+    assert "mmprm data" in failure_here("sft", tmp_path / "w")
 
 
 # What tells that a stage is under way, and where to cut it off.

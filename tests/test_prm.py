@@ -348,7 +348,11 @@ def test_candidates_longer_than_trained(released, mesh_of):
 
 
 @pytest.mark.parametrize(
-    "decoder, shape", [(INTERNLM2, dict(data=2, fsdp=2, tensor=2)), (QWEN2, dict(data=1, fsdp=4, tensor=2))]
+    "decoder, shape",
+    [
+        (INTERNLM2, dict(data=2, fsdp=2, tensor=2)),
+        pytest.param(QWEN2, dict(data=1, fsdp=4, tensor=2), marks=pytest.mark.slow),
+    ],
 )
 def test_eight_devices(cases, mesh_of, decoder, shape):
     want = cases[decoder].prm.score_candidates(QUESTION, [WIDE], CANDIDATES[:7])
@@ -794,8 +798,8 @@ def test_command_line(cases, problems, tmp_path):
             close(got, want, 1e-4)
 
 
-def test_command_line_with_a_wrong_model(problems, tmp_path):
-    done = mmprm("score", problems(GOOD), f"--model={tmp_path / 'nowhere'}")
+def test_command_line_with_a_wrong_model(mmprm_here, problems, tmp_path):
+    done = mmprm_here("score", problems(GOOD), f"--model={tmp_path / 'nowhere'}")
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.splitlines() == [
         f"mmprm: {tmp_path / 'nowhere'}: neither a folder nor a hub id (org/name or org/name@revision)"

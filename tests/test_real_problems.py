@@ -27,10 +27,10 @@ SHORT = (
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("compilation_cache")
+def environment():
+    """With the compilation cache of all tests."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return {**env, "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
+    return {**env, "JAX_PLATFORMS": "cpu"}
 
 
 def mmprm(environment, *words):

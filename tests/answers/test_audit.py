@@ -107,11 +107,10 @@ def real_rows(mode):
 
 
 @pytest.mark.parametrize("mode", ["mathvista", "mathverse", "mathvision", "olympiadbench", "mm_k12"])
-def test_official_modes_by_the_command(mode, tmp_path):
+def test_official_modes_by_the_command(mode, tmp_path, mmprm_here):
     rows = real_rows(mode)
     source = write(tmp_path / "rows.jsonl", [*rows, {"prediction": "1"}])
-    command = [sys.executable, "-m", "mmprm_jax.main", "verify", source, "--jobs=1", f"--mode={mode}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = mmprm_here("verify", source, "--jobs=1", f"--mode={mode}")
     *found, bad = [json.loads(line) for line in done.stdout.splitlines()]
     wrong = [row for row in found if row["verdict"] != ("unequal" if row["prediction"] is None else "equal")]
     assert wrong == [] and len(found) == len(rows) and bad["error"] == f"a row needs the key 'gold' in mode {mode}"

@@ -100,19 +100,21 @@ def test_neutral_steps_are_ignored():
     assert detection.evaluate(rows, None, 0.5)["visual_process_bench"]["pooled"]["f1"] == 1
 
 
+def every(rows):
+    """Thresholds that tell apart all that any threshold does: every score and the middles between them."""
+    edges = sorted({0.0, 1.0, *(s for r in rows for s in r.scores)})
+    return [*edges, *((a + b) / 2 for a, b in zip(edges, edges[1:], strict=False))]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_thresholds_are_the_best_ones(seed):
     """Against a search over every score and the middles between them."""
     rows = first_errors(40, seed)
-    edges = sorted({0.0, 1.0, *(s for r in rows for s in r.scores)})
-    every = [*edges, *((a + b) / 2 for a, b in zip(edges, edges[1:], strict=False))]
-    best = max(detection.first_error_f1(detection.first_error_counts(rows, t).sum(0)) for t in every)
+    best = max(detection.first_error_f1(detection.first_error_counts(rows, t).sum(0)) for t in every(rows))
     chosen = detection.first_error_threshold(rows)
     assert detection.first_error_f1(detection.first_error_counts(rows, chosen).sum(0)) == pytest.approx(best, abs=1e-12)
     rows = step_rows(40, seed)
-    edges = sorted({0.0, 1.0, *(s for r in rows for s in r.scores)})
-    every = [*edges, *((a + b) / 2 for a, b in zip(edges, edges[1:], strict=False))]
-    best = max(detection.macro_f1(detection.step_counts(rows, t).sum(0)) for t in every)
+    best = max(detection.macro_f1(detection.step_counts(rows, t).sum(0)) for t in every(rows))
     chosen = detection.step_threshold(rows)
     assert detection.macro_f1(detection.step_counts(rows, chosen).sum(0)) == pytest.approx(best, abs=1e-12)
 
@@ -121,9 +123,7 @@ def test_the_thresholds_are_the_best_ones_for_scores_that_mislead():
     """Often the first wrong step has a higher score than one before it: no threshold finds that row."""
     for seed in range(60):
         rows = [*first_errors(12, seed, noise=1.0), Row("", "", (0.6,), label=-1), Row("", "", (0.4,), label=0)]
-        best = max(
-            detection.first_error_f1(detection.first_error_counts(rows, t).sum(0)) for t in np.linspace(0, 1, 2001)
-        )
+        best = max(detection.first_error_f1(detection.first_error_counts(rows, t).sum(0)) for t in every(rows))
         counts = detection.first_error_counts(rows, detection.first_error_threshold(rows)).sum(0)
         assert detection.first_error_f1(counts) == pytest.approx(best, abs=1e-12)
 

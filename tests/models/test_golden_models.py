@@ -5,6 +5,7 @@ size or an id: MMPRM_GOLDEN may name another set.
 """
 
 import functools
+import itertools
 import json
 import re
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, MODELS, generate_greedily
+from conftest import GOLDEN, MODELS, generate_greedily, some_models
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -26,6 +27,7 @@ from mmprm_jax.sharding import put_batch
 from mmprm_jax.training.losses import prm_loss
 
 TOLERANCE = 1e-4
+pytestmark = pytest.mark.golden
 
 
 class Case:
@@ -80,7 +82,7 @@ def case_of(mesh_of):
     return functools.cache(lambda name: Case(name, mesh_of(data=1)))
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=some_models())
 def case(request, case_of):
     return case_of(request.param)
 
@@ -241,8 +243,19 @@ def test_greedy_generation(case):
     close(got[:, -2], case.reference["gen_last_logits"])
 
 
-@pytest.mark.parametrize("shape", [dict(data=1, fsdp=2, tensor=4), dict(data=2, fsdp=4, tensor=1), dict(data=8)])
-@pytest.mark.parametrize("name", dict.fromkeys(MODELS[:1] + MODELS[-2:]))
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        pytest.param(name, shape, marks=pytest.mark.slow if number else ())  # the first of them is quick
+        for number, (name, shape) in enumerate(
+            itertools.product(
+                dict.fromkeys(MODELS[-2:] + MODELS[:1]),
+                [dict(data=1, fsdp=2, tensor=4), dict(data=2, fsdp=4, tensor=1), dict(data=8)],
+            )
+        )
+    ],
+    ids=str,
+)
 def test_sharded_import_computes_the_same(case_of, mesh_of, name, shape):
     """To 1e-5 of the largest logit: the original's own logits move by 2e-5 when all positions shift by one."""
     one, eight = case_of(name), Case(name, mesh_of(**shape))

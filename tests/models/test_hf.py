@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import GOLDEN, MODELS
+from conftest import GOLDEN, MODELS, some_models
 from safetensors.numpy import load_file, save_file
 
 from mmprm_jax import convert
@@ -20,6 +20,7 @@ from mmprm_jax.models.released import NAMED, named
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import UserError
 
+SLOW = pytest.mark.slow
 NATIVE_MODELS = [
     m for m in MODELS if hf_config.kind_of(hf.read_json(GOLDEN / "models" / m / "config.json")) == hf_config.NATIVE
 ]
@@ -64,8 +65,8 @@ def weight_files(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == hf.INDEX}
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("kind", ["single", "sharded", "bfloat16"])
+@pytest.mark.parametrize("name", some_models())
+@pytest.mark.parametrize("kind", ["single", pytest.param("sharded", marks=SLOW), pytest.param("bfloat16", marks=SLOW)])
 def test_round_trip_is_byte_identical(golden, tmp_path, mesh_of, mesh8, name, kind):
     """To Orbax on one mesh and back from another: every tensor, and indeed every file."""
     source = copied(golden, name, tmp_path / "source")

@@ -228,7 +228,15 @@ def loss_and_grads(tiny):
     return call
 
 
-@pytest.mark.parametrize("shape, remat", [((8, 1, 1), "none"), ((2, 2, 2), "full"), ((1, 4, 2), "attention")], ids=str)
+@pytest.mark.parametrize(
+    "shape, remat",
+    [
+        pytest.param((8, 1, 1), "none", marks=pytest.mark.slow),
+        ((2, 2, 2), "full"),
+        pytest.param((1, 4, 2), "attention", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_same_on_every_mesh(mesh_of, loss_and_grads, shape, remat):
     (loss, logits), grads = loss_and_grads(mesh_of(data=1), "none")
     mesh = mesh_of(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
@@ -256,7 +264,7 @@ def test_parameters_are_sharded(mesh_of, tiny):
     )
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_program_does_not_grow_with_depth(mesh, tiny, remat):
     def size(layers):
         cfg = dataclasses.replace(

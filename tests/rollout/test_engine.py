@@ -203,16 +203,22 @@ FEW = 40  # places of one shard: just enough for the longest problem
 SHAPES = [dict(shape=dict(data=8), places=8 * FEW), dict(shape=dict(data=2, fsdp=2, tensor=2), places=4 * FEW)]
 
 
+def slow(**settings):
+    """Settings whose programs take seconds to compile, where others say nearly the same."""
+    return pytest.param(settings, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(slots=1, rows=1, samples=1),
-        dict(slots=64),
+        slow(slots=1, rows=1, samples=1),
+        slow(slots=64),
         dict(rows=3, samples=2, steps=3),
         dict(steps=1),
         dict(steps=1000),
         dict(places=FEW),
-        *SHAPES,
+        slow(**SHAPES[0]),
+        SHAPES[1],
     ],
     ids=str,
 )
@@ -223,7 +229,7 @@ def test_invariance(make, groups, samples, settings):
     check_counts(engine, groups, samples)
 
 
-@pytest.mark.parametrize("settings", [{}, dict(slots=3), dict(shape=dict(data=2, fsdp=2, tensor=2))], ids=str)
+@pytest.mark.parametrize("settings", [{}, slow(slots=3), slow(shape=dict(data=2, fsdp=2, tensor=2))], ids=str)
 def test_caches_in_blocks(make, groups, samples, logits_of, monkeypatch, settings):
     """Of a slot's cache, 3 + 3 + 2 columns, only the blocks in use are worked on; the samples are the same."""
     monkeypatch.setattr(engine_module.device, "_BLOCK", 3)
@@ -258,7 +264,7 @@ def contexts(groups):
     return {(g.problem, g.prefix[: i + 1]) for g in groups for i in range(len(g.prefix))}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_order_and_time_of_submission(make, groups, samples, seed):
     """In random order, some while others are under way, with a small pool; problems are released when they are done."""
     rng = np.random.default_rng(seed)
@@ -280,9 +286,10 @@ def test_order_and_time_of_submission(make, groups, samples, seed):
     assert_same(engine.sample(groups), samples)  # once more, of what is left in the cache
 
 
-def test_problems_are_released_while_others_wait(make, groups, samples):
+@pytest.mark.parametrize("settings", [slow(**SHAPES[0]), SHAPES[1]], ids=str)
+def test_problems_are_released_while_others_wait(make, groups, samples, settings):
     """Releasing is allowed at any time, also while groups of the problem are still to come."""
-    engine = make(**SHAPES[0])
+    engine = make(**settings)
     for group in groups:
         engine.submit(group)
     found = {}
@@ -293,7 +300,7 @@ def test_problems_are_released_while_others_wait(make, groups, samples):
     assert_same([found[g.id] for g in groups], samples)
 
 
-@pytest.mark.parametrize("settings", [dict(places=FEW), *SHAPES], ids=str)
+@pytest.mark.parametrize("settings", [dict(places=FEW), *(slow(**shape) for shape in SHAPES)], ids=str)
 def test_problems_that_were_forgotten_come_back(make, base, settings):
     """The pools are too small for the problems of a shard; others may have more room when one comes back."""
     rng = np.random.default_rng(3)
@@ -358,6 +365,7 @@ def test_normalised_pixels(base, groups, samples):
     assert_same(found, [samples[g.id] for g in shown])
 
 
+@pytest.mark.slow
 def test_ordinary_sizes(tiny, mesh_of):
     """Log-probabilities hardly depend on what is sampled beside, with whole vectors of a processor in every sum."""
     decoder = dataclasses.replace(tiny.cfg.decoder, hidden_size=64, head_dim=16, intermediate_size=128)
@@ -413,7 +421,7 @@ def narrow(make):
     return make(least=8)
 
 
-@pytest.mark.parametrize("tiles", [0, 1])
+@pytest.mark.parametrize("tiles", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_border_of_an_extension(narrow, logits_of, tiles):
     """Greedily: the tokens of a plain loop of full forwards. Each prefix is computed in a batch of its width."""
     groups = border_groups(tiles, GREEDY)
@@ -422,6 +430,7 @@ def test_every_border_of_an_extension(narrow, logits_of, tiles):
     check_against_full_forwards(sampled, narrow.sample(sampled), logits_of)
 
 
+@pytest.mark.slow
 def test_every_border_of_a_row(narrow, logits_of):
     """One after the other: the rows are as wide as this prefix needs. They grow and shrink."""
     groups = [g for tiles in (0, 1) for g in border_groups(tiles, GREEDY) if len(g.prefix) in (7, 8, 9, 16)]
@@ -628,6 +637,7 @@ def test_penalty_on_every_sampled_token(base, logits_of):
     assert repeats > 10  # without the penalty a token would have come again
 
 
+@pytest.mark.slow
 def test_samples_of_other_keys_and_groups_are_independent(many, exact_pairs):
     """One sample each of 1500 groups with keys that differ a little, by chi-square as well."""
     rng = np.random.default_rng(17)
@@ -704,6 +714,7 @@ def test_the_image_tower_runs_once_per_problem(make, groups, samples, monkeypatc
     assert sum(seen) == 4 + tiles["problem 2"] == 6 and engine.counts.images == 4
 
 
+@pytest.mark.slow
 def test_slots_are_refilled(make):
     """Samples of very different lengths: slots are never idle but at the end."""
     rng, slots = np.random.default_rng(0), 16
@@ -819,6 +830,7 @@ def test_one_problem_fills_the_cache(make, at_once):
 # Small things.
 
 
+@pytest.mark.slow
 def test_samples_that_end_at_once(make, base):
     """Rows whose samples all end with their first token are done before any of them got a slot."""
     rng = np.random.default_rng(6)

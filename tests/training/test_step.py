@@ -44,7 +44,7 @@ def curve_of(tmp_path_factory):
     [
         pytest.param((("data", 8),), 1, marks=pytest.mark.slow),
         pytest.param((("fsdp", 4), ("tensor", 2)), 1, marks=pytest.mark.slow),
-        ((("data", 2), ("fsdp", 2), ("tensor", 2)), 2),
+        pytest.param((("data", 2), ("fsdp", 2), ("tensor", 2)), 2, marks=pytest.mark.slow),
         ((("data", 1),), 4),
     ],
     ids=str,
@@ -178,7 +178,14 @@ def test_bfloat16_is_near_and_keeps_float32_masters(mesh):
         step_of(TINY, mesh, dtype="float16")
 
 
-@pytest.mark.parametrize("name, moments", [("adamw", "bfloat16"), ("adafactor", "float32"), ("muon", "bfloat16")])
+@pytest.mark.parametrize(
+    "name, moments",
+    [
+        ("adamw", "bfloat16"),
+        pytest.param("adafactor", "float32", marks=pytest.mark.slow),
+        pytest.param("muon", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_optimizers_learn(tmp_path, name, moments):
     chosen = optimizers.Settings(name, 1e-2, warmup=0.1, moments=moments)
     train(tmp_path, ONE, optimizer=chosen)
@@ -221,7 +228,7 @@ def test_abstract_state_is_the_states(mesh_of):
     assert jax.tree.leaves(want[1])[0].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "attention"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full", "attention"])
 def test_the_program_does_not_grow_with_depth(mesh, remat):
     def lines(layers):
         cfg = dataclasses.replace(
