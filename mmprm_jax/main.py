@@ -233,10 +233,11 @@ def run() -> None:
     keep_memory()  # before the numeric libraries start threads
     again = "begins again" if sys.argv[1:2] and sys.argv[1] in _BEGIN_AGAIN else "goes on from here"
     with interruption.handling(again, stays=True):
-        _run()
+        dispatch()
 
 
-def _run() -> None:
+def dispatch() -> None:
+    """Runs the command of ``sys.argv``."""
     from mmprm_jax import config as configs
     from mmprm_jax.records import UserError
 

@@ -245,7 +245,7 @@ def mmprm_here(capfd, monkeypatch):
 
     For commands that fail early or need no device: there are eight devices here, and other options for XLA.
     """
-    from mmprm_jax import main
+    from mmprm_jax import interruption, main
 
     def run(*words):
         capfd.readouterr()
@@ -254,7 +254,8 @@ def mmprm_here(capfd, monkeypatch):
         with monkeypatch.context() as patch, flagsaver.flagsaver():
             patch.setattr(sys, "argv", ["mmprm", *map(str, words)])
             try:
-                main.run()
+                with interruption.handling():
+                    main.dispatch()
             except SystemExit as ended:
                 code = ended.code or 0
         root.handlers[:] = handlers  # absl adds its own
