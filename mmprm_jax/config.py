@@ -86,7 +86,7 @@ def guard_workdir(
             temporary.unlink()
         elif not path.exists():
             return workdir
-        stored = path.read_text()
+        stored = path.read_bytes().decode(errors="replace")
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{workdir}: not a directory; choose another --workdir") from None
     except OSError as error:

@@ -26,8 +26,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mmprm_jax import config as configs
-from mmprm_jax import records, stages
+from mmprm_jax import io, manifest, records, stages
 from mmprm_jax.evaluation import best_of_n, stage, statistics
+from mmprm_jax.manifest import Depth
+from mmprm_jax.processes import in_first
 from mmprm_jax.records import ScoredCandidate, UserError
 from mmprm_jax.search import labels
 from mmprm_jax.training import losses, trainer
@@ -93,7 +95,8 @@ class CellRun(stages.Run):
 
     def __init__(self, base: stages.Run, config: ConfigDict, workdir: epath.Path):
         super().__init__(config, workdir, configs.to_text(config))
-        self._base, self.data, self.sampled, self.controls = base, base.data, base.sampled, False
+        self._base, self.root = base, base.root
+        self.data, self.sampled, self.controls = base.data, base.sampled, False
 
     def folder(self, stage: str) -> epath.Path:
         return (self.workdir if stage in ("train_prm", "evaluate") else self._base.workdir) / stage
@@ -113,6 +116,7 @@ def run(base: stages.Run, settings: Sequence[tuple[Cell, ConfigDict]], grid: Gri
     """
     if base.figures("annotate") is None:
         raise UserError(f"{base.workdir}: its annotation has not finished; run `mmprm annotate` there first")
+    in_first(lambda: manifest.check(base, ["data", "sft", "annotate"], Depth.ALL))
     for _, config in settings:  # told before anything is trained
         _check(config)
     base.controls, folder = False, base.workdir / "sweep"
@@ -127,10 +131,8 @@ def run(base: stages.Run, settings: Sequence[tuple[Cell, ConfigDict]], grid: Gri
     results = [_result(cell, cell_run) for (cell, _), cell_run in zip(settings, runs, strict=True)]
     found = tables(grid, results)
     text = to_markdown(found)
-    stages.write_json(folder / "table.json", found)
-    temporary = folder / "table.md.tmp"
-    temporary.write_text(text)
-    temporary.replace(folder / "table.md")
+    io.write_json(folder / "table.json", found)
+    io.write(folder / "table.md", text)
     return f"{text}\n{folder / 'table.md'}"
 
 
@@ -150,6 +152,7 @@ class Result:
 
 
 def _result(cell: Cell, cell_run: CellRun) -> Result:
+    manifest.check(cell_run, ["train_prm", "evaluate"], Depth.RECORDS)
     groups: dict[str, list[ScoredCandidate]] = {p.id: [] for p in cell_run.problems("test")}
     for x in records.read(cell_run.folder("evaluate") / "test_scored.jsonl", ScoredCandidate):
         groups[x.candidate.problem_id].append(x)

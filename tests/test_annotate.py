@@ -287,11 +287,11 @@ def test_without_checkpoints_only_finished_trees_stay(made_up, tmp_path):
 
 
 def test_interrupted_between_the_last_tree_of_a_shard_and_its_file(made_up, tmp_path, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise toy.Interrupted
 
     with monkeypatch.context() as patch, pytest.raises(toy.Interrupted):
-        patch.setattr("mmprm_jax.search.store._replace", interrupt)
+        patch.setattr("mmprm_jax.search.store.io.write", interrupt)
         grown(tmp_path, toy.MadeUp(), checkpoint_seconds=1e9)
     assert not list(tmp_path.glob("trees-*.jsonl"))
     grown(tmp_path, toy.MadeUp())

@@ -8,20 +8,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 
-from mmprm_jax import records
+from mmprm_jax import io, records
 from mmprm_jax.processes import is_first, wait_for_all
-from mmprm_jax.records import UserError
 from mmprm_jax.training.preemption import Preemption
 
 
 class Pieces:
     """Context manager that keeps finished pieces of work beside ``path`` until ``finish`` writes the file itself.
 
-    ``path.parts/<process>-<i>.jsonl`` hold lines {"key", "value"}, each file written whole. They are saved every
-    ``seconds``, when the process is asked to end (it then does, with 143; several processes, whose pieces differ, go on
-    until they are killed) and on the way out of the context, whatever the reason.
+    ``path.parts/<process>-<i>.jsonl`` hold checked lines {"key", "value"}, each file written whole. They are saved
+    every ``seconds``, when the process is asked to end (it then does, with 143; several processes, whose pieces differ,
+    go on until they are killed) and on the way out of the context, whatever the reason.
     """
 
     def __init__(self, path: epath.Path, preemption: Preemption, seconds: float = 30.0):
@@ -33,16 +33,14 @@ class Pieces:
         self._saves = sum(file.name.startswith(f"{self._mine}-") for file in self._read())
 
     def _read(self) -> list[epath.Path]:
-        """Takes over what all processes have saved. Returns the files. Raises UserError."""
+        """Takes over what all processes have saved. Returns the files."""
         files = sorted(self._folder.glob("*.jsonl")) if self._folder.exists() else []
         for file in files:
-            try:
-                rows = [json.loads(line) for line in file.read_text().split("\n") if line]
-                self.done |= {row["key"]: row["value"] for row in rows}
-            except (ValueError, TypeError, KeyError):
-                raise UserError(
-                    f"{file}: not what an interrupted run leaves; delete it, its work is done anew"
-                ) from None
+            lines, intact = io.read_checked(file)
+            if not intact:
+                logging.warning("%s: damaged; what it held is made again", file)
+            rows = map(json.loads, lines)
+            self.done |= {row["key"]: row["value"] for row in rows}
         return files
 
     def __enter__(self) -> Pieces:
@@ -70,18 +68,15 @@ class Pieces:
         wait_for_all(f"{self.path}: made")
         if is_first():
             self._read()
-            records.write(self.path, rows)
+            records.write(self.path, rows, noted=True)
             if self._folder.exists():
                 self._folder.rmtree()
         wait_for_all(f"{self.path}: written")
 
     def _save(self) -> None:
         if self._unsaved:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = self._folder / f"{self._mine}-{self._saves:06d}.jsonl"
-            temporary = self._folder / f"{file.name}.tmp"
-            temporary.write_text("".join(json.dumps({"key": k, "value": v}) + "\n" for k, v in self._unsaved.items()))
-            temporary.replace(file)
+            lines = (io.checked_line(json.dumps({"key": k, "value": v})) for k, v in self._unsaved.items())
+            io.write(self._folder / f"{self._mine}-{self._saves:06d}.jsonl", "".join(lines))
             self._saves += 1
             self._unsaved.clear()
         self._saved = time.monotonic()

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mmprm_jax.processes import is_first, wait_for_all
+from mmprm_jax import manifest
+from mmprm_jax.processes import any_process, is_first, wait_for_all
 from mmprm_jax.records import UserError
 
 
@@ -75,7 +74,7 @@ class Checkpoints:
                 problem = "" if restored is not None else "its state is missing"
             except Exception as error:  # whatever a damaged file makes of a reader
                 problem = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
-            if _any_process(bool(problem)):
+            if any_process(bool(problem)):
                 broken.append(step)
                 logging.warning("%s: the checkpoint of step %d cannot be read (%s)", self._folder, step, problem)
                 continue
@@ -105,13 +104,6 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=self._options)
 
 
-def _any_process(value: bool) -> bool:
-    if jax.process_count() == 1:
-        return value
-    wait_for_all("any process")  # often the first collective operation, whose set-up has half a minute
-    return bool(np.any(multihost_utils.process_allgather(np.array(value))))
-
-
 def save_params(path: epath.PathLike, params: Any) -> None:
     """Writes a finished parameter tree; an older one there is replaced."""
     with ocp.StandardCheckpointer() as checkpointer:
@@ -119,9 +111,20 @@ def save_params(path: epath.PathLike, params: Any) -> None:
 
 
 def load_params(path: epath.PathLike, abstract: Any) -> Any:
-    """Reads a parameter tree into the shapes and shardings of ``abstract``. Raises UserError when there is none."""
+    """Reads a parameter tree into the shapes and shardings of ``abstract``.
+
+    Raises UserError when there is none, when it is not what a finished stage wrote, or cannot be read.
+    """
     path = absolute(path)
     if not path.exists():
         raise UserError(f"{path}: no weights there; the stage that trains them has not run")
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, abstract)
+    if is_first():
+        manifest.check_file(path)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path, abstract)
+    except Exception as error:  # whatever a damaged file makes of a reader
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path}: these weights cannot be read as this model's ({type(error).__name__}: {reason}); make them again"
+        ) from None
