@@ -16,7 +16,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from absl import logging
@@ -25,7 +25,7 @@ from etils import epath
 from mmprm_jax.errors import UserError
 
 SUMS = "sums"
-_SEAL = "checksum"
+_SEAL = "seal"
 _BLOCK = 2**20
 _unnoted: set[str] = set()  # folders of which it has been said that their files cannot be checked
 
@@ -53,7 +53,7 @@ def replacing(path: epath.PathLike, noted: bool = False, lasting: bool = False) 
             file.flush()
             os.fsync(file.fileno())
     if noted:  # first: a file without its note could not be checked
-        write_sealed(_note(path), dataclasses.asdict(_read(temporary, _has_records(path))))
+        write_sealed(_note(path), dataclasses.asdict(_read(temporary, _has_records(path))), lasting)
     temporary.replace(path)
 
 
@@ -63,9 +63,9 @@ def write(path: epath.PathLike, content: bytes | str, noted: bool = False, lasti
         file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
-def write_json(path: epath.PathLike, values: Mapping[str, Any]) -> None:
+def write_json(path: epath.PathLike, values: Mapping[str, Any], lasting: bool = False) -> None:
     """Writes strict JSON; a NaN or an infinity becomes null."""
-    write(path, json.dumps(_strict(values), indent=1, allow_nan=False) + "\n")
+    write(path, json.dumps(_strict(values), indent=1, allow_nan=False) + "\n", lasting=lasting)
 
 
 def _strict(value: Any) -> Any:
@@ -85,9 +85,9 @@ def seal_of(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_sealed(path: epath.PathLike, values: Mapping[str, Any]) -> None:
+def write_sealed(path: epath.PathLike, values: Mapping[str, Any], lasting: bool = False) -> None:
     """As ``write_json``, with a checksum of the content in it."""
-    write_json(path, {**values, _SEAL: seal_of(values)})
+    write_json(path, {**values, _SEAL: seal_of(values)}, lasting)
 
 
 def read_sealed(path: epath.PathLike, again: str, unsealed: bool = False) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def read_sealed(path: epath.PathLike, again: str, unsealed: bool = False) -> dic
         raise UserError(f"{path}: damaged, not JSON ({' '.join(str(error).split())}); {again}") from None
     seal = found.pop(_SEAL, None)
     if seal != seal_of(found) and not (unsealed and seal is None):
-        raise UserError(f"{path}: damaged, its content does not fit its checksum; {again}")
+        raise UserError(f"{path}: damaged, its content does not fit its seal; {again}")
     return found
 
 
@@ -150,6 +150,13 @@ def _read(path: epath.Path, records: bool) -> Entry:
             lines += block.count(b"\n") if records else 0
             last = block[-1:]
     return Entry(size, digest.hexdigest(), lines + (last != b"\n") if records else None)
+
+
+def walk(folder: epath.Path, skipped: Callable[[str], bool] = lambda name: False) -> Iterator[epath.Path]:
+    """All files below a folder, in order, without those, and the folders, whose name is ``skipped``."""
+    for path in sorted(folder.iterdir()):
+        if not skipped(path.name):
+            yield from walk(path, skipped) if path.is_dir() else (path,)
 
 
 def length(path: epath.PathLike) -> int:

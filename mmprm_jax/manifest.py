@@ -16,7 +16,7 @@ import enum
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from absl import logging
@@ -230,17 +230,11 @@ def _made_of(run: Run, stages: Sequence[str]) -> Entries:
 
 
 def _files(folder: epath.Path) -> Entries:
-    return {path.relative_to(folder).as_posix(): io.measure(path) for path in _walk(folder)}
+    return {path.relative_to(folder).as_posix(): io.measure(path) for path in io.walk(folder, _is_work)}
 
 
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name in _WORK or path.suffix in (".tmp", ".part", ".parts") or path.name.startswith("events.out."):
-            continue
-        if path.is_dir():
-            yield from _walk(path)
-        else:
-            yield path
+def _is_work(name: str) -> bool:
+    return name in _WORK or name.endswith((".tmp", ".part", ".parts")) or name.startswith("events.out.")
 
 
 def _list_images(run: Run, path: epath.Path) -> None:

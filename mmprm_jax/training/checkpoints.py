@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -12,8 +14,8 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mmprm_jax import manifest
-from mmprm_jax.processes import any_process, is_first, wait_for_all
+from mmprm_jax import io, manifest
+from mmprm_jax.processes import any_process, is_first, share, wait_for_all
 from mmprm_jax.records import UserError
 
 
@@ -27,7 +29,8 @@ class Checkpoints:
     """Training states, saved asynchronously; each holds weights, optimizer and the position in the data.
 
     The newest ``keep`` stay on disk, and the ``best`` ones by the metric ``loss``. What a killed process left half
-    written is removed.
+    written is removed. Orbax reads a flipped bit of an array as another number: the checksums of a checkpoint's files
+    are in ``sums/checkpoint-<step>.json`` beside the folder.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 2, best: int = 0):
@@ -38,6 +41,7 @@ class Checkpoints:
             create=True,
             cleanup_tmp_directories=True,
             preservation_policy=policies.AnyPreservationPolicy([newest, lowest] if best else [newest]),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._note),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=self._options)
 
@@ -54,6 +58,8 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, position: Any, metrics: Mapping[str, float]) -> None:
         """Begins to save; ``state`` may be donated at once. position: JSON, the same on every process."""
+        self.wait()
+        self._saving = step
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"position": position}))
         self._manager.save(step, args=args, metrics=dict(metrics))
 
@@ -68,6 +74,14 @@ class Checkpoints:
         broken: list[int] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             problem = ""
+            try:
+                problem = self._changed(step)
+            except Exception as error:
+                problem = str(error)
+            if any_process(bool(problem)):  # before Orbax reads it, which says much about damaged files
+                broken.append(step)
+                logging.warning("%s: the checkpoint of step %d is damaged (%s)", self._folder, step, problem)
+                continue
             try:
                 found = self._manager.restore(step, args=args)
                 restored, position = found["state"], found["data"]["position"]
@@ -86,6 +100,36 @@ class Checkpoints:
                 " folder to begin again, or run with the settings that made them"
             )
         return 0, state, None
+
+    def _note_path(self, step: int | str) -> epath.Path:
+        return self._folder.parent / io.SUMS / f"checkpoint-{step}.json"
+
+    def _note(self) -> None:
+        """Notes the files of the checkpoint that is complete but for its name; the first process does."""
+        step = str(self._saving)
+        names = [step, *(path.name for path in self._folder.iterdir() if path.name.startswith(f"{step}.orbax"))]
+        folder = self._folder / names[-1]
+        files = list(io.walk(folder, lambda name: name == "_CHECKPOINT_METADATA"))  # times, and nothing that is read
+        with ThreadPoolExecutor(8) as threads:
+            entries = list(threads.map(io.measure, files))
+        found = {p.relative_to(folder).as_posix(): dataclasses.asdict(x) for p, x in zip(files, entries, strict=True)}
+        io.write_sealed(self._note_path(step), found)
+        for old in self._note_path("").parent.glob("checkpoint-*.json"):
+            number = old.name.removeprefix("checkpoint-").removesuffix(".json")
+            if number != step and not (self._folder / number).exists():
+                old.unlink(missing_ok=True)
+
+    def _changed(self, step: int) -> str:
+        """What is wrong with the files of a checkpoint, if they were noted. Each process looks at its share."""
+        note, folder = self._note_path(step), self._folder / str(step)
+        if not note.exists():
+            logging.warning("%s: there is no checksum of it; it is taken as it is", folder)
+            return ""
+        wanted = io.read_sealed(note, f"delete it, and step {step} is read as it is")
+        mine = share(sorted(wanted))
+        with ThreadPoolExecutor(8) as threads:
+            found = threads.map(lambda name: io.difference(folder / name, io.Entry(**wanted[name])), mine)
+            return next((f"{folder / name}: {what}" for name, what in zip(mine, found, strict=True) if what), "")
 
     def _set_aside(self, broken: list[int], step: int) -> None:
         """Makes room for saving the broken steps again."""
