@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-import os
 import runpy
 import shutil
 from pathlib import Path
 
+import damage
 import jax
 import orbax.checkpoint as ocp
 import pytest
@@ -22,7 +22,6 @@ from mmprm_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
 ALL = ["data", "sft", "annotate", "train_prm", "evaluate", "report"]
-UNREAD = ("events.", ".tmp", "_CHECKPOINT_METADATA")  # logs and times, which nothing reads
 
 
 def tiny_config(**data):
@@ -157,68 +156,6 @@ def states(quick, tmp_path_factory):
     return found
 
 
-def halved(content):
-    return content[: len(content) // 2]
-
-
-def cut_at_a_line(content):
-    lines = content.splitlines(keepends=True)
-    return b"".join(lines[: (len(lines) + 1) // 2]) if len(lines) > 1 else None
-
-
-def flipped(content):
-    """A digit where there is one: what is most likely to be read as something else."""
-    at = [i for i, byte in enumerate(content) if byte in b"012345678"]
-    at = at[len(at) // 2] if at else len(content) // 2
-    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] if content else None
-
-
-DAMAGES = {
-    "half": halved,
-    "line": cut_at_a_line,
-    "empty": lambda content: b"" if content else None,
-    "flip": flipped,
-    "text": lambda content: b"hello, world\n",
-    "not UTF-8": lambda content: b"\xff\xfe" + content,
-    "gone": None,
-}
-
-
-def damage(path, name):
-    """Damages a file. Returns whether it differs now."""
-    if name == "gone":
-        path.unlink()
-        return True
-    content = path.read_bytes()
-    changed = DAMAGES[name](content)
-    if changed is None or changed == content:
-        return False
-    path.write_bytes(changed)
-    return True
-
-
-def files_of(workdir):
-    """All files, but of the images a few."""
-    found = [p for p in sorted(workdir.rglob("*")) if p.is_file() and not any(x in p.name for x in UNREAD)]
-    images = [p for p in found if p.parent.name == "images"]
-    return [p for p in found if p not in images or p in images[::8]]
-
-
-def each_damage(workdir, copy, wanted=lambda path: True):
-    """Yields (file, damage) for a fresh copy each."""
-    for path in files_of(workdir):
-        inside = path.relative_to(workdir)
-        for name in DAMAGES if wanted(inside) else ():
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(workdir, copy, copy_function=os.link)
-            target = copy / inside
-            content = target.read_bytes()
-            target.unlink()  # the copy shares its content with the original
-            target.write_bytes(content)
-            if damage(target, name):
-                yield target, name
-
-
 def outcome(workdir, command, whole):
     """What becomes of a damaged run: "told" with the line, "same" figures, or "other"."""
     try:
@@ -235,12 +172,12 @@ def outcome(workdir, command, whole):
 def test_a_finished_run_is_told_or_the_same(states, tmp_path):
     """`mmprm pipeline` on a finished run reads all but the weights; everything that it has is compared before."""
     whole, table = figures(states["finished"]), []
-    for path, name in each_damage(states["finished"], tmp_path / "w", lambda p: p.parts[1:2] != ("checkpoints",)):
+    for path, name in damage.each(states["finished"], tmp_path / "w", lambda p: p.parts[1:2] != ("checkpoints",)):
         inside = path.relative_to(tmp_path / "w")
         end, line = outcome(tmp_path / "w", "pipeline", whole)
         table.append((str(inside), name, end, line))
         assert end != "other", (inside, name)
-        assert end == "same" or (path.name in line and "\n" not in line), (inside, name, line)
+        assert end == "same" or is_line(line, path), (inside, name, line)
         if inside.parts[0] in ALL[:5] and inside.parts[1] not in ("input", "sums", "metrics.jsonl", "images"):
             expected = {"told"} if name in ("half", "empty", "gone") else {"told", "same"}  # weights: not of that size
             assert end in expected, (inside, name)
@@ -261,7 +198,7 @@ def test_an_unfinished_run_is_told_or_goes_on_to_the_same(states, tmp_path, stat
         parts = inside.parts
         return parts[0] in kept and ("checkpoints" not in parts or (parts[2] == "4" and parts[-1] < "3"))
 
-    for path, name in each_damage(states[state], tmp_path / "w", wanted):
+    for path, name in damage.each(states[state], tmp_path / "w", wanted):
         inside = path.relative_to(tmp_path / "w")
         try:
             go_on(tmp_path / "w", stage)
@@ -270,7 +207,7 @@ def test_an_unfinished_run_is_told_or_goes_on_to_the_same(states, tmp_path, stat
             end, line = "told", str(error)
         table.append((str(inside), name, end, line))
         assert end != "other", (inside, name)
-        assert end == "same" or (path.name in line and "\n" not in line), (inside, name, line)
+        assert end == "same" or is_line(line, path), (inside, name, line)
     show(table)
 
 
@@ -284,6 +221,11 @@ def result(workdir, stage):
         with ocp.StandardCheckpointer() as checkpointer:
             weights = [x.tobytes() for x in jax.tree.leaves(jax.device_get(checkpointer.restore(folder / "params")))]
     return {k: v for k, v in done.items() if k not in ("seconds", "manifest", "seal")}, files, weights
+
+
+def is_line(line, path):
+    """Whether it names the file; of the configuration it names what is another."""
+    return "\n" not in line and (path.name in line or (path.name == "config.json" and "was made with another" in line))
 
 
 def show(table):

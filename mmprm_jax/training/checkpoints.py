@@ -80,7 +80,7 @@ class Checkpoints:
                 problem = str(error)
             if any_process(bool(problem)):  # before Orbax reads it, which says much about damaged files
                 broken.append(step)
-                logging.warning("%s: the checkpoint of step %d is damaged (%s)", self._folder, step, problem)
+                logging.warning("%s: the checkpoint of step %d cannot be read (%s)", self._folder, step, problem)
                 continue
             try:
                 found = self._manager.restore(step, args=args)

@@ -189,5 +189,7 @@ def test_checksum(tmp_path):
     a.write_bytes(b"x" * 3_000_000), b.write_bytes(b"y")
     before = training_files.checksum([a, b])
     assert before == training_files.checksum([a, b]) != training_files.checksum([b, a])
+    with pytest.raises(UserError, match="c.jsonl: no such file; put it there"):
+        training_files.checksum([a, tmp_path / "c.jsonl"])
     a.write_bytes(b"x" * 2_999_999 + b"z")
     assert training_files.checksum([a, b]) != before

@@ -120,6 +120,23 @@ def test_a_shard_is_on_disk_before_it_has_its_name_and_its_parts_go(tmp_path, mo
     assert size == (tmp_path / "trees-000000.jsonl").stat().st_size
 
 
+@pytest.mark.parametrize(
+    "change", [lambda x: b"", lambda x: x.split(b"\n")[0] + b"\n", lambda x: x.replace(b"1", b"2")]
+)
+def test_a_shard_that_is_no_longer_what_was_written_is_refused(tmp_path, change):
+    store = open_store(tmp_path)
+    for i in range(3):
+        store.add(i, tree_of(PROBLEMS[i], []))
+    path = tmp_path / "trees-000000.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(change(whole))
+    assert path.read_bytes() != whole
+    with pytest.raises(UserError, match="trees-000000.jsonl: damaged, .*; delete it, the same command makes it again"):
+        open_store(tmp_path)
+    path.unlink()
+    assert open_store(tmp_path).todo[:3] == [0, 1, 2]
+
+
 # Interruptions
 
 
