@@ -42,7 +42,7 @@ READS: Mapping[str, tuple[str, ...]] = {
 }
 # In a stage's folder, but not what it hands on: state to go on from, logs, and images, which have their own list.
 _WORK = {DONE, BEGUN, io.SUMS, "checkpoints", "checkpoints_damaged", "input", "metrics.jsonl", "images"}
-_told: set[str] = set()  # stages of which it has been said that they cannot be checked
+_told: set[str] = set()  # work directories of which it has been said that they cannot be checked
 Entries = dict[str, Entry]
 
 
@@ -122,9 +122,9 @@ def _manifest(folder: epath.Path, remedy: str) -> tuple[Entries, Entries] | None
     if done is None:
         return None
     if "manifest" not in done:
-        if os.fspath(folder) not in _told:
-            logging.warning("%s: of an older version, without checksums: it is taken as it is", folder / DONE)
-            _told.add(os.fspath(folder))
+        if os.fspath(folder.parent) not in _told:
+            logging.warning("%s: of an older version, without checksums: its stage is taken as it is", folder / DONE)
+            _told.add(os.fspath(folder.parent))
         return None
     found = done["manifest"]
     return _entries(found["files"]), _entries(found["made_of"])
