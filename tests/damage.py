@@ -53,11 +53,11 @@ def files_of(workdir):
     return [p for p in found if p not in images or p in images[::8]]
 
 
-def each(workdir, copy, wanted=lambda path: True):
+def each(workdir, copy, wanted=lambda path: True, names=tuple(DAMAGES)):
     """Yields (file, damage) for a fresh copy each."""
     for path in files_of(workdir):
         inside = path.relative_to(workdir)
-        for name in DAMAGES if wanted(inside) else ():
+        for name in names if wanted(inside) else ():
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(workdir, copy, copy_function=os.link)
             target = copy / inside
