@@ -37,6 +37,7 @@ from mmprm_jax.launch.job import COMMANDS
 
 _CONFIG = flags.DEFINE_string("config", None, "configuration file, FILE or FILE:ARG")
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of this run: data, weights, trees, report")
+_FORCE_STAGE = flags.DEFINE_string("force-stage", None, "stages: the one to make anew, with all that follows from it")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "convert, score: of the weights; default: as stored")
 _PRM = flags.DEFINE_bool("prm", False, "convert: add the token <prm>, to train a policy on as a PRM")
 _VERIFY = flags.DEFINE_bool("verify", False, "convert: read the result again and compare every tensor")
@@ -70,7 +71,8 @@ _TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e-8"], "bench rollout: TPUs to
 
 _USAGE = (
     "usage: mmprm {data,sft,annotate,train_prm,evaluate,report,pipeline} --config=FILE[:ARG] --workdir=DIR"
-    " [--config.key=value …] or: mmprm summary WORKDIR [WORKDIR …] or: mmprm convert SOURCE TARGET [--prm] [--verify]"
+    " [--config.key=value …] [--force-stage=STAGE]"
+    " or: mmprm summary WORKDIR [WORKDIR …] or: mmprm convert SOURCE TARGET [--prm] [--verify]"
     " [--dtype=bfloat16] [--layout=hf] or: mmprm score PROBLEMS.jsonl --model=MODEL [--output=FILE] [--template=NAME]"
     " or: mmprm bench {rollout [CASE …],annotate,train} [--json=FILE] or: mmprm launch {tpu,gke,slurm,local} --help"
     " or: mmprm config --config=FILE[:ARG] [--config.key=value …] [--check]"
@@ -138,6 +140,8 @@ def _command(argv: Sequence[str], overrides: Sequence[str]) -> None:
     run = _open(_CONFIG.value, overrides, _WORKDIR.value, _DISTRIBUTED.value)
     from mmprm_jax import stages
 
+    if _FORCE_STAGE.value:
+        stages.force(run, _FORCE_STAGE.value, argv[1])
     if argv[1] == "pipeline":
         stages.pipeline(run)
     else:

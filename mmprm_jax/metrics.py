@@ -13,7 +13,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from mmprm_jax import events
+from mmprm_jax import events, io
 
 _REMOTE_SECONDS = 30.0  # between two uploads of the whole file: object stores cannot append
 _LINE_SECONDS = 10.0  # between two progress lines where stderr is not a terminal
@@ -23,13 +23,18 @@ def read(directory: epath.PathLike) -> list[dict[str, Any]]:
     """The rows of ``<directory>/metrics.jsonl``, oldest first; none if there is no file. Torn lines are left out."""
     path = epath.Path(directory) / "metrics.jsonl"
     rows = []
-    for line in path.read_text().split("\n") if path.exists() else ():
+    *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    damaged = 0
+    for line in (*lines, torn):
         try:
             row = json.loads(line)
-        except ValueError:
-            continue  # a killed process leaves half a line
+        except (ValueError, RecursionError):
+            damaged += line != torn  # a killed process leaves half a line
+            continue
         if isinstance(row, dict) and "step" in row:
             rows.append(row)
+    if damaged:
+        logging.warning("%s: %d damaged lines are left out", path, damaged)
     return rows
 
 
@@ -93,9 +98,7 @@ class Metrics:
         self.close()
 
     def _rewrite(self) -> None:
-        temporary = self._path.parent / f"{self._path.name}.tmp"
-        temporary.write_text("".join(self._lines))
-        temporary.replace(self._path)
+        io.write(self._path, "".join(self._lines))
         if self._board:
             self._board.flush()
         self._written = time.monotonic()

@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from mmprm_jax import convert, interruption, records
+from mmprm_jax import convert, interruption, io, records
 from mmprm_jax.data import images as image_files
 from mmprm_jax.data.prompts import OWN, PRMTemplate, own_prm, prm_template
 from mmprm_jax.evaluation.score import Scorer, Solutions
@@ -203,19 +203,11 @@ def score_file(prm: PRM, model: str, problems: epath.PathLike, output: epath.Pat
             bad += "error" in row
             rows.append(json.dumps(row, ensure_ascii=False))
             bar.update()
-    # half a surrogate pair, which UTF-8 cannot hold, stays the JSON escape that it was
-    _replace(output, "".join(f"{row}\n" for row in rows).encode(errors="backslashreplace"))
+    io.write(output, "".join(f"{row}\n" for row in rows))
     part.unlink()
     if bad:
         raise UserError(f"{output}: {bad} of {len(lines)} rows could not be scored; their errors are in the file")
     return f"{output}: {len(lines)} problems scored"
-
-
-def _replace(path: epath.Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def _finished(part: epath.Path, run: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +224,7 @@ def _finished(part: epath.Path, run: dict[str, Any]) -> dict[str, Any]:
     for other in left:
         if other != run:
             raise UserError(f"{part}: left by a run with {other}; remove it or choose another --output")
-    _replace(part, whole + end)
+    io.write(part, whole + end)
     return done
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -45,6 +46,26 @@ def is_first() -> bool:
 def share(items: Sequence[T]) -> Sequence[T]:
     """This process's part of ``items``: every so many-th, which depends on nothing else."""
     return items[jax.process_index() :: jax.process_count()]
+
+
+def any_process(value: bool) -> bool:
+    """Whether it is so in any of the processes, which all ask."""
+    if jax.process_count() == 1:
+        return value
+    wait_for_all("any process")  # often the first collective operation, whose set-up has half a minute
+    return bool(np.any(multihost_utils.process_allgather(np.array(value))))
+
+
+def in_first(check: Callable[[], None]) -> None:
+    """Runs a check in the first process. Raises its UserError there, and one that says so in all others."""
+    error = None
+    if is_first():
+        try:
+            check()
+        except UserError as found:
+            error = found
+    if any_process(error is not None):
+        raise error or UserError("the first process has found something wrong, and says what")
 
 
 def wait_for_all(name: str) -> None:

@@ -20,9 +20,8 @@ from typing import Any, Protocol, TypeVar
 from absl import logging
 from etils import epath
 
-
-class UserError(Exception):
-    """A failure the user can mend. Shown as one line, without a traceback."""
+from mmprm_jax import io
+from mmprm_jax.errors import UserError as UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,16 +274,16 @@ def to_json(record: Any) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def write(path: epath.PathLike, records: Iterable[Any]) -> int:
-    """Writes a JSONL file in a stream, atomically (a temporary file, then a rename). Returns the number of records."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, count = path.parent / f"{path.name}.tmp", 0
-    with temporary.open("wb") as file:
+def write(path: epath.PathLike, records: Iterable[Any], noted: bool = False) -> int:
+    """Writes a JSONL file in a stream, whole or not at all. Returns the number of records.
+
+    noted: with a checksum beside it, as ``io.replacing``.
+    """
+    count = 0
+    with io.replacing(path, noted) as file:
         for record in records:
             file.write(to_json(record).encode() + b"\n")
             count += 1
-    temporary.replace(path)
     return count
 
 

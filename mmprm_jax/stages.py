@@ -16,22 +16,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 
 from mmprm_jax import annotate as annotation
-from mmprm_jax import convert, environment, interruption, records
+from mmprm_jax import convert, environment, interruption, io, manifest, records
 from mmprm_jax.data import digits, encode, training_files
 from mmprm_jax.data.encode import Language, Pixels
 from mmprm_jax.data.packing import Sizes
 from mmprm_jax.data.training_files import Encoded, TrainingSet
 from mmprm_jax.evaluation.stage import evaluate
+from mmprm_jax.manifest import Depth
 from mmprm_jax.models import build, hf_config, lora
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.processes import is_first, wait_for_all
+from mmprm_jax.processes import in_first, is_first, wait_for_all
 from mmprm_jax.records import Candidate, Problem, SFTExample, StepExample, UserError
 from mmprm_jax.report import report as report_page
 from mmprm_jax.rollout.engine import Engine
@@ -57,6 +57,7 @@ class Run:
 
     def __init__(self, config: Config, workdir: epath.Path, config_text: str):
         self.config, self.workdir, self.config_text = config, workdir, config_text
+        self.root = workdir  # of the run whose stages this one reads
         self.mesh_shape = dict(zip(("data", "fsdp", "tensor"), config.mesh, strict=True))
         self.mesh = make_mesh(self.mesh_shape)
         jax.set_mesh(self.mesh)
@@ -74,9 +75,27 @@ class Run:
         return self.workdir / stage
 
     def figures(self, stage: str) -> Figures | None:
-        """What a finished stage reported; None when it has not finished."""
-        path = self.folder(stage) / "done.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        """What a finished stage reported; None when it has not finished. Raises UserError if that is damaged."""
+        found = manifest.read_done(self.folder(stage), manifest.again(self, stage))
+        return None if found is None else {key: value for key, value in found.items() if key != "manifest"}
+
+    def record_files(self) -> list[epath.Path]:
+        """The files of records, and the tokenizer, that no stage wrote."""
+        if not self.config.data.folder:
+            return []
+        names = [f"{name}.jsonl" for name in (*digits.SPLITS, "truth")] + ["tokenizer.json", *self._sft_files()]
+        return [path for path in (self.data / name for name in dict.fromkeys(names)) if path.exists()]
+
+    def image_files(self) -> Iterator[epath.Path]:
+        """The images that the records name."""
+        for split in digits.SPLITS:
+            yield from (self.data / p.image for p in records.read(self.data / f"{split}.jsonl", Problem) if p.image)
+        for path in (self.data / name for name in self._sft_files()):
+            found = records.read(path, SFTExample) if path.exists() else ()  # told by the stage that needs it
+            yield from (path.parent / x.image for x in found if x.image)
+
+    def _sft_files(self) -> Sequence[str]:
+        return self.config.sft.files if self.config.sft.steps else ()
 
     def problems(self, split: str) -> list[Problem]:
         return records.read_problems(self.data / f"{split}.jsonl")
@@ -373,19 +392,27 @@ def step_examples(run: Run, language: Language) -> TrainingSet:
     c, path = run.config.train_prm, run.folder("train_prm") / "examples.jsonl"
     chosen, labelled = from_config(labels.LabelSettings, c), EXAMPLES[c.mode]
 
-    def examples(tiles: encode.TileCount) -> Iterable[Encoded]:
+    def write() -> None:
         trees = each_tree(run.folder("annotate"))
-        if not records.write(path, (e for tree in trees for e in labelled(tree, chosen, run.config.seed))):
+        if not records.write(path, (e for tree in trees for e in labelled(tree, chosen, run.config.seed)), noted=True):
             raise UserError(
                 "train_prm: no tree has both right and wrong solutions; the policy is too weak or too strong"
             )
+
+    def examples(tiles: encode.TileCount) -> Iterable[Encoded]:
+        write()
         return (language.steps(e, tiles) for e in records.read(path, StepExample))
 
     sources, made = sorted(run.folder("annotate").glob("trees-*.jsonl")), dataclasses.asdict(chosen)
-    return training_set(
+    encoded = training_set(
         run, "train_prm", "steps", "prm", language, sources, run.data, examples, mode=c.mode, seed=run.config.seed,
         **made,
     )  # fmt: skip
+    if is_first():
+        if not path.exists():  # the encoded set alone was left
+            write()
+        io.check(path)
+    return encoded
 
 
 def report(run: Run) -> Figures:
@@ -404,26 +431,11 @@ def report(run: Run) -> Figures:
     result["seconds"] = seconds | {"total": sum(seconds.values())}
     folder = run.folder("report")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "metrics.json", result)
+    io.write_json(folder / "metrics.json", result)
     report_page.write_report(
         folder / "index.html", result, read_trees(run.folder("annotate")), run.data, run.config_text
     )
     return {}
-
-
-def write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
-    """Writes strict JSON atomically; a NaN becomes null."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: clean(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [clean(v) for v in value]
-        return None if isinstance(value, float) and not np.isfinite(value) else value
-
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(json.dumps(clean(values), indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
 
 
 STAGES: dict[str, Callable[[Run], Figures]] = {
@@ -437,28 +449,40 @@ STAGES: dict[str, Callable[[Run], Figures]] = {
 
 
 def run_stage(run: Run, stage: str) -> None:
-    """Runs one stage and writes its ``done.json``; a finished stage is left alone (the report is always made anew)."""
-    done = run.figures(stage) is not None and stage != "report"
+    """Runs one stage and writes its ``done.json``; a finished stage is left alone (the report is always made anew).
+
+    Raises UserError when what the stage reads is no longer what was written.
+    """
+    done = stage != "report" and run.figures(stage) is not None
     wait_for_all(f"stage {stage}: begin")  # before one of them can be done with it
     if done:
+        in_first(lambda: manifest.check(run, [stage], Depth.SIZES))
         logging.info("%s: already done", stage)
         return
     interruption.check()
     check_rows(run, [stage] if stage in TRAINING else [])
-    before = list(STAGES)[: list(STAGES).index(stage)]
-    c = run.config
-    if stage == "annotate" and (c.annotate.policy or c.annotate.servers or (c.policy and not c.sft.steps)):
-        before = [] if c.data.folder else ["data"]  # a policy that is there
-    unfinished = [name for name in before if run.figures(name) is None and name != "report"]
+    before = manifest.reads(run, stage)
+    unfinished = [name for name in before if run.figures(name) is None]
     if unfinished:
         raise UserError(f"{stage}: the stage {unfinished[0]} has not finished; run `mmprm {unfinished[0]}` first")
     run.folder(stage).mkdir(parents=True, exist_ok=True)
+    in_first(lambda: manifest.begin(run, stage))
     started = time.monotonic()
     figures = STAGES[stage](run)
     if is_first():
         noted = {"seconds": round(time.monotonic() - started, 1), "environment": environment.describe()}
-        write_json(run.folder(stage) / "done.json", figures | noted)
+        manifest.finish(run, stage, figures | noted)
     wait_for_all(f"stage {stage}: end")
+
+
+def force(run: Run, stage: str, command: str) -> None:
+    """Moves aside what a stage made and what follows, for ``command`` to make anew. Raises UserError."""
+    choose(STAGES, stage, "--force-stage")
+    if command not in ("pipeline", stage):
+        raise UserError(f"--force-stage={stage}: run it with `mmprm {stage}` or `mmprm pipeline`")
+    if is_first():
+        manifest.force(run, stage)
+    wait_for_all("forced")
 
 
 def pipeline(run: Run) -> None:

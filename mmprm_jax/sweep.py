@@ -25,8 +25,10 @@ import numpy as np
 from etils import epath
 
 from mmprm_jax import config as configs
-from mmprm_jax import records, stages
+from mmprm_jax import io, manifest, records, stages
 from mmprm_jax.evaluation import best_of_n, stage, statistics
+from mmprm_jax.manifest import Depth
+from mmprm_jax.processes import in_first
 from mmprm_jax.records import ScoredCandidate, UserError
 from mmprm_jax.settings import Config
 
@@ -90,7 +92,8 @@ class CellRun(stages.Run):
 
     def __init__(self, base: stages.Run, config: Config, workdir: epath.Path):
         super().__init__(config, workdir, configs.to_text(config))
-        self._base, self.data, self.sampled, self.controls = base, base.data, base.sampled, False
+        self._base, self.root = base, base.root
+        self.data, self.sampled, self.controls = base.data, base.sampled, False
 
     def folder(self, stage: str) -> epath.Path:
         return (self.workdir if stage in ("train_prm", "evaluate") else self._base.workdir) / stage
@@ -103,6 +106,7 @@ def run(base: stages.Run, settings: Sequence[tuple[Cell, Config]], grid: Grid) -
     """
     if base.figures("annotate") is None:
         raise UserError(f"{base.workdir}: its annotation has not finished; run `mmprm annotate` there first")
+    in_first(lambda: manifest.check(base, ["data", "sft", "annotate"], Depth.ALL))
     base.controls, folder = False, base.workdir / "sweep"
     runs = [CellRun(base, config, configs.guard_workdir(folder / cell.name, config)) for cell, config in settings]
     base.folder("evaluate").mkdir(parents=True, exist_ok=True)
@@ -114,10 +118,8 @@ def run(base: stages.Run, settings: Sequence[tuple[Cell, Config]], grid: Grid) -
     results = [_result(cell, cell_run) for (cell, _), cell_run in zip(settings, runs, strict=True)]
     found = tables(grid, results)
     text = to_markdown(found)
-    stages.write_json(folder / "table.json", found)
-    temporary = folder / "table.md.tmp"
-    temporary.write_text(text)
-    temporary.replace(folder / "table.md")
+    io.write_json(folder / "table.json", found)
+    io.write(folder / "table.md", text)
     return f"{text}\n{folder / 'table.md'}"
 
 
@@ -137,6 +139,7 @@ class Result:
 
 
 def _result(cell: Cell, cell_run: CellRun) -> Result:
+    manifest.check(cell_run, ["train_prm", "evaluate"], Depth.RECORDS)
     groups: dict[str, list[ScoredCandidate]] = {p.id: [] for p in cell_run.problems("test")}
     for x in records.read(cell_run.folder("evaluate") / "test_scored.jsonl", ScoredCandidate):
         groups[x.candidate.problem_id].append(x)

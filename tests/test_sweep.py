@@ -60,6 +60,7 @@ def test_answers_vote_as_in_the_evaluation(tmp_path):
     records.write(tmp_path / "test_scored.jsonl", rows)
     run = types.SimpleNamespace(
         problems=lambda split: [Problem("p", "q", "0.5")],
+        root=tmp_path,
         folder=lambda stage: tmp_path,
         figures=lambda stage: {"prm_selected": "mean"},
     )

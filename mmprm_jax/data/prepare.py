@@ -25,6 +25,7 @@ from typing import Any
 from PIL import Image
 
 from mmprm_jax import interruption, records
+from mmprm_jax import io as files
 from mmprm_jax.data import decontaminate, images, sources, sources_files
 from mmprm_jax.data.rewriter import Rewriter
 from mmprm_jax.data.sources_base import Item, Picture, Refused, named
@@ -100,10 +101,7 @@ class _Images:
             self.blank.add(path.as_posix())
         target = self._output / path
         if not (target.exists() and target.stat().st_size == len(data)):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f"{target.name}.tmp")
-            temporary.write_bytes(data)
-            temporary.replace(target)
+            files.write(target, data)
         return path.as_posix()
 
 

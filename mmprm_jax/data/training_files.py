@@ -22,6 +22,7 @@ from absl import logging
 from array_record.python import array_record_module
 from etils import epath
 
+from mmprm_jax import io
 from mmprm_jax.records import UserError
 
 FORMAT = 1
@@ -73,9 +74,11 @@ def _paths(path: epath.PathLike) -> tuple[epath.Path, epath.Path]:
 
 
 def checksum(paths: Iterable[epath.PathLike]) -> str:
-    """A number that changes with the content of the files, for ``made_with``."""
+    """A number that changes with the content of the files, for ``made_with``. Raises UserError if one is missing."""
     found = 0
     for path in paths:
+        if not epath.Path(path).exists():
+            raise UserError(f"{path}: no such file; put it there, or take its name out of the settings")
         with epath.Path(path).open("rb") as file:
             while block := file.read(2**20):
                 found = zlib.crc32(block, found)
@@ -93,7 +96,7 @@ def _summary(path: epath.PathLike) -> dict[str, Any]:
         raise UserError(f"{summary}: no such file; what writes the training set has not run, or was interrupted")
     again = "delete it and run the stage again"
     try:
-        found = json.loads(summary.read_text())
+        found = io.read_sealed(summary, again, unsealed=True)
         if found["format"] != FORMAT:
             raise UserError(f"{summary}: format {found['format']}, this version reads {FORMAT}; {again}")
         missing = {"kind", "count", "longest", "most_tiles", "checksum", "bytes", "made_with"} - found.keys()
@@ -189,9 +192,7 @@ def write(
         else:
             local.replace(file)
     found["made_with"] = dict(made_with)
-    temporary = summary.parent / f"{summary.name}.tmp"
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.replace(summary)
+    io.write_sealed(summary, found)
     return found
 
 

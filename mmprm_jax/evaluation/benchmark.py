@@ -16,10 +16,11 @@ from typing import Any
 
 from etils import epath
 
-from mmprm_jax import records, stages
+from mmprm_jax import io, manifest, records, stages
 from mmprm_jax.answers.official import MODES
 from mmprm_jax.data import training_files
-from mmprm_jax.processes import is_first, wait_for_all
+from mmprm_jax.manifest import Depth
+from mmprm_jax.processes import in_first, is_first, wait_for_all
 from mmprm_jax.records import Candidate, Problem, UserError
 
 VERIFIER = "verifier"  # scoring by answers.equivalence, as in training
@@ -74,6 +75,9 @@ class BenchmarkRun(stages.Run):
     def problems(self, split: str) -> list[Problem]:
         return self._found if split == "test" else self._base.problems(split)
 
+    def record_files(self) -> list[epath.Path]:
+        return [self._file, *self._base.record_files()]
+
     def judged(self, candidate: Candidate) -> Candidate:
         row = self._rows.get(candidate.problem_id)
         if row is None:
@@ -87,28 +91,26 @@ class BenchmarkRun(stages.Run):
         return str(self._rows.get(problem.id, {}).get("category") or problem.source)
 
     def begin(self) -> None:
-        """Takes the dev candidates over from the run. Raises UserError if its evaluation has not finished, or the
-        folder holds that of other problems."""
-        if self._base.figures("evaluate") is None:
-            raise UserError(f"{self.workdir}: its evaluation has not finished; run `mmprm evaluate` there first")
+        """Takes the dev candidates over from the run. Raises UserError if the folder holds those of other problems."""
         modes = sorted({row["mode"] for row in self._rows.values()})
         made_of = {"problems": training_files.checksum([self._file]), "modes": modes}
         folder, note = self.folder("evaluate"), self.folder("evaluate") / "problems.json"
-        if note.exists() and json.loads(note.read_text()) != made_of:
+        if note.exists() and io.read_sealed(note, f"delete {folder}", unsealed=True) != made_of:
             raise UserError(f"{folder}: holds the evaluation of other problems, or by other rules; delete it")
         folder.mkdir(parents=True, exist_ok=True)
         for name in _FROM_DEV if is_first() else ():
             if not (folder / name).exists():
-                temporary = folder / f"{name}.tmp"
-                temporary.write_bytes((self._base.folder("evaluate") / name).read_bytes())
-                temporary.replace(folder / name)
+                io.write(folder / name, (self._base.folder("evaluate") / name).read_bytes(), noted=True)
         if is_first():
-            stages.write_json(note, made_of)
+            io.write_sealed(note, made_of)
         wait_for_all("benchmark: begun")
 
 
 def run(base: stages.Run, problems: str, scoring: str) -> Mapping[str, Any]:
     """Evaluates the file. Returns the figures of ``evaluate``, and ``scoring``. Raises UserError, Interrupted."""
+    if base.figures("evaluate") is None:
+        raise UserError(f"{base.workdir}: its evaluation has not finished; run `mmprm evaluate` there first")
+    in_first(lambda: manifest.check(base, ["data", "sft", "train_prm", "evaluate"], Depth.RECORDS))
     other = BenchmarkRun(base, epath.Path(problems), scoring)
     other.begin()
     stages.run_stage(other, "evaluate")

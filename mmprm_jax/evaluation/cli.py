@@ -12,6 +12,7 @@ from absl import logging
 from etils import epath
 
 from mmprm_jax import config as configs
+from mmprm_jax import io
 from mmprm_jax.records import UserError
 
 OpenRun = Callable[..., Any]  # (config, overrides, workdir, distributed=False) -> a stages.Run
@@ -46,9 +47,7 @@ def _json_option(parser: argparse.ArgumentParser) -> None:
 def _finish(figures: dict[str, Any], text: str, json: str | None, bad: Sequence[str]) -> None:
     print(text)
     if json:
-        from mmprm_jax.stages import write_json
-
-        write_json(epath.Path(json), figures)
+        io.write_json(json, figures)
     if bad:
         for line in bad[:20]:
             print(f"mmprm: {line}", file=sys.stderr)

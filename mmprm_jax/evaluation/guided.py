@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mmprm_jax import records
+from mmprm_jax import io, manifest, records
 from mmprm_jax.data.prompts import final_answer
 from mmprm_jax.evaluation import best_of_n, statistics
 from mmprm_jax.evaluation.pieces import Pieces
+from mmprm_jax.manifest import Depth
 from mmprm_jax.metrics import progress
 from mmprm_jax.records import Problem, Request, Rollout, ScoredCandidate, UserError
 
@@ -175,6 +176,7 @@ def run(run: Run, names: Sequence[str]) -> dict[str, Any]:
     c, figures = run.config.guided, run.figures("evaluate")
     if figures is None:
         raise UserError(f"{run.workdir}: its evaluation has not finished; run `mmprm evaluate` there first")
+    manifest.check(run, ["data", "sft", "train_prm", "evaluate"], Depth.ALL)
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise UserError(f"{unknown[0]}: no such search; there are {', '.join(METHODS)}")
@@ -198,6 +200,8 @@ def run(run: Run, names: Sequence[str]) -> dict[str, Any]:
                     bar.update(len(chunk))
                 pieces.finish(records.from_dict(Guided, pieces.done[p.id]) for p in problems)
     scored = stage.stored(run, "test")
+    for name in names:
+        io.check(run.folder("guided") / f"{name}.jsonl")
     return {
         name: compare(records.read_all(run.folder("guided") / f"{name}.jsonl", Guided), scored, aggregator)
         for name in names

@@ -8,19 +8,19 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 
-from mmprm_jax import interruption, records
+from mmprm_jax import interruption, io, records
 from mmprm_jax.interruption import Interrupted
 from mmprm_jax.processes import is_first, wait_for_all
-from mmprm_jax.records import UserError
 
 
 class Pieces:
     """Context manager that keeps finished pieces of work beside ``path`` until ``finish`` writes the file itself.
 
-    ``path.parts/<process>-<i>.jsonl`` hold lines {"key", "value"}, each file written whole. They are saved every
-    ``seconds``, and on the way out of the context, whatever the reason: when the process is asked to end, as well.
+    ``path.parts/<process>-<i>.jsonl`` hold checked lines {"key", "value"}, each file written whole. They are saved
+    every ``seconds``, and on the way out of the context, whatever the reason: also when the process is asked to end.
     """
 
     def __init__(self, path: epath.Path, seconds: float = 30.0):
@@ -32,16 +32,14 @@ class Pieces:
         self._saves = sum(file.name.startswith(f"{self._mine}-") for file in self._read())
 
     def _read(self) -> list[epath.Path]:
-        """Takes over what all processes have saved. Returns the files. Raises UserError."""
+        """Takes over what all processes have saved. Returns the files."""
         files = sorted(self._folder.glob("*.jsonl")) if self._folder.exists() else []
         for file in files:
-            try:
-                rows = [json.loads(line) for line in file.read_text().split("\n") if line]
-                self.done |= {row["key"]: row["value"] for row in rows}
-            except (ValueError, TypeError, KeyError):
-                raise UserError(
-                    f"{file}: not what an interrupted run leaves; delete it, its work is done anew"
-                ) from None
+            lines, intact = io.read_checked(file)
+            if not intact:
+                logging.warning("%s: damaged; what it held is made again", file)
+            rows = map(json.loads, lines)
+            self.done |= {row["key"]: row["value"] for row in rows}
         return files
 
     def __enter__(self) -> Pieces:
@@ -69,7 +67,7 @@ class Pieces:
         wait_for_all(f"{self.path}: made")
         if is_first():
             self._read()
-            records.write(self.path, rows)
+            records.write(self.path, rows, noted=True)
             if self._folder.exists():
                 self._folder.rmtree()
         wait_for_all(f"{self.path}: written")
@@ -80,11 +78,8 @@ class Pieces:
 
     def _write(self) -> None:
         if self._unsaved:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = self._folder / f"{self._mine}-{self._saves:06d}.jsonl"
-            temporary = self._folder / f"{file.name}.tmp"
-            temporary.write_text("".join(json.dumps({"key": k, "value": v}) + "\n" for k, v in self._unsaved.items()))
-            temporary.replace(file)
+            lines = (io.checked_line(json.dumps({"key": k, "value": v})) for k, v in self._unsaved.items())
+            io.write(self._folder / f"{self._mine}-{self._saves:06d}.jsonl", "".join(lines))
             self._saves += 1
             self._unsaved.clear()
         self._saved = time.monotonic()

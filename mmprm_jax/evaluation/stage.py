@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from mmprm_jax import annotate as annotation
-from mmprm_jax import records
+from mmprm_jax import io, records
 from mmprm_jax.data import digits
 from mmprm_jax.data.prompts import final_answer
 from mmprm_jax.evaluation import aggregate, best_of_n, calibration, statistics
@@ -112,6 +112,7 @@ def candidates_of(pieces: Pieces, problems: Sequence[Problem], n: int, make: Mak
                     pieces.add(request.problem.id, [dataclasses.asdict(x) for x in found])
                     bar.update()
             pieces.finish(records.from_dict(Candidate, row) for p in problems for row in pieces.done[p.id])
+    io.check(path)
     groups: Grouped = {p.id: [] for p in problems}
     for candidate in records.read_all(path, Candidate):
         if candidate.problem_id not in groups:
@@ -149,6 +150,7 @@ def step_values(
                 )
                 for p, segments in firsts
             )  # fmt: skip
+    io.check(pieces.path)
     return list(records.read(pieces.path, StepExample))
 
 
@@ -277,6 +279,7 @@ def score(run: Run, sampled: Sampled) -> dict[str, Scored]:
             if not pieces.path.exists():
                 groups = list(splits[split].values())
                 _score_file(pieces, groups, solutions(split, seen), lambda: prm.scorer, 4 * c.score_rows)
+            io.check(pieces.path)
             results[name] = _by_problem(records.read_all(pieces.path, ScoredCandidate), splits[split])
             bar.update()
     return results

@@ -22,6 +22,7 @@ from typing import Any
 
 from etils import epath
 
+from mmprm_jax import io, manifest
 from mmprm_jax.data.prompts import final_answer
 from mmprm_jax.records import Candidate, ScoredCandidate, UserError, number_text, warn_unknown
 
@@ -58,11 +59,12 @@ class Stored:
 def each_row(path: epath.PathLike) -> Iterator[tuple[str, Any]]:
     """(where, row) of a JSONL file or of a JSON list; a row that is no JSON is a ValueError in its place.
 
-    Raises UserError if there is no such file, or it is not UTF-8.
+    Raises UserError if there is no such file, it is not UTF-8, or not what the stage wrote in whose folder it is.
     """
     path = epath.Path(path)
     if not path.exists() or path.is_dir():
         raise UserError(f"{path}: no such file")
+    manifest.check_file(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -222,11 +224,7 @@ def write(path: epath.PathLike, stored: Stored) -> None:
         text = json.dumps([_their_row(name, group, stored) for name, group in stored.problems.items()]) + "\n"
     else:
         raise UserError(f"{path}: end the name in .jsonl (a candidate per row) or .json (as the original's files)")
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    # half a surrogate pair, which UTF-8 cannot hold, stays a JSON escape
-    temporary.write_bytes(text.encode(errors="backslashreplace"))
-    temporary.replace(path)
+    io.write(path, text)
 
 
 def _has_steps(s: ScoredCandidate) -> bool:

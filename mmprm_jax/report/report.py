@@ -18,6 +18,7 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mmprm_jax import io as files
 from mmprm_jax.records import Node, Rollout, Tree
 
 _SELECTORS = {
@@ -447,4 +448,4 @@ def write_report(
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # a model can emit lone surrogates, which UTF-8 cannot encode
-    path.write_bytes(("".join(parts) + "</main></body></html>\n").encode("utf-8", "replace"))
+    files.write(path, ("".join(parts) + "</main></body></html>\n").encode("utf-8", "replace"))

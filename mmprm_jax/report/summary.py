@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from mmprm_jax import manifest
 from mmprm_jax.records import UserError
 
 _SELECTORS = ("random", "unique", "majority", "policy_logprob", "oracle")
@@ -18,7 +19,11 @@ def _read(workdir: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(workdir) / "report" / "metrics.json"
     if not path.exists():
         raise UserError(f"{path}: not there; run `mmprm pipeline` with this --workdir first")
-    return json.loads(path.read_text())
+    manifest.check_file(path)
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not JSON ({error}); run `mmprm report` again") from None
 
 
 def pool(differences: Sequence[dict[str, float]]) -> tuple[float, float, float]:

@@ -13,58 +13,24 @@ from __future__ import annotations
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 from absl import logging
 from etils import epath
 
-from mmprm_jax import records
+from mmprm_jax import io, records
+from mmprm_jax.io import checked_line, read_checked
 from mmprm_jax.records import Failure, Problem, Request, Rollout, Sampler, Tree, UserError
 
 Key = tuple[str, tuple[str, ...], int, int]  # problem id, prefix, repeat, n
 
 
-def to_json(record: Any) -> str:
-    """A record as one line that any file takes: lone surrogates, which UTF-8 has not, are escaped as JSON does it."""
-    return records.to_json(record).encode(errors="backslashreplace").decode()
-
-
-def checked_line(text: str) -> str:
-    """``text``, which has no line break, with its checksum in front."""
-    return f"{zlib.crc32(text.encode()):08x} {text}\n"
-
-
-def read_checked(path: epath.Path) -> tuple[list[str], bool]:
-    """The texts of the intact lines of a file, and whether all its lines are intact; none if there is no file."""
-    if not path.exists():
-        return [], True
-    *lines, rest = path.read_bytes().split(b"\n")
-    good = [line[9:].decode() for line in lines if line[:9] == f"{zlib.crc32(line[9:]):08x} ".encode()]
-    return good, len(good) == len(lines) and not rest
-
-
-def _can_append(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)  # object stores cannot, and know no fsync
-
-
-def _write(path: epath.Path, text: str, mode: str) -> None:
+def _append(path: epath.Path, text: str) -> None:
     """It is on disk when this returns."""
-    with open(path, mode) as file:
+    with open(path, "ab") as file:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def _replace(path: epath.Path, text: str, lasting: bool = True) -> None:
-    """Writes a file whole or not at all. lasting: even if the machine, not only this process, is switched off."""
-    temporary = path.parent / f"{path.name}.tmp"
-    if lasting and _can_append(path):
-        _write(temporary, text, "wb")
-    else:
-        temporary.write_text(text)
-    temporary.replace(path)
 
 
 def shard_path(folder: epath.Path, shard: range) -> epath.Path:
@@ -102,7 +68,10 @@ class Store:
         self, folder: epath.Path, problems: Sequence[Problem], per_shard: int, index: int, count: int,
         seconds: float, writes: bool = True,
     ):  # fmt: skip
-        """seconds: between two saves of the answers in flight. Raises UserError for trees of other problems."""
+        """seconds: between two saves of the answers in flight.
+
+        Raises UserError for trees of other problems and for a shard that is no longer what was written.
+        """
         self._folder, self._problems, self._seconds, self._writes = folder, problems, seconds, writes
         shards = [range(i, min(i + per_shard, len(problems))) for i in range(0, len(problems), per_shard)]
         self.shards = shards[index::count]
@@ -126,6 +95,7 @@ class Store:
 
     def _read(self, shard: range) -> None:
         if shard_path(self._folder, shard).exists():
+            io.check(shard_path(self._folder, shard))
             self.done += len(shard)
             return
         path, trees = part_path(self._folder, shard), {}
@@ -136,7 +106,7 @@ class Store:
         for text in texts:
             number, tree = text[1:-1].split(",", 1)
             index, problem = int(number), json.loads(tree)["problem"]
-            if index not in shard or problem != json.loads(to_json(self._problems[index])):
+            if index not in shard or problem != json.loads(records.to_json(self._problems[index])):
                 raise UserError(f"{self._folder}: holds trees of other problems; use another --workdir")
             trees[index] = tree
         self._trees[shard.start] = trees
@@ -158,10 +128,10 @@ class Store:
         if isinstance(result, Failure):
             self.failed[index] = result.reason
             return False
-        tree = self._trees[shard.start][index] = to_json(result)
+        tree = self._trees[shard.start][index] = records.to_json(result)
         path = part_path(self._folder, shard)
-        if self._writes and _can_append(path):
-            _write(path, checked_line(f"[{index},{tree}]"), "ab")
+        if self._writes and not io.is_remote(path):
+            _append(path, checked_line(f"[{index},{tree}]"))
         elif self._writes:
             self._rewrite(shard)
         self._answers.pop(result.problem.id, None)
@@ -170,7 +140,7 @@ class Store:
 
     def _rewrite(self, shard: range) -> None:
         lines = [checked_line(f"[{i},{tree}]") for i, tree in self._trees[shard.start].items()]
-        _replace(part_path(self._folder, shard), "".join(lines))
+        io.write(part_path(self._folder, shard), "".join(lines), lasting=True)
 
     def _complete(self, shard: range, without: frozenset[int] = frozenset()) -> bool:
         """Writes the file of a shard that has all its trees but those ``without``."""
@@ -178,7 +148,8 @@ class Store:
         if len(trees) + sum(i in without for i in shard) < len(shard):
             return False
         if self._writes:
-            _replace(shard_path(self._folder, shard), "".join(f"{trees[i]}\n" for i in sorted(trees)))
+            text = "".join(f"{trees[i]}\n" for i in sorted(trees))
+            io.write(shard_path(self._folder, shard), text, noted=True, lasting=True)
             part_path(self._folder, shard).unlink(missing_ok=True)
         del self._trees[shard.start]
         return True
@@ -209,7 +180,7 @@ class Store:
         if not self._writes:
             return
         lines = (line for answers in self._answers.values() for line in answers.values())
-        _replace(self._flight, "".join(lines), lasting=False)
+        io.write(self._flight, "".join(lines))
         self._saved = time.monotonic()
 
 

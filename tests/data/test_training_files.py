@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from absl import logging
 
+from mmprm_jax import io
 from mmprm_jax.data import training_files
 from mmprm_jax.data.training_files import Encoded, TrainingSet
 from mmprm_jax.records import UserError
@@ -43,7 +44,7 @@ def same(a, b):
 def test_round_trip(tmp_path, kind):
     summary = write(tmp_path, kind)
     found = TrainingSet(tmp_path / "set", kind, tmp_path, MADE)
-    assert found.summary == summary == json.loads((tmp_path / "set.json").read_text())
+    assert found.summary == summary == io.read_sealed(tmp_path / "set.json", "")
     assert len(found) == summary["count"] == 50
     lengths = [len(make(i, kind).tokens) for i in range(50)]
     assert (summary["tokens"], summary["longest"]) == (sum(lengths), max(lengths))
@@ -158,6 +159,7 @@ def test_a_damaged_record_is_named(tmp_path):
         (lambda text: text.replace('"kind": "policy"', '"kind": "prm"'), "examples of the kind 'prm'; 'policy' is"),
         (lambda text: text.replace('"abc"', '"xyz"'), "made with tokenizer 'xyz', not 'abc'; delete it"),
         (lambda text: "[]", "set.json: damaged"),
+        (lambda text: text.replace('"seal": "', '"seal": "0'), "set.json: damaged, its content does not fit its seal"),
     ],
 )
 def test_a_json_of_something_else(tmp_path, change, words):
@@ -165,7 +167,10 @@ def test_a_json_of_something_else(tmp_path, change, words):
     path = tmp_path / "set.json"
     changed = change(path.read_text())
     assert changed != path.read_text()
-    path.write_text(changed)
+    if "seal" not in words and changed.endswith("}\n"):  # of something else, but whole
+        io.write_sealed(path, {key: value for key, value in json.loads(changed).items() if key != "seal"})
+    else:
+        path.write_text(changed)
     with pytest.raises(UserError, match=words):
         TrainingSet(tmp_path / "set", "policy", "", MADE)
 
@@ -184,5 +189,7 @@ def test_checksum(tmp_path):
     a.write_bytes(b"x" * 3_000_000), b.write_bytes(b"y")
     before = training_files.checksum([a, b])
     assert before == training_files.checksum([a, b]) != training_files.checksum([b, a])
+    with pytest.raises(UserError, match="c.jsonl: no such file; put it there"):
+        training_files.checksum([a, tmp_path / "c.jsonl"])
     a.write_bytes(b"x" * 2_999_999 + b"z")
     assert training_files.checksum([a, b]) != before

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from mmprm_jax import config as configs
-from mmprm_jax import records, stages
+from mmprm_jax import io, records, stages
 from mmprm_jax.data import digits
 from mmprm_jax.evaluation import benchmark
 from mmprm_jax.records import Candidate, Problem, UserError
@@ -30,7 +30,7 @@ def base(tmp_path, mesh):
         digits.generate(run.data, from_config(digits.Settings, config.data, seed=0))
         for name in ("dev_candidates.jsonl", "dev_scored.jsonl"):
             records.write(run.folder("evaluate") / name, [])
-        stages.write_json(run.folder("evaluate") / "done.json", {})
+        io.write_json(run.folder("evaluate") / "done.json", {})
         yield run
 
 
@@ -109,7 +109,7 @@ def test_what_is_wrong_is_said(base, file):
         benchmark.BenchmarkRun(base, file, "")
     (base.folder("evaluate") / "done.json").unlink()
     with pytest.raises(UserError, match="its evaluation has not finished"):
-        benchmark.BenchmarkRun(base, file, benchmark.VERIFIER).begin()
+        benchmark.run(base, file, benchmark.VERIFIER)
 
 
 def test_a_folder_of_other_problems_or_rules(base, file):
