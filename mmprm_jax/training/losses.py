@@ -130,8 +130,8 @@ def beta_binomial(margin: jax.Array, kappa: jax.Array, k: jax.Array, n: jax.Arra
 def _log_beta_binomial(margin: jax.Array, kappa: jax.Array, k: jax.Array, n: jax.Array) -> jax.Array:
     """The logarithm of the probability, a term for each rollout.
 
-    With a = mu kappa, b = (1 - mu) kappa and m = n - k it is the product of (a + i)/(kappa + i) (m + 1 + i)/(1 + i) over
-    i < k and (b + j)/(kappa + k + j) over j < m. Differences of gammaln would lose all digits where kappa is large.
+    With a = mu kappa, b = (1 - mu) kappa and m = n - k it is the product of (a + i)/(kappa + i) (m + 1 + i)/(1 + i)
+    over i < k and (b + j)/(kappa + k + j) over j < m. Differences of gammaln lose all digits where kappa is large.
     """
     return _log_beta_binomial_forward(margin, kappa, k, n)[0]
 
