@@ -13,7 +13,7 @@ from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.decoder import Decoder
 from mmprm_jax.models.layers import plus, weight
 from mmprm_jax.models.vision import Projector, VisionTower, pixel_shuffle
-from mmprm_jax.sharding import BATCH, dot, reshape, take_rows
+from mmprm_jax.sharding import BATCH, dot, reshape
 
 
 class ScoreHead(nnx.Module):
@@ -84,9 +84,13 @@ class VLM(nnx.Module):
             return x
         visual = self.embed_images(pixels, keep)
         is_image = tokens == self.image_token
-        index = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        return jnp.where(is_image[..., None], take_rows(visual, (rows, index), BATCH), x)
+        # Other tokens point behind the last visual one, each to a place of its own: a gradient is put, never added.
+        index = jnp.where(is_image, jnp.cumsum(is_image, axis=1) - 1, visual.shape[1] + jnp.arange(tokens.shape[1]))
+
+        def of_row(visual: jax.Array, index: jax.Array) -> jax.Array:
+            return visual.at[index].get(mode="fill", fill_value=0, unique_indices=True)
+
+        return jnp.where(is_image[..., None], jax.vmap(of_row)(visual, index), x)
 
     def __call__(
         self,

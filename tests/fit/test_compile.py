@@ -1,10 +1,13 @@
 """Certified by the TPU compiler, on a machine without a TPU. Slow; each program in a process of its own."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from mmprm_jax.bench import common
 from mmprm_jax.fit import chips, compile, hlo, jobs, report
 from mmprm_jax.sharding import make_mesh
+from mmprm_jax.training import trainer
 
 pytestmark = [
     pytest.mark.slow,
@@ -79,6 +83,77 @@ def test_known_programs():
     # batched products are convolutions with holes there, and the loop counts six times
     assert found["layers"]["flops"] == 6 * 2 * 512 // 4 * 4 * 64 * 64
     assert found["layers"]["all-gather"] == 6 * 3 * 256 * 64 * 2 // 4
+
+
+# sft: biases, an image tower that is trained, a tied head. train_prm: adapters.
+SUMS = {
+    "sft": dict(qkv_bias=True, mlp_bias=True, tied=True),
+    "train_prm": dict(lora_rank=8),
+}
+
+
+def adds(parsed, i):
+    """Whether an instruction adds up elements, rows or what devices have."""
+    if i.op.removesuffix("-start") not in ("reduce", "scatter", "all-reduce", "reduce-scatter"):
+        return False
+    if "unique_indices=true" in i.rest:  # puts
+        return False
+    return any(j.op == "add" for j in parsed[hlo._called(i, "to_apply")].values())
+
+
+def reshapes(i, computation):
+    """Whether a reduction is one over dimensions of size 1."""
+    operand = computation.get(i.operands[0])
+    return i.op == "reduce" and operand and math.prod(hlo._dims(operand.shape)) == math.prod(hlo._dims(i.shape))
+
+
+def narrow_sums():
+    """Sums over tokens, rows or devices that the compiled training step makes in bfloat16, by job: instructions."""
+    os.environ.update(compile.OFFLINE)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    mesh = make_mesh({"data": 2, "fsdp": -1}, compile._devices(chips.topology("v5e-8")))
+    settings = jobs.Settings(rows=16, row_tokens=1024, row_examples=4, tiles=4, microbatches=2)
+    released = jobs.config(settings)
+    found = {}
+    for job, changed in SUMS.items():
+        decoder = dict(
+            vocab_size=2048, hidden_size=256, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=128,
+            intermediate_size=512,
+        )  # fmt: skip
+        cfg = dataclasses.replace(
+            released,
+            decoder=dataclasses.replace(released.decoder, **decoder, **changed),
+            vision=dataclasses.replace(
+                released.vision, hidden_size=256, num_layers=2, num_heads=2, intermediate_size=512
+            ),
+        )
+        with jax.set_mesh(mesh), mock.patch.object(trainer, "split", trained(job)):
+            (program,) = jobs.train(dataclasses.replace(settings, job=job), cfg, mesh).programs
+            with tempfile.TemporaryDirectory() as folder:
+                _, text = compile.compile_text(program.run.lower(*program.args, **program.kwargs), folder)
+        parsed = hlo.parse(text)
+        sums = [(i, computation) for computation in parsed.values() for i in computation.values() if adds(parsed, i)]
+        found[job] = [
+            f"{i.op} {i.shape} {i.rest[:300]}"
+            for i, computation in sums
+            if i.shape.lstrip("(").startswith("bf16") and not reshapes(i, computation)
+        ]
+        found[job, "float32"] = sum(i.shape.lstrip("(").startswith("f32") for i, _ in sums)
+    yield found
+
+
+def trained(job):
+    """``trainer.split`` that freezes nothing for sft, and for train_prm what is beside adapters."""
+    split = trainer.split
+    return lambda params, freeze: split(params, ("decoder",) if job == "train_prm" else ())
+
+
+def test_sums_are_float32():
+    with common.Child(narrow_sums) as child:
+        found = next(child)
+    assert found["sft", "float32"] and found["train_prm", "float32"]  # the text was understood
+    assert not found["sft"] and not found["train_prm"], found
 
 
 @functools.cache
