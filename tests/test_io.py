@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from absl import logging
 from etils import epath
+from ml_collections import ConfigDict
 
 from mmprm_jax import config, io, manifest, metrics, records
 from mmprm_jax.evaluation import stored
@@ -289,6 +290,7 @@ def test_metrics_with_damaged_lines(tmp_path, warnings):
 
 def test_a_configuration_that_is_no_text(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
+    io.write(tmp_path / "data" / "train.jsonl", "")  # without results the directory is free
     with pytest.raises(UserError, match="config.json: not a config; delete it"):
         config.guard_workdir(tmp_path, Config())
 
