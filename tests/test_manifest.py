@@ -197,7 +197,8 @@ def test_an_unfinished_run_is_told_or_goes_on_to_the_same(states, tmp_path, stat
         parts = inside.parts
         return parts[0] in kept and ("checkpoints" not in parts or (parts[2] == "4" and parts[-1] < "3"))
 
-    for path, name in damage.each(states[state], tmp_path / "w", wanted, ("line", "empty", "flip", "gone")):
+    names = ("flip", "gone") if stage in ("sft", "train_prm") else ("line", "empty", "flip", "gone")  # trains
+    for path, name in damage.each(states[state], tmp_path / "w", wanted, names):
         inside = path.relative_to(tmp_path / "w")
         try:
             go_on(tmp_path / "w", stage)
