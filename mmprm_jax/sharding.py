@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -84,8 +84,8 @@ def fit_spec(shape: tuple[int, ...], axes: tuple[Any, ...], mesh: Any = None) ->
     sizes = dict((mesh or jax.sharding.get_abstract_mesh()).shape)
     kept = []
     for size, axis in zip(shape, tuple(axes) + (None,) * (len(shape) - len(axes)), strict=True):
-        names = (axis,) if isinstance(axis, str) else axis or ()
-        kept.append(axis if names and size % math.prod(sizes.get(n, 1) for n in names) == 0 else None)
+        parts = math.prod(sizes.get(name, 1) for name in names(axis))
+        kept.append(axis if names(axis) and size % parts == 0 else None)
     return P(*kept)
 
 
@@ -124,21 +124,41 @@ def _rounded_dot_backward(
     inputs, output = equation.split("->")
     left, right = inputs.split(",")
     by_a = jnp.einsum(f"{output},{right}->{left}", grad, b, out_sharding=jax.typeof(a).sharding.spec)
-    by_b = jnp.einsum(f"{left},{output}->{right}", a, grad, out_sharding=layout, preferred_element_type=jnp.float32)
-    return by_a.astype(a.dtype), by_b
+    return by_a.astype(a.dtype), _sum_products(f"{left},{output}->{right}", layout, a, grad)
 
 
 _rounded_dot.defvjp(_rounded_dot_forward, _rounded_dot_backward)
 
 
+def _sum_products(equation: str, layout: P, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The einsum, float32, of operands whose contracted dimensions are spread over devices; laid out as ``layout``.
+
+    Each device adds up its own rows, and one collective the devices' sums. Asked for the layout at once, TPU's
+    partitioner goes around a ring, with a product for each device's part of the result: 10 % more HBM traffic in all.
+    """
+    inputs, output = equation.split("->")
+    summed: set[str] = set()
+    for letters, x in zip(inputs.split(","), (a, b), strict=True):
+        for letter, axes in zip(letters, jax.typeof(x).sharding.spec, strict=True):
+            summed |= set(names(axes)) if letter not in output else set()
+    of_devices = P(*(without(axes, summed) for axes in layout), unreduced=summed)
+    total = jnp.einsum(equation, a, b, out_sharding=of_devices, preferred_element_type=jnp.float32)
+    return jax.sharding.reshard(total, layout)
+
+
 def gather(x: jax.Array) -> jax.Array:
     """``x`` from all devices of the axis fsdp, by one collective."""
+    return jax.sharding.reshard(x, P(*(without(axes, {"fsdp"}) for axes in jax.typeof(x).sharding.spec)))
 
-    def others(axes: Any) -> Any:
-        return tuple(axis for axis in axes if axis != "fsdp") if isinstance(axes, tuple) else axes
 
-    spec = jax.typeof(x).sharding.spec
-    return jax.sharding.reshard(x, P(*(None if axes == "fsdp" else others(axes) for axes in spec)))
+def names(axes: Any) -> tuple[str, ...]:
+    """The mesh axes that a dimension of a PartitionSpec names."""
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def without(axes: Any, left_out: Collection[str]) -> Any:
+    """A dimension of a PartitionSpec without some axes."""
+    return tuple(axis for axis in names(axes) if axis not in left_out) or None
 
 
 def gather_rounded(x: jax.Array, spec: P, dtype: Any) -> jax.Array:

@@ -13,7 +13,7 @@ from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.decoder import Decoder
 from mmprm_jax.models.layers import plus, weight
 from mmprm_jax.models.vision import Projector, VisionTower, pixel_shuffle
-from mmprm_jax.sharding import BATCH, dot, reshape
+from mmprm_jax.sharding import BATCH, dot, fit_spec, reshape
 
 
 class ScoreHead(nnx.Module):
@@ -86,6 +86,8 @@ class VLM(nnx.Module):
         is_image = tokens == self.image_token
         # Other tokens point behind the last visual one, each to a place of its own: a gradient is put, never added.
         index = jnp.where(is_image, jnp.cumsum(is_image, axis=1) - 1, visual.shape[1] + jnp.arange(tokens.shape[1]))
+
+        index = jax.sharding.reshard(index, fit_spec(index.shape, (BATCH,)))
 
         def of_row(visual: jax.Array, index: jax.Array) -> jax.Array:
             return visual.at[index].get(mode="fill", fill_value=0, unique_indices=True)

@@ -93,7 +93,7 @@ MESHES = {1: {"data": 1}, 8: {"data": 2, "fsdp": 2, "tensor": 2}}
         (sized(vision=False), "soft", 1, 1),
         pytest.param(sized(), "policy", 1, 1, marks=pytest.mark.slow),
         pytest.param(sized(tied=True), "soft", 8, 4, marks=pytest.mark.slow),
-        pytest.param(sized(lora_rank=4), "policy", 8, 1, marks=pytest.mark.slow),
+        pytest.param(sized(lora_rank=4, lora_alpha=4.0), "policy", 8, 1, marks=pytest.mark.slow),
     ],
     ids=["prm", "policy", "tied-8-devices-4-microbatches", "adapters-8-devices"],
 )
