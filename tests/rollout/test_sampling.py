@@ -226,7 +226,7 @@ def test_uniforms_at_the_borders_of_blocks():
         (dict(min_p=1.1), "min_p"),
         (dict(repetition_penalty=0.0), "repetition_penalty"),
         (dict(max_new_tokens=0), "max_new_tokens"),
-        (dict(stop=tuple(range(MAX_STOPS + 1))), "stop ids"),
+        (dict(stop=tuple(range(MAX_STOPS + 1))), "stop: 5 ids"),
     ],
     ids=str,
 )
