@@ -273,9 +273,10 @@ def test_guided_search_of_a_finished_run(environment, finished, tmp_path):
     assert set(figures) == {"beam", "dvts", "lookahead"} and "| dvts |" in out
     for x in figures.values():
         assert 0 <= x["accuracy"] <= 1 and x["tokens"] > 0 and x["best_of_n"]["n"] >= 1
-    before = {p: p.read_bytes() for p in (workdir / "guided").iterdir()}
+    before = {p: p.read_bytes() for p in (workdir / "guided").rglob("*.json*")}
+    assert len(before) >= 3
     assert run(environment, "guide", workdir, "--search=beam")[0] == 0  # nothing is searched again
-    assert before == {p: p.read_bytes() for p in (workdir / "guided").iterdir()}
+    assert before == {p: p.read_bytes() for p in (workdir / "guided").rglob("*.json*")}
     assert "no such search" in failure(environment, "guide", workdir, "--search=bfs")
 
 
