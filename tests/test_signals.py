@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-REPEATS = int(os.environ.get("MMPRM_SIGNALS", "2"))  # of each kind and stage
+STAGES = ("data", "sft", "annotate", "train_prm", "evaluate", "report")
+REPEATS = int(os.environ.get("MMPRM_SIGNALS", "1"))  # of each kind and stage
 LIMIT = 10.0  # seconds to end in, on an idle machine
 BOOT = 2.5  # seconds until the interpreter has installed the handlers
 KINDS = [(n, group, ignored) for n in (signal.SIGINT, signal.SIGTERM) for group in (0, 1) for ignored in (0, 1)]
@@ -52,16 +53,18 @@ def whole(tmp_path_factory):
 def results(workdir, stage):
     """What the stage has made, as bytes or figures."""
     figures = json.loads((workdir / stage / "done.json").read_text())
-    figures.pop("seconds")
+    for name in ("seconds", "manifest", "seal"):  # files of weights have random names
+        figures.pop(name)
     files = sorted((workdir / stage).glob("*.jsonl"))
     return figures, {path.name: path.read_bytes() for path in files if path.name != "metrics.jsonl"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "annotate", "train_prm", "evaluate"])
+@pytest.mark.parametrize("stage", STAGES[1:-1])
 def test_random_signals(whole, tmp_path, stage):
     workdir, rng, count = tmp_path / "run", random.Random(stage), 0
-    shutil.copytree(whole, workdir, ignore=shutil.ignore_patterns(stage, "report"))
+    later = STAGES[STAGES.index(stage) :]
+    shutil.copytree(whole, workdir, ignore=shutil.ignore_patterns(*later))
     seconds = 1.5 * json.loads((whole / stage / "done.json").read_text())["seconds"] + 8
     for number, group, ignored in rng.sample(KINDS * REPEATS, len(KINDS) * REPEATS):
         process = start(workdir, stage, ignored)
@@ -80,6 +83,6 @@ def test_random_signals(whole, tmp_path, stage):
             assert process.returncode == 128 + number, err
             told = [line for line in err.splitlines() if "the same command goes on from here" in line]
             assert len(told) == 1 and "Traceback" not in err and took < allowed, err
-    assert count >= len(KINDS) * REPEATS // 2
+    assert count >= len(KINDS) * REPEATS // 4
     finish(workdir, stage)
     assert results(workdir, stage) == results(whole, stage)

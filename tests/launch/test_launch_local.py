@@ -149,7 +149,9 @@ class Pod:
         """Every file of candidates, scores and estimates, and the figures."""
         folder = self.folder.joinpath(*words)
         figures = json.loads((folder / "done.json").read_text())
-        return {path.name: path.read_text() for path in folder.glob("*.jsonl")} | {"done": figures | {"seconds": 0}}
+        for name in ("seconds", "environment", "manifest", "seal"):  # a process has other devices than two
+            figures.pop(name)
+        return {path.name: path.read_text() for path in folder.glob("*.jsonl")} | {"done": figures}
 
     def losses(self, workdir):
         lines = (self.folder / workdir / "sft" / "metrics.jsonl").read_text().splitlines()
