@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import runpy
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import jax
 import orbax.checkpoint as ocp
 import pytest
 import toy_annotation as toy
-from ml_collections import ConfigDict
 
 from mmprm_jax import annotate, config, manifest, stages
 from mmprm_jax.evaluation.pieces import Pieces
@@ -26,18 +24,20 @@ ALL = ["data", "sft", "annotate", "train_prm", "evaluate", "report"]
 
 def tiny_config(**data):
     """The smoke configuration with a few problems and steps: the same path, no sense in its figures."""
-    found = ConfigDict(runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]("smoke"))
-    found.mesh = (1, 1, 1)
-    found.data.update(train=5, dev=2, test=3, demonstrations=12, transcriptions=4, text_only=4, **data)
-    found.model.decoder.num_layers = found.model.vision.num_layers = 1
-    found.sft.update(steps=4, batch_size=4, checkpoint_every=2)
-    found.train_prm.update(steps=4, batch_size=4, checkpoint_every=2)
-    found.annotate.update(trees_per_shard=2, in_flight=2, checkpoint_seconds=0.0)
-    found.evaluate.update(
-        n=2, slots=8, max_new_tokens=8, cache_tokens=2000, verify_workers=0, score_rows=8, calibration_problems=2,
-        calibration_rollouts=2,
-    )  # fmt: skip
-    return found
+    few = {
+        "data": dict(train=5, dev=2, test=3, demonstrations=12, transcriptions=4, text_only=4, **data),
+        "model.decoder": dict(num_layers=1),
+        "model.vision": dict(num_layers=1),
+        "sft": dict(steps=4, batch_size=4, checkpoint_every=2),
+        "train_prm": dict(steps=4, batch_size=4, checkpoint_every=2),
+        "annotate": dict(trees_per_shard=2, in_flight=2, checkpoint_seconds=0.0),
+        "evaluate": dict(
+            n=2, slots=8, max_new_tokens=8, cache_tokens=2000, verify_workers=0, score_rows=8, calibration_problems=2,
+            calibration_rollouts=2,
+        ),
+    }  # fmt: skip
+    overrides = [f"--config.{group}.{key}={value}" for group, values in few.items() for key, value in values.items()]
+    return config.load(f"{ROOT / 'configs' / 'digits.py'}:smoke", ["--config.mesh=1,1,1", *overrides])
 
 
 class MadeUp(toy.MadeUp):
