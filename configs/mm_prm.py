@@ -37,6 +37,9 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     )  # fmt: skip
     config.evaluate = ConfigDict(
-        dict(dtype="bfloat16", top_k=50, top_p=0.9, max_new_tokens=2048, slots=256, cache_tokens=200_000, score_rows=16)
-    )
+        dict(
+            dtype="bfloat16", top_k=50, top_p=0.9, repetition_penalty=1.05, max_new_tokens=2048, slots=256,
+            cache_tokens=200_000, score_rows=16,
+        )
+    )  # fmt: skip
     return config
