@@ -10,7 +10,8 @@ setup(
     description="Process reward models for multimodal mathematics, in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["mmprm_jax", "mmprm_jax.*"]),
+    packages=[*find_packages(include=["mmprm_jax", "mmprm_jax.*"]), "mmprm_jax.configs"],
+    package_dir={"mmprm_jax.configs": "configs"},  # a wheel has the example configs inside of the package
     include_package_data=True,
     install_requires=[
         "absl-py>=2.1",

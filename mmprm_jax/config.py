@@ -7,7 +7,6 @@ told in one line.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import inspect
@@ -20,17 +19,15 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mmprm_jax.records import UserError
+from mmprm_jax.errors import UsageError, UserError, nearest
 from mmprm_jax.schema import (
     Found,
     Section,
     build,
     convert,
-    describe,
     item_kind,
     kind_name,
     leaves,
-    nearest,
     problems,
     raise_for,
 )
@@ -48,12 +45,6 @@ SCHEDULING = ("mesh", "evaluate.verify_workers") + tuple(
 )  # fmt: skip
 
 
-def split_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits a command line into (what absl should parse, the ``--config.key=value`` overrides)."""
-    rest = [a for a in argv if not a.startswith("--" + _PREFIX)]
-    return rest, [a for a in argv if a.startswith("--" + _PREFIX)]
-
-
 def load(path_with_arg: str, overrides: Sequence[str] = (), schema: type[Section] = Config) -> Any:
     """Returns the ``schema`` as ``FILE[:ARG]`` and the overrides have it, checked; the last one of a key wins.
 
@@ -62,14 +53,27 @@ def load(path_with_arg: str, overrides: Sequence[str] = (), schema: type[Section
       overrides: ``--config.key.sub=value`` strings.
       schema: the settings that there are, with their defaults.
 
-    Raises UserError; it lists everything that is wrong, a line each.
+    Raises UserError, or UsageError if one of the overrides is wrong; it lists everything that is wrong, a line each.
     """
     given = _read(path_with_arg)
-    wrong = _override(schema, given, dict(_split(override) for override in overrides))
+    texts = dict(_split(override) for override in overrides)
+    wrong = _override(schema, given, texts)
     config, misplaced = build(schema, given)
+    found = [*problems(config), *missing_files(config)]
+    in_overrides = bool(wrong) or any(key in texts for key, _ in found)
     wrong += [(f"{path_with_arg}: {key}", message) for key, message in misplaced]
-    raise_for([*wrong, *problems(config), *missing_files(config)])
+    try:
+        raise_for([*wrong, *found])
+    except UserError as error:
+        raise (UsageError if in_overrides else UserError)(str(error)) from None
     return config
+
+
+def examples() -> list[pathlib.Path]:
+    """The config files that come with the package: ``configs/`` of a clone, which a wheel has inside of the package."""
+    package = pathlib.Path(__file__).parent
+    inside = package / "configs"
+    return sorted((inside if inside.is_dir() else package.parent / "configs").glob("*.py"))
 
 
 def missing_files(config: Section) -> Iterator[Found]:
@@ -216,11 +220,11 @@ def _read(path_with_arg: str) -> dict[str, Any]:
 
 def _available(path: pathlib.Path) -> str:
     """Says which config files there are beside a missing one, or else in configs/."""
-    for folder in (path.parent, pathlib.Path("configs"), pathlib.Path(__file__).parents[1] / "configs"):
+    for folder in (path.parent, pathlib.Path("configs")):
         files = sorted(str(f) for f in folder.glob("*.py") if f.name != "__init__.py")
         if files and (folder.name == "configs" or folder != pathlib.Path(".")):
             return "there are " + ", ".join(files)
-    return "there is no configs/ directory here"
+    return "`mmprm list configs --copy` copies the examples to configs/"
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -228,7 +232,7 @@ def _split(override: str) -> tuple[str, str]:
     flag, equals, text = override.partition("=")
     key = flag.removeprefix("--").removeprefix(_PREFIX)
     if not equals:
-        raise UserError(f"{override}: has no value; write --{_PREFIX}{key}=VALUE")
+        raise UsageError(f"{override}: has no value; write --{_PREFIX}{key}=VALUE")
     return key, text
 
 
@@ -280,16 +284,3 @@ def _items(text: str, kind: type) -> Sequence[Any]:
     if items is None:
         raise ValueError(text)
     return [convert(kind, item) for item in items]
-
-
-def main(argv: Sequence[str]) -> None:
-    """``mmprm config --config=FILE [--config.key=value ...] [--check]``. Raises UserError."""
-    rest, overrides = split_args(argv)
-    parser = argparse.ArgumentParser(
-        prog="mmprm config", description="Prints every setting: value, default, meaning.", allow_abbrev=False
-    )
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a configuration file")
-    parser.add_argument("--check", action="store_true", help="only say whether all settings are allowed")
-    given = parser.parse_args(rest)
-    config = load(given.config, overrides)
-    print(f"{given.config}: all {len(list(leaves(config)))} settings are allowed" if given.check else describe(config))

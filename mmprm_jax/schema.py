@@ -11,14 +11,13 @@ allowed, ``from_config`` takes the part of a section that a component needs.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from mmprm_jax.records import UserError
+from mmprm_jax.errors import UserError, nearest
 
 MOST = 2**31 - 1  # of a whole number, where nothing else is said: many go into int32 arrays
 
@@ -100,12 +99,6 @@ def item_kind(kind: Any) -> Any:
 
 def kind_name(kind: Any) -> str:
     return f"tuple of {item_kind(kind).__name__}" if item_kind(kind) else kind.__name__
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The words that name the nearest of ``names``."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def convert(kind: Any, value: Any) -> Any:

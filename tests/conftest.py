@@ -20,8 +20,6 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from absl import logging as absl_logging  # noqa: E402
-from absl.testing import flagsaver  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from mmprm_jax import sharding  # noqa: E402
@@ -229,18 +227,18 @@ def scenario(tmp_path, monkeypatch):
 @pytest.fixture
 def dry_run(capsys):
     """``dry_run("tpu", …)``: what ``mmprm launch --dry-run`` prints."""
-    from mmprm_jax.launch import cli
+    from mmprm_jax import cli
 
     def shown(*argv):
         split = argv.index("--")
-        cli.main([*argv[:split], "--dry-run", *argv[split:]])
+        cli.run(["launch", *argv[:split], "--dry-run", *argv[split:]])
         return capsys.readouterr().out
 
     return shown
 
 
 @pytest.fixture
-def mmprm_here(capfd, monkeypatch):
+def mmprm_here(capfd):
     """``mmprm_here(*words)``: a command in this process, which spares the imports; returncode, stdout and stderr.
 
     For commands that fail early or need no device: there are eight devices here, and other options for XLA.
@@ -249,20 +247,15 @@ def mmprm_here(capfd, monkeypatch):
 
     def run(*words):
         capfd.readouterr()
-        root, code = logging.getLogger(), 0
-        handlers, level = list(root.handlers), absl_logging.get_verbosity()
-        with monkeypatch.context() as patch, flagsaver.flagsaver():
-            patch.setattr(sys, "argv", ["mmprm", *map(str, words)])
-            try:
-                with interruption.handling():
-                    main.dispatch()
-            except SystemExit as ended:
-                code = ended.code or 0
-        root.handlers[:] = handlers  # absl adds its own
-        absl_logging.set_verbosity(level)
+        root = logging.getLogger()
+        handlers = list(root.handlers)
+        try:
+            with interruption.handling():
+                main.dispatch(list(map(str, words)))
+        except SystemExit as ended:
+            code = ended.code
+        root.handlers[:] = handlers  # dispatch adds its own
         out, err = capfd.readouterr()
-        if isinstance(code, str):  # as the interpreter does at the end
-            code, err = 1, f"{err}{code}\n"
         return types.SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
     return run

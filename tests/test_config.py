@@ -183,12 +183,6 @@ def test_bad_argument(file, tmp_path):
     assert load(str(path)) == Toy()
 
 
-def test_split_args():
-    rest, overrides = config_lib.split_args(["mmprm", "sft", "--config=a.py", "--config.seed=1", "--workdir=w"])
-    assert rest == ["mmprm", "sft", "--config=a.py", "--workdir=w"]
-    assert overrides == ["--config.seed=1"]
-
-
 def test_to_text_is_sorted_json(file):
     text = config_lib.to_text(load(file))
     assert text == config_lib.to_text(load(file))

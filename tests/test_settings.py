@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mmprm_jax import config, schema, settings
+from mmprm_jax import cli, config, schema, settings
 from mmprm_jax.records import UserError
 from mmprm_jax.settings import Config
 
@@ -224,21 +224,21 @@ def test_a_component_takes_its_part_whole():
 
 
 def test_mmprm_config(capsys):
-    config.main([f"--config={DIGITS}", "--config.sft.steps=77"])
+    cli.run(["config", f"--config={DIGITS}", "--config.sft.steps=77"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" = ")[0] for line in lines] == list(LEAVES)
     (steps,) = [line for line in lines if line.startswith("sft.steps ")]
     assert steps.split() == ["sft.steps", "=", "77", "default", "1000", "updates"]
-    config.main([f"--config={DIGITS}", "--check"])
+    cli.run(["config", f"--config={DIGITS}", "--check"])
     assert "settings are allowed" in capsys.readouterr().out
 
 
 def test_a_wrong_setting_is_told_without_the_numeric_libraries(tmp_path):
-    """One line, exit code 1, no work directory; and in the time that reading takes."""
+    """One line, exit code 2, no work directory; and in the time that reading takes."""
     code = "import sys; from mmprm_jax import main\ntry: main.run()\nfinally: assert 'jax' not in sys.modules"
     words = ["pipeline", f"--config={DIGITS}", f"--workdir={tmp_path / 'w'}", "--config.train_prm.label=sotf"]
     out = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-    assert out.returncode == 1 and out.stderr == (
+    assert out.returncode == 2 and out.stderr == (
         "mmprm: train_prm.label: 'sotf' is not one of soft, hard, beta_binomial; did you mean soft?\n"
     )
     assert not (tmp_path / "w").exists()

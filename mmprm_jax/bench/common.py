@@ -1,36 +1,21 @@
-"""What every benchmark needs: children that take turns, the machine's description and limits, the JSON file."""
+"""What every benchmark needs: children that take turns, the machine's description and limits."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mmprm_jax import interruption
-from mmprm_jax.environment import cores, cpu
+from mmprm_jax.environment import cores, cpu, versions
 from mmprm_jax.records import UserError
 from mmprm_jax.spawn import Spawn
-
-_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "numpy", "torch", "transformers")
-
-
-def versions() -> dict[str, str]:
-    """Python, and those of the libraries that are installed."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            pass
-    return found
 
 
 def machine() -> dict[str, Any]:
@@ -66,13 +51,6 @@ def copy_bandwidth(size: int = 1 << 28, repeats: int = 8) -> float:
     x = jnp.zeros((size // 4,), jnp.float32)
     change = jax.jit(lambda x: x + 1)
     return 2 * x.nbytes / _seconds(lambda: change(x), repeats)
-
-
-def write_json(path: str | os.PathLike, result: dict[str, Any]) -> None:
-    """Writes a benchmark's result."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=2)
-        file.write("\n")
 
 
 class Child:

@@ -9,16 +9,13 @@ Each file is written beside its place and moved there when it is whole; the same
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import dataclasses
 import hashlib
 import io
 import json
-import sys
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,6 @@ from mmprm_jax.data.rewriter import Rewriter
 from mmprm_jax.data.sources_base import Item, Picture, Refused, named
 from mmprm_jax.metrics import progress
 from mmprm_jax.records import Problem, SFTExample, UserError
-from mmprm_jax.rollout.servers import reach
 
 FOLDER = "prepare"
 _GAP = 16  # pixels between images that are put below each other
@@ -264,57 +260,14 @@ def _replacing(path: Path) -> Iterator[Any]:
     temporary.replace(path)
 
 
-def _parse(argv: Sequence[str]) -> Settings:
-    parser = argparse.ArgumentParser(
-        prog="mmprm prepare", description="A named data set into the files that the stages read.",
-        epilog=f"Sources: {', '.join(sources.SOURCES)}.",
-    )  # fmt: skip
-    parser.add_argument("source", help="the data set's name")
-    parser.add_argument("path", nargs="?", help="a file, a folder or a hub id (org/name@revision); default: its own id")
-    parser.add_argument("--output", required=True, type=Path, help="the folder for records and images")
-    parser.add_argument("--split", default=None, help="train, test, …; default: train, or a benchmark's first")
-    parser.add_argument("--name", default="", help="NAME.jsonl is written; default: the split, or sft")
-    parser.add_argument("--limit", default=0, type=int, help="so many records at most; 0: all")
-    parser.add_argument("--against", default="", help="folders of prepared benchmarks, whose problems are taken out")
-    parser.add_argument("--rewriter", default="", help="an OpenAI-compatible server that restructures SFT responses")
-    parser.add_argument("--model", default="", help="the rewriter's model")
-    given = parser.parse_args(argv)
-    source = sources.find(given.source)
-    if given.limit < 0:
-        raise UserError(f"--limit={given.limit}: at least 1, or 0 for all")
-    if bool(given.rewriter) != bool(given.model):
-        raise UserError("--rewriter=http://host:8000/v1 and --model=NAME go together")
-    if given.rewriter and source.kind != "sft":
-        raise UserError(f"--rewriter is for demonstrations; {source.name} has {source.kind} records")
-    if any(c in given.name for c in "/\\"):
-        raise UserError(f"--name={given.name}: a name, not a path")
-    against = tuple(Path(part) for part in given.against.split(",") if part)
-    rewriter = Rewriter(given.rewriter, given.model) if given.rewriter else None
-    reach([given.rewriter] if given.rewriter else [])
-    split = given.split or next(iter(source.files))
-    return Settings(
-        source.name, given.path or source.hub, given.output, split, given.name, given.limit, against, rewriter
-    )
-
-
-def main(argv: Sequence[str]) -> None:
-    """The command. Exit code 0 also when rows were refused: they are listed, and counted on stderr."""
-    try:
-        settings = _parse(argv)
-        with settings.rewriter or contextlib.nullcontext(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")  # of sizes and palettes: our own limits decide
-            summary = run(settings)
-    except OSError as error:
-        raise UserError(str(error)) from None
+def describe(settings: Settings, summary: Mapping[str, Any]) -> Iterator[str]:
+    """What was written, then a line for each kind of row or image that the user may want to look at."""
     folder = settings.output / FOLDER / Path(summary["file"]).stem
-    print(f"{settings.output / summary['file']}: {summary['written']} of {summary['rows']} rows of {summary['source']}")
+    yield f"{settings.output / summary['file']}: {summary['written']} of {summary['rows']} rows of {summary['source']}"
     for kind, by in (("refused", "refused_by_reason"), ("removed", "removed_by_match")):
         if summary[kind]:
             top = "; ".join(f"{count} x {reason}" for reason, count in list(summary[by].items())[:8])
-            print(f"{kind} {summary[kind]} rows ({top}): {folder / kind}.jsonl", file=sys.stderr)
+            yield f"{kind} {summary[kind]} rows ({top}): {folder / kind}.jsonl"
     if summary["blank_images"]:
-        print(
-            f"{len(summary['blank_images'])} images are of one colour, models see nothing there:"
-            f" {folder / 'summary.json'}",
-            file=sys.stderr,
-        )
+        count = len(summary["blank_images"])
+        yield f"{count} images are of one colour, models see nothing there: {folder / 'summary.json'}"

@@ -8,7 +8,6 @@ Which are held out depends on their ids and texts and the seed, not on their ord
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,21 +52,11 @@ def split(problems: Sequence[Problem], dev: int, test: int, seed: int = 0) -> di
     return {name: [p for p in problems if part_of[p.id] == name] for name in PARTS}
 
 
-def main(argv: Sequence[str]) -> None:
-    """The command. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="mmprm split", description="Problems held out for development and test.")
-    parser.add_argument("file", type=Path, help="problems; the three files are written beside it")
-    parser.add_argument("--dev", required=True, type=int, help="problems to choose the aggregator on")
-    parser.add_argument("--test", required=True, type=int, help="problems to report on")
-    parser.add_argument("--seed", default=0, type=int, help="another choice of problems")
-    given = parser.parse_args(argv)
-    if given.file.stem in PARTS:
-        raise UserError(f"{given.file}: would be replaced; prepare it under another name (mmprm prepare … --name=all)")
-    try:
-        problems = records.read_problems(given.file)
-        parts = split(problems, given.dev, given.test, given.seed)
-        for name, part in parts.items():
-            records.write(given.file.with_name(f"{name}.jsonl"), part)
-    except OSError as error:
-        raise UserError(str(error)) from None
-    print(", ".join(f"{given.file.parent / name}.jsonl: {len(parts[name])}" for name in reversed(PARTS)))
+def split_file(file: Path, dev: int, test: int, seed: int = 0) -> str:
+    """Writes the parts of a file of problems beside it; returns what to tell. Raises UserError."""
+    if file.stem in PARTS:
+        raise UserError(f"{file}: would be replaced; prepare it under another name (mmprm prepare … --name=all)")
+    parts = split(records.read_problems(file), dev, test, seed)
+    for name, part in parts.items():
+        records.write(file.with_name(f"{name}.jsonl"), part)
+    return ", ".join(f"{file.parent / name}.jsonl: {len(parts[name])}" for name in reversed(PARTS))

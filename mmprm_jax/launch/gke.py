@@ -25,19 +25,6 @@ from mmprm_jax.records import UserError
 _SPOT = "cloud.google.com/gke-spot"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", required=True, help="made with launch/Dockerfile, in a registry the cluster reads")
-    parser.add_argument("--accelerator", required=True, help="label cloud.google.com/gke-tpu-accelerator of the nodes")
-    parser.add_argument("--topology", required=True, help="label cloud.google.com/gke-tpu-topology, e.g. 4x8")
-    parser.add_argument("--chips", type=int, default=4, help="TPU chips of a host (default: 4)")
-    parser.add_argument("--spot", action="store_true", help="on Spot nodes")
-    parser.add_argument("--service-account", help="Kubernetes service account that may use the bucket")
-    parser.add_argument("--namespace", help="default: kubectl's")
-    parser.add_argument("--context", help="cluster, as in the kubectl configuration; default: the current one")
-    parser.add_argument("--keep", action="store_true", help="do not delete the JobSet at the end")
-    parser.add_argument("--poll", type=float, default=15.0, help="seconds between two looks at the state (default: 15)")
-
-
 def hosts(topology: str, chips: int) -> int:
     """The hosts of a slice. Raises UserError."""
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", topology):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import pathlib
 import re
@@ -15,7 +16,6 @@ from typing import IO
 from mmprm_jax import interruption
 from mmprm_jax.records import UserError
 
-COMMANDS = ("annotate", "sft", "train_prm", "evaluate", "pipeline", "benchmark")  # those that run in several processes
 CLONE = pathlib.Path(__file__).parents[2]
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # fits into the names of nodes, pods and Slurm jobs
 _TRIES = 5
@@ -27,12 +27,13 @@ _QUIET = 600.0  # seconds without trouble after which it is forgotten
 class Job:
     """An mmprm command and where it goes.
 
-    words: behind ``mmprm``, ``--distributed`` among them. env: variables for its processes. logs: a local folder.
-    restarts: how often it is started again after a lost machine or a killed process.
+    words: behind ``mmprm``, ``--distributed`` among them. config: FILE or FILE:ARG. env: variables for its processes.
+    logs: a local folder. restarts: how often it is started again after a lost machine or a killed process.
     """
 
     name: str
     words: tuple[str, ...]
+    config: str
     workdir: str
     env: Mapping[str, str]
     logs: pathlib.Path
@@ -46,43 +47,22 @@ class Job:
         return [*(["env", *settings] if settings else []), "mmprm", *self.words]
 
 
-def flag(words: Sequence[str], name: str) -> str | None:
-    """The value of ``--name=value`` or ``--name value``, the last one; None if there is none."""
-    found = None
-    for word, following in zip(words, [*words[1:], None], strict=True):
-        if word.startswith(f"--{name}="):
-            found = word.partition("=")[2]
-        elif word == f"--{name}":
-            found = following
-    return found
-
-
-def make_job(
-    name: str, words: Sequence[str], env: Sequence[str], logs: str | None, restarts: int, dry_run: bool
-) -> Job:
-    """Checks what the user asks for. logs: None for ``<workdir>/logs``, or ``logs/<name>`` where that is not local.
+def make_job(options: argparse.Namespace, words: Sequence[str], config: str, workdir: str) -> Job:
+    """options: of ``mmprm launch``; words: the command to run, whose ``--config`` and ``--workdir`` the others are.
 
     Raises UserError.
     """
-    if not _NAME.fullmatch(name):
-        raise UserError(f"--name={name}: use up to 40 of a-z, 0-9 and -, a letter first")
-    if not words:
-        raise UserError("the command is missing; write it behind --, e.g. -- sft --config=FILE --workdir=DIR")
-    if words[0] not in COMMANDS:
-        raise UserError(f"{words[0]}: not a command that can be launched; those are {', '.join(COMMANDS)}")
-    for needed in ("config", "workdir"):
-        if not flag(words, needed):
-            raise UserError(f"--{needed} is missing in the command behind --: mmprm {shlex.join(words)}")
-    variables = dict(item.partition("=")[::2] for item in env)
-    for item in env:
+    if not _NAME.fullmatch(options.name):
+        raise UserError(f"--name={options.name}: use up to 40 of a-z, 0-9 and -, a letter first")
+    for item in options.env:
         if not re.fullmatch(r"[A-Za-z_]\w*=.*", item, re.DOTALL):
             raise UserError(f"--env={item}: write --env=NAME=VALUE")
-    if restarts < 0:
-        raise UserError(f"--restarts={restarts}: needs 0 or more")
-    workdir = flag(words, "workdir")
-    folder = pathlib.Path(logs) if logs else pathlib.Path(*(("logs", name) if "://" in workdir else (workdir, "logs")))
+    env = dict(item.partition("=")[::2] for item in options.env)
+    beside = ("logs", options.name) if "://" in workdir else (workdir, "logs")
+    logs = pathlib.Path(options.logs) if options.logs else pathlib.Path(*beside)
     more = () if "--distributed" in words else ("--distributed",)
-    return Job(name, (*words, *more), workdir, variables, folder, restarts, dry_run)
+    restarts = getattr(options, "restarts", 0)  # Slurm knows no bound
+    return Job(options.name, (*words, *more), config, workdir, env, logs, restarts, options.dry_run)
 
 
 def template(name: str) -> pathlib.Path:

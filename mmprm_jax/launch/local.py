@@ -19,10 +19,6 @@ from mmprm_jax.records import UserError
 _GRACE = 60.0  # seconds to stop in
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", type=int, required=True)
-
-
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -62,8 +58,6 @@ def attempt(job: Job, processes: int) -> tuple[int, int]:
 
 def launch(options: argparse.Namespace, job: Job) -> None:
     """Raises UserError naming the log of the process that failed."""
-    if options.processes < 1:
-        raise UserError(f"--processes={options.processes}: needs at least one")
     if job.dry_run:
         print(shlex.join(["mkdir", "-p", str(job.logs)]))
         for i, more in enumerate(variables(job, options.processes, 0)):

@@ -9,16 +9,6 @@ from mmprm_jax.launch.job import Job, call, last_line, say, template
 from mmprm_jax.records import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, required=True, help="of a node")
-    parser.add_argument(
-        "--time", required=True, help="limit of one stretch, as sbatch takes it; then it is queued again"
-    )
-    parser.add_argument("--grace", type=int, default=120, help="seconds before the limit to stop at (default: 120)")
-    parser.add_argument("--sbatch", action="append", default=[], metavar="FLAG", help="one more for sbatch; may repeat")
-
-
 def submission(options: argparse.Namespace, job: Job) -> list[str]:
     """The sbatch command line."""
     settings = [f"{key}={value}" for key, value in job.env.items()]
@@ -32,8 +22,6 @@ def submission(options: argparse.Namespace, job: Job) -> list[str]:
 
 def launch(options: argparse.Namespace, job: Job) -> None:
     """Raises UserError when the job is not accepted."""
-    if min(options.nodes, options.gpus) < 1:
-        raise UserError(f"--nodes={options.nodes} --gpus={options.gpus}: needs at least one of each")
     argv = submission(options, job)
     if job.dry_run:
         print(shlex.join(["mkdir", "-p", str(job.logs)]))

@@ -32,17 +32,6 @@ UNPACK = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--zone", required=True)
-    parser.add_argument("--project", help="default: gcloud's")
-    parser.add_argument("--type", required=True, help="accelerator type, as in the Cloud TPU documentation")
-    parser.add_argument("--runtime", required=True, help="TPU software version for that type")
-    parser.add_argument("--spot", action="store_true", help="cheaper, may be preempted")
-    parser.add_argument("--create", action="append", default=[], metavar="FLAG", help="one more for gcloud's create")
-    parser.add_argument("--keep", action="store_true", help="do not delete the slice at the end")
-    parser.add_argument("--poll", type=float, default=30.0, help="seconds between two looks at the state (default: 30)")
-
-
 def pack(path: pathlib.Path) -> None:
     """The parts of this clone that a worker needs, as a .tar.gz."""
 
@@ -198,7 +187,7 @@ def launch(options: argparse.Namespace, job: Job) -> None:
     """Raises UserError: the command failed (its log is named), or the slice cannot be had."""
     jobs.template("tpu_worker.sh")
     jobs.bucket_only(job)
-    config = jobs.flag(job.words, "config").partition(":")[0]
+    config = job.config.partition(":")[0]
     if pathlib.PurePath(config).is_absolute() or not (CLONE / config).is_file():
         raise UserError(f"--config={config}: not a file of this clone; name it from the root of the clone ({CLONE})")
     slice_ = Slice(options, job)

@@ -120,9 +120,10 @@ def test_official_modes_by_the_command(mode, tmp_path, mmprm_here):
 INTERRUPTED = """
 import sys
 from mmprm_jax import main
+from mmprm_jax.answers import audit
 from mmprm_jax.interruption import Interrupted
-def stop(path): raise Interrupted
-main._verify, sys.argv = stop, ["mmprm", "verify", "rows.jsonl"]
+def stop(*_): raise Interrupted
+audit.verify_file, sys.argv = stop, ["mmprm", "verify", "rows.jsonl"]
 main.run()
 """
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mmprm_jax import records
-from mmprm_jax.data import prepare, sources
+from mmprm_jax import cli, records
+from mmprm_jax.data import images, sources
 from mmprm_jax.data.benchmarks import StepDetectionExample
 from mmprm_jax.data.images import open_image
 from mmprm_jax.data.prompts import split_segments
@@ -28,7 +28,7 @@ K12 = GOLDEN / "mm_k12" / "mm_k12_test_24.json"
 
 
 def run(*argv):
-    prepare.main([str(part) for part in argv])
+    cli.run(["prepare", *map(str, argv)])
 
 
 def read(path, cls=Problem):
@@ -333,10 +333,8 @@ def test_many_images_of_one_row_are_refused_before_all_are_in_memory(tmp_path, m
     row = {"question": "q", "image": ["a.png"] * 1000, "response": {"steps": ["s"], "process_correctness": [1]}}
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"image": ["a.png"] * 3}) + "\n")
     opened = []
-    monkeypatch.setattr(prepare.images, "MAX_PIXELS", 2000)
-    monkeypatch.setattr(
-        prepare.images, "decode_image", lambda data, name: opened.append(name) or Image.open(io.BytesIO(data))
-    )
+    monkeypatch.setattr(images, "MAX_PIXELS", 2000)
+    monkeypatch.setattr(images, "decode_image", lambda data, name: opened.append(name) or Image.open(io.BytesIO(data)))
     run("visualprocessbench", tmp_path, f"--output={tmp_path / 'out'}")
     assert len(opened) == 4 + 3 and len(read(tmp_path / "out/test.jsonl", StepDetectionExample)) == 1
     assert "its 1000 images have more than" in lines(tmp_path / "out/prepare/test/refused.jsonl")[0]["reason"]

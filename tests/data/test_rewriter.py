@@ -7,8 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from mmprm_jax import records
-from mmprm_jax.data import prepare
+from mmprm_jax import cli, records
 from mmprm_jax.data.rewriter import Rewriter, accepted
 from mmprm_jax.data.sources_base import Item
 from mmprm_jax.records import SFTExample, UserError
@@ -114,7 +113,8 @@ def test_prepare_with_a_rewriter(stub, tmp_path):
     lines = [json.dumps({"query": f"q{i}", "response": text}) for i, text in enumerate(solutions)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     server = stub(lambda content, nth: f"<step>Rewritten.</step><answer>{1 + ('q1' in content) * 4}</answer>")
-    prepare.main(["dart_math", str(tmp_path), f"--output={tmp_path / 'o'}", f"--rewriter={server.url}", "--model=m"])
+    options = [f"--output={tmp_path / 'o'}", f"--rewriter={server.url}", "--model=m"]
+    cli.run(["prepare", "dart_math", str(tmp_path), *options])
     found = [example.response for example in records.read(tmp_path / "o" / "sft.jsonl", SFTExample)]
     assert found == ["<step>Rewritten.</step><answer>1</answer>", "<step>It is two.</step><answer>2</answer>"]
     summary = json.loads((tmp_path / "o/prepare/sft/summary.json").read_text())

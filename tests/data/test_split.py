@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmprm_jax import records
+from mmprm_jax import cli, records
 from mmprm_jax.data import split
 from mmprm_jax.records import Problem, UserError
 
@@ -49,18 +49,18 @@ def test_the_choice_depends_on_the_texts_and_the_seed():
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "all.jsonl"
     records.write(path, PROBLEMS)
-    split.main([str(path), "--dev=9", "--test=15"])
+    cli.run(["split", str(path), "--dev=9", "--test=15"])
     wanted = split.split(PROBLEMS, 9, 15)
     assert {name: records.read_all(tmp_path / f"{name}.jsonl", Problem) for name in wanted} == wanted
     assert "train.jsonl: 36" in capsys.readouterr().out
     with pytest.raises(UserError, match="train.jsonl: would be replaced"):
-        split.main([str(tmp_path / "train.jsonl"), "--dev=1", "--test=1"])
+        cli.run(["split", str(tmp_path / "train.jsonl"), "--dev=1", "--test=1"])
     for dev, test, name in ((0, 9, "dev"), (9, 60, "dev"), (30, 30, "train")):
         with pytest.raises(UserError, match=f"none for {name}"):
-            split.main([str(path), f"--dev={dev}", f"--test={test}"])
+            cli.run(["split", str(path), f"--dev={dev}", f"--test={test}"])
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="directory"):
-        split.main([str(tmp_path / "folder"), "--dev=1", "--test=1"])
+        cli.run(["split", str(tmp_path / "folder"), "--dev=1", "--test=1"])
     records.write(path, [*PROBLEMS, PROBLEMS[7]])
     with pytest.raises(UserError, match="the id '7' is there twice"):
-        split.main([str(path), "--dev=1", "--test=1"])
+        cli.run(["split", str(path), "--dev=1", "--test=1"])

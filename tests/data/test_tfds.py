@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmprm_jax import records
-from mmprm_jax.data import prepare
+from mmprm_jax import cli, records
 from mmprm_jax.records import Problem, StepExample, UserError
 
 K12 = Path(__file__).parent.parent / "golden" / "mm_k12" / "mm_k12_test_24.json"
@@ -40,7 +39,7 @@ print(json.dumps([found, labels, ids, list(loader), "tensorflow" in sys.modules]
 
 def test_data_source_and_grain_read_what_was_written(tmp_path):
     folder = tmp_path / "in"
-    prepare.main(["mm_k12", str(K12), "--split=test", f"--output={folder}"])
+    cli.run(["prepare", "mm_k12", str(K12), "--split=test", f"--output={folder}"])
     records.write(folder / "examples.jsonl", STEPS)
     done = subprocess.run([sys.executable, "-c", READ, str(folder), str(tmp_path / "tfds")], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-3000:]

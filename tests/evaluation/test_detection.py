@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
+from mmprm_jax import cli
 from mmprm_jax.data.benchmarks import StepDetectionExample
-from mmprm_jax.evaluation import cli, detection
+from mmprm_jax.evaluation import detection
 from mmprm_jax.evaluation.detection import Row
 from mmprm_jax.records import UserError
 
@@ -179,12 +180,12 @@ def test_held_out_rows_that_decide_nothing():
 def test_the_command(tmp_path, capsys):
     rows = [{"id": r.id, "source": r.source, "scores": r.scores, "label": r.label} for r in first_errors(200, 3)]
     rows += [{"id": f"k{i}", "scores": [[0.5, 0.25]], "k": [2, 1], "n": [4, 4]} for i in range(10)]
-    cli.main(["detect", str(write(tmp_path / "s.jsonl", rows)), f"--json={tmp_path / 'f.json'}"], None)
+    cli.run(["detect", str(write(tmp_path / "s.jsonl", rows)), f"--json={tmp_path / 'f.json'}"])
     out, figures = capsys.readouterr().out, json.loads((tmp_path / "f.json").read_text())
     assert "ProcessBench F1" in out and f"{100 * figures['process_bench']['pooled']['f1']:.1f}" in out
     assert figures["calibration"]["steps"] == 20 and figures["calibration"]["ece"] == 0
     dev = [{"id": r.id, "scores": r.scores, "label": r.label} for r in first_errors(200, 4)]
-    cli.main(["detect", str(tmp_path / "s.jsonl"), f"--dev={write(tmp_path / 'd.jsonl', dev)}"], None)
+    cli.run(["detect", str(tmp_path / "s.jsonl"), f"--dev={write(tmp_path / 'd.jsonl', dev)}"])
     assert "chosen on 200 other rows" in capsys.readouterr().out
 
 
@@ -234,7 +235,7 @@ def test_a_bad_row_is_named_and_the_others_are_read(tmp_path, row, words, capsys
         raise ValueError(bad[0])
     assert f"{path}, line 2: " in bad[0]
     with pytest.raises(UserError, match="1 bad rows were left out"):
-        cli.main(["detect", str(path), "--threshold=0.5"], None)
+        cli.run(["detect", str(path), "--threshold=0.5"])
     said = capsys.readouterr()
     assert "line 2" in said.err and "2 rows, threshold" in said.out
 
@@ -261,7 +262,7 @@ def test_rows_without_ids_may_be_held_out(tmp_path, capsys):
         write(tmp_path / f"{seed}.jsonl", [{"scores": r.scores, "label": r.label} for r in first_errors(30, seed)])
         for seed in (0, 1)
     ]
-    cli.main(["detect", str(paths[0]), f"--dev={paths[1]}"], None)
+    cli.run(["detect", str(paths[0]), f"--dev={paths[1]}"])
     assert "30 rows" in capsys.readouterr().out
 
 
@@ -293,6 +294,6 @@ def test_labels_that_must_be_a_mistake(tmp_path):
 )
 def test_bad_options(tmp_path, options, words):
     with pytest.raises(UserError, match=words):
-        cli.main(["detect", str(write(tmp_path / "s.jsonl", [GOOD])), *options], None)
+        cli.run(["detect", str(write(tmp_path / "s.jsonl", [GOOD])), *options])
     with pytest.raises(UserError, match="no such file"):
-        cli.main(["detect", str(tmp_path / "none.jsonl")], None)
+        cli.run(["detect", str(tmp_path / "none.jsonl")])

@@ -299,4 +299,4 @@ def test_a_sweep_goes_on_where_it_was_killed(trained, tmp_path):
     assert not shown and (workdir / "evaluate" / "dev_candidates.jsonl").exists()
     again = start(workdir, "sweep", "--grid=train_prm.label=soft,sofd")
     assert again.communicate()[1].strip().splitlines()[-1].startswith("mmprm: train_prm.label: 'sofd'")
-    assert again.returncode == 1
+    assert again.returncode == 2

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mmprm_jax import records
-from mmprm_jax.evaluation import cli, stored
+from mmprm_jax import cli, records
+from mmprm_jax.evaluation import stored
 from mmprm_jax.records import Candidate, ScoredCandidate, UserError
 
 OURS = {
@@ -28,7 +28,7 @@ def write(path, rows, as_list=False):
 
 
 def bon(*argv):
-    cli.main(["bon", *map(str, argv)], None)
+    cli.run(["bon", *map(str, argv)])
 
 
 def test_our_rows(tmp_path):

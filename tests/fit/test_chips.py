@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from mmprm_jax import main
+from mmprm_jax import cli
 from mmprm_jax.fit import chips, compile, jobs, report
 from mmprm_jax.models import build
 from mmprm_jax.records import UserError
@@ -96,19 +95,12 @@ def test_cuda_by_hand():
     assert report.fits(found) and "temporaries are not counted" in report.describe(found)
 
 
-def test_does_not_fit_on_cuda(tmp_path, monkeypatch, capsys):
+def test_does_not_fit_on_cuda(tmp_path, capsys):
     """Exit code 1, advice and the file; nothing has to be compiled for that."""
     file = tmp_path / "fit.json"
-    monkeypatch.setattr(sys, "argv", ["mmprm"])
-    flags = main.flags.FLAGS
-    flags(["mmprm", "--model=internvl2_5-78b", "--job=train_prm", "--topology=h100-8", f"--json={file}"])
-    try:
-        with pytest.raises(SystemExit) as error:
-            main._command(["mmprm", "fit", "examples=700000"], [])
-    finally:
-        flags.unparse_flags()
+    options = ["--model=internvl2_5-78b", "--job=train_prm", "--topology=h100-8", f"--json={file}"]
+    assert cli.run(["fit", *options, "examples=700000"]) == 1
     out = capsys.readouterr().out
-    assert error.value.code == 1
     assert "does NOT fit" in out and "moments=bfloat16" in out and "--topology=v5" in out
     written = json.loads(file.read_text())
     assert written["fits"] is False and written["advice"] and written["settings"]["model"] == "internvl2_5-78b"

@@ -6,17 +6,20 @@ import re
 import pytest
 import yaml
 
-from mmprm_jax.launch import cli, gke
-from mmprm_jax.launch.job import CLONE
+from mmprm_jax import cli
+from mmprm_jax.cli.command import parse
+from mmprm_jax.launch import gke
+from mmprm_jax.launch.job import CLONE, make_job
 from mmprm_jax.records import UserError
 
 OPTIONS = ["--name=pod", "--image=REGISTRY/mmprm", "--accelerator=tpu-v5-lite-podslice", "--topology=4x8"]
 COMMAND = ["train_prm", "--config=configs/digits.py", "--workdir=gs://BUCKET/run"]
-HOSTILE = ["--config.a=it's", '--config.b="two  words"', "--config.c=no: [yaml}\n- x", "--config.d=# y", "", "yes", "1"]
+HOSTILE = ["--config.a=it's", '--config.b="two  words"', "--config.c=no: [yaml}\n- x", "--config.d=# y",
+           "--config.e", "", "--config.f", "yes", "--config.g", "1"]  # fmt: skip
 
 
 def launch(*more, command=COMMAND):
-    cli.main(["gke", *OPTIONS, "--poll=0.01", *more, "--", *command])
+    cli.run(["launch", "gke", *OPTIONS, "--poll=0.01", *more, "--", *command])
 
 
 def jobset(*conditions, restarts=0):
@@ -179,9 +182,8 @@ def test_a_workdir_that_only_one_host_would_see():
 
 
 def test_the_template_is_a_manifest_with_every_placeholder_filled():
-    options = ["gke", *OPTIONS, "--", *COMMAND]
-    parsed = cli._parser().parse_args(options[: options.index("--")])
-    job = cli.make_job("pod", COMMAND, [], None, 3, True)
+    _, parsed = parse(["launch", "gke", *OPTIONS, "--", *COMMAND])
+    job = make_job(parsed, COMMAND, "configs/digits.py", "gs://BUCKET/run")
     text = yaml.safe_dump(gke.manifest(parsed, job))
     template = (CLONE / "launch" / "jobset.yaml").read_text()
     capitals = set(re.findall(r": ([A-Z]+)\b", template))

@@ -11,12 +11,13 @@ import time
 import pytest
 from exactness import assert_same_files
 
-from mmprm_jax.launch import cli
+from mmprm_jax import cli
 from mmprm_jax.records import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMAND = ["annotate", "--config=configs/digits.py", "--workdir=run"]
-HOSTILE = ["--config.a=it's", '--config.b="two  words"', "--config.c=$HOME`id`", "--config.d=\\;&|*?#!~\nline", ""]
+HOSTILE = ["--config.a=it's", '--config.b="two  words"', "--config.c=$HOME`id`", "--config.d=\\;&|*?#!~\nline"]
+HOSTILE += ["--config.e", ""]
 
 DRY_RUN = """\
 mkdir -p run/logs
@@ -27,7 +28,7 @@ wait
 
 
 def local(*more, command=COMMAND):
-    cli.main(["local", "--processes=2", *more, "--", *command])
+    cli.run(["launch", "local", "--processes=2", *more, "--", *command])
 
 
 def test_the_dry_run(dry_run, monkeypatch):

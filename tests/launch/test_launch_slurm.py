@@ -6,13 +6,14 @@ import time
 
 import pytest
 
-from mmprm_jax.launch import cli
+from mmprm_jax import cli
 from mmprm_jax.launch.job import CLONE
 from mmprm_jax.records import UserError
 
 OPTIONS = ["--nodes=2", "--gpus=8", "--time=1:00:00"]
 COMMAND = ["sft", "--config=configs/digits.py", "--workdir=run"]
-HOSTILE = ["--config.a=it's", '--config.b="two  words"', "--config.c=$HOME`id`", "--config.d=\\;&|*?#!~\nline", ""]
+HOSTILE = ["--config.a=it's", '--config.b="two  words"', "--config.c=$HOME`id`", "--config.d=\\;&|*?#!~\nline"]
+HOSTILE += ["--config.e", ""]
 
 DRY_RUN = """\
 mkdir -p run/logs
@@ -21,7 +22,7 @@ env 'A=b c' sbatch --job-name=mmprm --nodes=2 --ntasks-per-node=8 --gpus-per-nod
 
 
 def slurm(*more, command=COMMAND):
-    cli.main(["slurm", *OPTIONS, *more, "--", *command])
+    cli.run(["launch", "slurm", *OPTIONS, *more, "--", *command])
 
 
 def test_the_dry_run(dry_run):
@@ -66,5 +67,5 @@ def test_what_is_not_accepted(scenario):
     (scenario.folder / "bin" / "sbatch").write_text("#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n")
     with pytest.raises(UserError, match="sbatch: invalid partition"):
         slurm()
-    with pytest.raises(UserError, match="--nodes=0"):
+    with pytest.raises(UserError, match="--nodes: 0 is not allowed"):
         slurm("--nodes=0")

@@ -11,15 +11,16 @@ import time
 
 import pytest
 
+from mmprm_jax import cli
 from mmprm_jax.interruption import Interrupted
-from mmprm_jax.launch import cli
 from mmprm_jax.launch.job import CLONE
 from mmprm_jax.launch.tpu import BUSY, UNPACK, Slice
 from mmprm_jax.records import UserError
 
 OPTIONS = ["--name=pod", "--zone=ZONE", "--type=v5litepod-8", "--runtime=RUNTIME"]
 COMMAND = ["annotate", "--config=configs/digits.py:smoke", "--workdir=gs://BUCKET/run"]
-HOSTILE = ["--config.a=it's", '--config.b="two  words"', "--config.c=$HOME`id`$(id)", "--config.d=\\;&|*?#!~\nline", ""]
+HOSTILE = ["--config.a=it's", '--config.b="two  words"', "--config.c=$HOME`id`$(id)", "--config.d=\\;&|*?#!~\nline"]
+HOSTILE += ["--config.e", ""]
 RUN = "20[0-9]{6}-[0-9]{6}-"
 
 DRY_RUN = """\
@@ -39,7 +40,7 @@ gcloud compute tpus queued-resources delete pod --zone=ZONE --project=PROJECT --
 
 
 def tpu(*more, command=COMMAND):
-    cli.main(["tpu", *OPTIONS, "--poll=0.01", *more, "--", *command])
+    cli.run(["launch", "tpu", *OPTIONS, "--poll=0.01", *more, "--", *command])
 
 
 def verbs(scenario):

@@ -1,0 +1,91 @@
+"""``mmprm prepare`` and ``mmprm split``: data sets become the files that the stages read."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+
+from mmprm_jax.cli.command import DATA, argument, at_least, checking_usage, command, option
+from mmprm_jax.errors import UsageError
+
+
+@command(
+    "prepare",
+    DATA,
+    "turns a named data set into the files that the stages read",
+    argument("source", "the data set's name; mmprm list sources shows them"),
+    argument("path", "a file, a folder or a hub id (org/name@revision); default: its own id", nargs="?"),
+    option("--output", "the folder for records and images", type=Path, metavar="FOLDER"),
+    option("--split", "train, test, …", default="", unset="train, or a benchmark's first"),
+    option("--name", "NAME.jsonl is written", default="", unset="the split, or sft"),
+    option("--limit", "so many records at most", default=0, unset="all", type=at_least(0), metavar="N"),
+    option(
+        "--against",
+        "folders of prepared benchmarks, whose problems are taken out",
+        default="",
+        unset="none",
+        metavar="FOLDER,…",
+    ),
+    option(
+        "--rewriter",
+        "an OpenAI-compatible server that restructures demonstrations",
+        default="",
+        unset="rules do",
+        metavar="URL",
+    ),
+    option("--model", "the rewriter's model", default="", unset="none"),
+    example="mmprm prepare mm_k12 Cierra0506/MM-K12 --split=test --name=all --output=data/k12",
+)
+def prepare(args: argparse.Namespace) -> None:
+    """Exit code 0 also when rows were refused: they are listed, and counted on stderr."""
+    if bool(args.rewriter) != bool(args.model):
+        raise UsageError("prepare: --rewriter=http://host:8000/v1 and --model=NAME go together")
+    if any(c in args.name for c in "/\\"):
+        raise UsageError(f"prepare: --name={args.name}: a name, not a path")
+
+    from mmprm_jax.data import prepare, sources
+    from mmprm_jax.data.rewriter import Rewriter
+    from mmprm_jax.rollout.servers import reach
+
+    with checking_usage():
+        source = sources.find(args.source)
+        if args.rewriter and source.kind != "sft":
+            raise UsageError(f"prepare: --rewriter is for demonstrations; {source.name} has {source.kind} records")
+        rewriter = Rewriter(args.rewriter, args.model) if args.rewriter else None
+    reach([args.rewriter] if args.rewriter else [])
+    settings = prepare.Settings(
+        source.name,
+        args.path or source.hub,
+        args.output,
+        args.split or next(iter(source.files)),
+        args.name,
+        args.limit,
+        tuple(Path(part) for part in args.against.split(",") if part),
+        rewriter,
+    )
+    with rewriter or contextlib.nullcontext(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of sizes and palettes: our own limits decide
+        summary = prepare.run(settings)
+    done, *remarks = prepare.describe(settings, summary)
+    print(done)
+    for line in remarks:
+        print(line, file=sys.stderr)
+
+
+@command(
+    "split",
+    DATA,
+    "holds problems out for development and test, where a data set has one file only",
+    argument("file", "problems; {train,dev,test}.jsonl are written beside it", type=Path, metavar="PROBLEMS.jsonl"),
+    option("--dev", "problems to choose the aggregator on", type=at_least(0), metavar="N"),
+    option("--test", "problems to report on", type=at_least(0), metavar="N"),
+    option("--seed", "another choice of problems", default=0, type=int),
+    example="mmprm split data/k12/all.jsonl --dev=40 --test=60",
+)
+def split(args: argparse.Namespace) -> None:
+    from mmprm_jax.data import split
+
+    print(split.split_file(args.file, args.dev, args.test, args.seed))
