@@ -135,11 +135,18 @@ class Engine:
         steps: int = 32,
         least: int = 32,
     ):
-        """slots: samples decoded at a time (rounded up to a multiple of the shards). samples: of one row. max_new: the
-        most tokens of a sample. places: tokens of prefixes that are kept, over all shards. rows: resident prefixes;
-        0: enough for three times the slots. steps: of one call of the device at most. least: unit of padding, tokens.
+        """slots: samples decoded at a time (rounded up to a multiple of the shards; on CPUs there are 48 at least).
+        samples: of one row. max_new: the most tokens of a sample. places: tokens of prefixes that are kept, over all
+        shards. rows: resident prefixes; 0: enough for three times the slots. steps: of one call of the device at most.
+        least: unit of padding, tokens.
         """
         b = device.shards(mesh)
+        self._rows_matter = device.rows_matter(mesh)
+        if self._rows_matter:
+            heads = cfg.decoder.num_heads // cfg.decoder.num_kv_heads
+            samples = next(m for m in itertools.count(samples) if not device.leaves_over(m * heads))
+            least_slots = max(-(-slots // b), device.FEW_ROWS)
+            slots = b * next(s for s in itertools.count(least_slots) if not device.leaves_over(s))
         self._graphdef, self._params, self._cfg, self._mesh = graphdef, params, cfg, mesh
         self._image_token, self._shards, self._samples, self._max_new = image_token, b, samples, max_new
         self._slots = -(-slots // b)
@@ -315,7 +322,7 @@ class Engine:
         """(width, one list for each shard) of what is computed together: like lengths, with or without images."""
         kinds = collections.defaultdict(lambda: [[] for _ in range(self._shards)])
         for new in work:
-            width = bucket(min(len(new.tokens), _CHUNK), self._least)
+            width = self._bucket(min(len(new.tokens), _CHUNK))
             kinds[self._image_token in new.tokens, width][new.shard].append(new)
         for (_, width), parts in sorted(kinds.items(), key=lambda item: item[0]):
             most, start = max(map(len, parts)), 0
@@ -375,13 +382,27 @@ class Engine:
         if not most:
             return None, indices
         size = self._cfg.tile
-        pixels = np.zeros((self._shards, bucket(most, 1), size, size, 3), np.float32)
+        pixels = np.zeros((self._shards, self._tiles(most), size, size, 3), np.float32)
         for b, group in enumerate(tiles):
             if group:
                 stacked = normalise(np.concatenate(group))
                 pixels[b, : len(stacked)] = stacked
         put = put_batch({"pixels": pixels}, self._mesh)["pixels"]
         return self._run(device.tower, pixels.shape[1], self._params, put), indices
+
+    def _bucket(self, tokens: int) -> int:
+        """The width of a row for so many tokens."""
+        width = bucket(tokens, self._least)
+        if self._rows_matter and device.leaves_over(width) and width - tokens < device.LEFT_OVER:
+            return bucket(width + 1, self._least)  # those left over are padding
+        return width
+
+    def _tiles(self, count: int) -> int:
+        """Tiles of one call of the tower for so many."""
+        if self._rows_matter:  # the products of the tower have some rows more or less for each tile
+            of_tile = self._cfg.tokens_per_tile
+            count = max(count + -(-device.LEFT_OVER // of_tile), -(-device.FEW_ROWS // of_tile))
+        return bucket(count, 1)
 
     def _widen(self, parts: list[_Part]) -> None:
         """Makes the rows wide enough for the longest prefix; less wide when all use less than half of it."""

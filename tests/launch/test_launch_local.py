@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-from exactness import assert_same_files
 
 from mmprm_jax import cli
 from mmprm_jax.records import UserError
@@ -164,7 +163,7 @@ def same_evaluation(pod, *words, files=0):
     figures, expected = pod.evaluation("one", *words)
     also, found = pod.evaluation("pod", *words)
     assert "test_scored.jsonl" in expected and len(expected) >= files and also == figures
-    assert_same_files(found, expected)
+    assert found == expected
 
 
 @pytest.mark.slow
