@@ -314,9 +314,8 @@ def test_killed_in_every_stage_the_figures_stay_the_same(environment, finished, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["8,1,1", "2,2,2"])
-def test_eight_devices(environment, finished, tmp_path, mesh):
-    code, _, err = run(environment, "pipeline", tmp_path / "w", f"--config.mesh={mesh}", devices=8)
+def test_eight_devices(environment, finished, tmp_path):
+    code, _, err = run(environment, "pipeline", tmp_path / "w", "--config.mesh=2,2,2", devices=8)
     assert code == 0, err
     here, there = losses_of(finished[0], "sft"), losses_of(tmp_path / "w", "sft")
     assert there == pytest.approx(here, rel=1e-5)

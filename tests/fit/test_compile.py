@@ -164,7 +164,6 @@ def measured(*items):
 SHARED = pytest.mark.xdist_group("v5e")  # what one of these tests compiles, the other reads
 TRAINED = [
     pytest.param("internvl2_5-8b", "v5e-16", marks=SHARED),
-    pytest.param("internvl2_5-8b", "v5e-32", marks=SHARED),
     pytest.param("internvl2_5-8b", "v5e-256", marks=SHARED),
     ("internvl2_5-38b", "v5p-64"),
     ("internvl2_5-78b", "v5p-128"),
@@ -187,7 +186,7 @@ def test_training_fits(model, topology):
 @SHARED
 def test_flops_fall_with_the_chips():
     totals = {}
-    for topology in ("v5e-16", "v5e-32", "v5e-256"):
+    for topology in ("v5e-16", "v5e-256"):
         found = measured("model=internvl2_5-8b", f"topology={topology}")
         totals[topology] = found["programs"][0]["flops"] * found["chips"]
     assert max(totals.values()) < 1.1 * min(totals.values()), totals

@@ -137,8 +137,8 @@ def test_newest_and_best_are_kept(tmp_path):
     assert (step, position) == (5, {"at": 5}) and np.array_equal(found["x"], state["x"])
 
 
-KILLS = 20
-LONG = {"steps": 150, "checkpoint_every": 1, "keep": 2}
+KILLS = int(os.environ.get("MMPRM_KILLS", "6"))
+LONG = {"steps": 15 + 7 * KILLS, "checkpoint_every": 1, "keep": 2}
 
 
 @pytest.mark.slow
