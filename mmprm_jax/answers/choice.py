@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from mmprm_jax.answers.normalise import normalise, trim
-from mmprm_jax.answers.parse import lead
+from mmprm_jax.answers.parts import lead
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 
 _LETTERS = re.compile(r"\(?[A-K]\)?(?:\s*(?:(?:,|;|and|&|和)\s*)?\(?[A-K]\)?)*\.?")

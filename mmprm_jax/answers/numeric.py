@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import mpmath
 
-from mmprm_jax.answers.syntax import Tree, nodes, variables
+from mmprm_jax.answers.trees import ZERO, Tree, nodes, variables
 
 DIGITS = 90  # of the computation
 _AGREE = 60  # digits
@@ -20,6 +20,7 @@ _NEEDED = 3  # points at which both formulas have a value
 MAX_NODES = 500
 _MAX_EXPONENT = 10**15  # a power above it is Huge
 _MAX_ARGUMENT = 10**9  # of a function
+_MAX_POWER = 6  # of a variable by which two equations differ
 
 _local = threading.local()
 
@@ -95,6 +96,8 @@ def _apply(mp: Any, kind: str, name: Any, values: list[Any]) -> Any:
     if name == "log":
         return mp.log(first, 10 if second is None else second)
     _bounded(mp, first, _MAX_ARGUMENT)
+    if name in ("floor", "ceil") and _tiny(first - mp.nint(first)):
+        return mp.nint(first)  # a whole number but for the last digits
     return abs(first) if name == "abs" else getattr(mp, name)(first)
 
 
@@ -149,7 +152,9 @@ def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers",
                 return "unequal"
             continue
         if max(abs(left), abs(right)) < mp.mpf(10) ** -_ZERO:
-            continue  # zeros, or numbers too small to tell from them
+            if not (_is_zero(a, at) and _is_zero(b, at)):
+                continue  # numbers too small to tell from zeros
+            left = right = mp.mpf(1)
         if abs(left - right) > mp.mpf(10) ** -_AGREE * max(abs(left), abs(right)):
             beyond = sum(abs(mp.im(side)) > mp.mpf(10) ** -_AGREE for side in (left, right)) if real_ else 0
             differ, outside, nowhere = differ + (beyond == 0), outside + (beyond == 1), nowhere + (beyond == 2)
@@ -157,13 +162,22 @@ def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers",
             agreed += 1
             integers += number == POINTS - 1
     if (differ or outside) and integers and names and all(n[0] in "nkm" for n in names):
-        return "integers" if all(_agree_at(a, b, names, more) for more in (3, 7)) else "unequal"
+        return "integers" if all(_agree_at(a, b, names, more) for more in range(1, 12)) else "unequal"
     if differ:
         return "unequal"
     enough = agreed >= (_NEEDED if names else 1)
     if enough:
         return "domain" if outside else "equal"
     return "unequal" if outside or nowhere else "open"
+
+
+def _is_zero(tree: Tree, at: Mapping[str, Any]) -> bool:
+    """Whether a value that is nearly nothing is a zero: with twice the digits it shrinks, a tiny number stays."""
+    mp = context()
+    coarse = abs(evaluate(tree, at))
+    with mp.workdps(2 * DIGITS):
+        fine = abs(evaluate(tree, at))
+    return bool(fine <= coarse * mp.mpf(10) ** -(DIGITS // 2))
 
 
 def _agree_at(a: Tree, b: Tree, names: frozenset[str], more: int) -> bool:
@@ -189,28 +203,98 @@ def real(tree: Tree) -> Any:
     except Undecided:
         return None
     mp = context()
-    return None if mp.im(found) and abs(mp.im(found)) > mp.mpf(10) ** -_AGREE else mp.re(found)
+    return mp.re(found) if _tiny(mp.im(found)) else None
 
 
 def ratio(a: Tree, b: Tree) -> Literal["positive", "negative", "none"] | None:
     """The sign of the constant c in a = c b; "none": there is no such c. None: not enough probes have a value."""
-    if nodes(a) > MAX_NODES or nodes(b) > MAX_NODES:
-        return None
-    mp, names, found = context(), variables(a) | variables(b), []
-    for number in range(POINTS):
-        at = {name: point(name, number) for name in names}
-        try:
-            left, right = evaluate(a, at), evaluate(b, at)
-        except Undecided:
-            continue
-        if abs(right) > mp.mpf(10) ** -_AGREE:
-            found.append(left / right)
+    pairs = _pairs(a, b)
+    found = [left / right for _, left, right in pairs if not _tiny(right)]
     if len(found) < _NEEDED:
         return None
-    constant = all(abs(r - found[0]) <= mp.mpf(10) ** -_AGREE * abs(found[0]) for r in found)
-    if not constant or not found[0] or abs(mp.im(found[0])) > mp.mpf(10) ** -_AGREE:
+    if not _constant(found) or not found[0] or not _tiny(context().im(found[0])):
         return "none"
-    return "positive" if mp.re(found[0]) > 0 else "negative"
+    return "positive" if context().re(found[0]) > 0 else "negative"
+
+
+def proportional(a: Tree, b: Tree) -> Literal["yes", "no", "zero"] | None:
+    """Whether a = c b for a constant c, or c x^n b where x is in a denominator: a = 0 then says what b = 0 says.
+
+    "zero": one of them is zero everywhere. None: not enough probes have a value.
+    """
+    pairs = _pairs(a, b)
+    if sum(_tiny(left) or _tiny(right) for _, left, right in pairs) >= _NEEDED:
+        return "zero"
+    pairs = [pair for pair in pairs if not (_tiny(pair[1]) or _tiny(pair[2]))]
+    if len(pairs) < _NEEDED:
+        return None
+    found = [left / right for _, left, right in pairs]
+    if _constant(found):
+        return "yes"
+    at = pairs[0][0]
+    powers = _powers(("/", a, b), at, found[0])
+    if not powers or any(_has_value(a, at, name) and _has_value(b, at, name) for name in powers):
+        return "no"  # x^2 = x says less than x = 1
+    found = [quotient / _monomial(powers, at) for quotient, (at, _, _) in zip(found, pairs, strict=True)]
+    return "yes" if _constant(found) else "no"
+
+
+def _has_value(tree: Tree, at: Mapping[str, Any], name: str) -> bool:
+    """Whether a formula has a value where a variable is zero."""
+    try:
+        evaluate(tree, {**at, name: context().zero})
+    except Undecided:
+        return False
+    return True
+
+
+def _pairs(a: Tree, b: Tree) -> list[tuple[Mapping[str, Any], Any, Any]]:
+    """The probes at which both have a value, with these."""
+    if nodes(a) > MAX_NODES or nodes(b) > MAX_NODES:
+        return []
+    names, found = variables(a) | variables(b), []
+    for number in range(POINTS if names else 1):
+        at = {name: point(name, number) for name in names}
+        try:
+            found.append((at, evaluate(a, at), evaluate(b, at)))
+        except Undecided:
+            continue
+    return found if names else found * POINTS
+
+
+def _tiny(value: Any) -> bool:
+    return bool(abs(value) <= context().mpf(10) ** -_AGREE)
+
+
+def _constant(values: list[Any]) -> bool:
+    return all(_tiny((value - values[0]) / max(1, abs(values[0]))) for value in values)
+
+
+def _monomial(powers: Mapping[str, int], at: Mapping[str, Any]) -> Any:
+    return context().fprod(at[name] ** n for name, n in powers.items())
+
+
+def _powers(tree: Tree, at: Mapping[str, Any], value: Any) -> dict[str, int]:
+    """The powers of the variables, if a tree is a product of such: by what doubling each of them makes of it."""
+    mp, found = context(), {}
+    for name in at:
+        try:
+            factor = evaluate(tree, {**at, name: 2 * at[name]}) / value
+        except (Undecided, ZeroDivisionError):
+            return {}
+        exponent = mp.log(abs(factor), 2) if factor else mp.inf
+        if abs(exponent) > _MAX_POWER or not _tiny(exponent - mp.nint(exponent)):
+            return {}
+        if mp.nint(exponent):
+            found[name] = int(mp.nint(exponent))
+    return found
+
+
+def constant(tree: Tree) -> Any:
+    """The value of a formula that is the same real number at every probe, or None."""
+    values = [value for _, value, _ in _pairs(tree, ZERO)]
+    real_ = len(values) >= _NEEDED and _constant(values) and _tiny(context().im(values[0]))
+    return context().re(values[0]) if real_ else None
 
 
 def within(gold: Tree, prediction: Tree, decimals: int) -> bool | None:

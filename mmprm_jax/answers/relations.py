@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 
-from mmprm_jax.answers import numeric, syntax
-from mmprm_jax.answers.syntax import Tree
+from mmprm_jax.answers import numeric, trees
+from mmprm_jax.answers.trees import Tree
 from mmprm_jax.answers.values import Equation, Formula, Interval, Items, Quantity, Region, Relation, Value
 
 EVERYTHING = Interval(None, None, False, False)
@@ -24,7 +24,7 @@ def read(sides: Sequence[Formula | None], ops: Sequence[str]) -> Region | Relati
     if len(sides) == 2 and all(sides) and (found := _absolute(sides[0], sides[1], ops[0])):
         return found
     variables = [i for i, side in enumerate(sides) if side is None or side.tree[0] == "v"]
-    constant = all(side is None or side.tree[0] == "v" or not syntax.variables(side.tree) for side in sides)
+    constant = all(side is None or side.tree[0] == "v" or not trees.variables(side.tree) for side in sides)
     if len(variables) != 1 or not constant or len(sides) > 3:
         return Relation(tuple(ops), tuple(side.tree for side in sides if side)) if all(sides) else None
     at = variables[0]
@@ -43,7 +43,7 @@ def _absolute(left: Formula, right: Formula, op: str) -> Region | None:
     """|x| < a and a < |x|; None: anything else."""
     within = left.tree[:2] == ("f", "abs")
     size, bound = (left, right) if within else (right, left)
-    if size.tree[:2] != ("f", "abs") or size.tree[2][0] != "v" or syntax.variables(bound.tree) or op == "≠":
+    if size.tree[:2] != ("f", "abs") or size.tree[2][0] != "v" or trees.variables(bound.tree) or op == "≠":
         return None
     if not (numeric.real(bound.tree) or 0) > 0:
         return None
@@ -72,7 +72,7 @@ def between(relation: Relation, parameter: str) -> Region | None:
     if len(relation.trees) != 3 or "≠" in relation.ops:
         return None
     low, middle, high = relation.trees
-    if middle[0] != "v" or middle[1] == parameter or (syntax.variables(low) | syntax.variables(high)) != {parameter}:
+    if middle[0] != "v" or middle[1] == parameter or (trees.variables(low) | trees.variables(high)) != {parameter}:
         return None
     closed = [op == "≤" for op in relation.ops]
     return Region((Interval(Formula(low), Formula(high), *closed),), middle[1])
@@ -86,7 +86,7 @@ def point(value: Value | None) -> Region | None:
         value, name = value.right, value.name
     else:
         return None
-    if not isinstance(value, Formula) or syntax.variables(value.tree):
+    if not isinstance(value, Formula) or trees.variables(value.tree):
         return None
     return Region((Interval(value, value, True, True),), name)
 
