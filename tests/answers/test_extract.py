@@ -1,55 +1,50 @@
 """The final answer of a free-form response, and functions that only numbers decide."""
 
-import pytest
-
 from mmprm_jax.answers.equivalence import compare
 from mmprm_jax.answers.extract import answer, committed, concluded
 
-
-@pytest.mark.parametrize(
-    "response, text, how",
-    [
-        ("<step>1+1=2</step><answer>2</answer>", "2", "tag"),
-        ("<answer>1</answer> no, <answer> 2 </answer>", "2", "tag"),
-        ("<ANSWER>x=\\boxed{2}</ANSWER>", "2", "box"),
-        ("so $\\boxed{\\frac{1}{\\sqrt{2}}}$.", "\\frac{1}{\\sqrt{2}}", "box"),
-        ("\\boxed{\\{1,2\\}}", "\\{1,2\\}", "box"),
-        ("\\boxed 7.", "7", "box"),
-        ("\\fbox{A}", "A", "box"),
-        ("I think.\nAnswer: The final answer is 12.\nDone", "12", "phrase"),
-        ("Therefore, the answer is $3.5$. I checked it.", "$3.5$", "phrase"),
-        ("The answer is 3. No: the correct answer is 4.", "4", "phrase"),
-        ("**Final Answer:** 5 cm", "5 cm", "phrase"),
-        ("### Answer\n\n42", "42", "phrase"),
-        ("因此，答案是 12。", "12", "phrase"),
-        ("最终答案：$x>2$", "$x>2$", "phrase"),
-        ("综上，故选 B。", "B", "phrase"),
-    ],
-)
-def test_the_last_committed_answer(response, text, how):
-    found = committed(response)
-    assert (found.text, found.how) == (text, how)
+COMMITTED = [
+    ("<step>1+1=2</step><answer>2</answer>", "2", "tag"),
+    ("<answer>1</answer> no, <answer> 2 </answer>", "2", "tag"),
+    ("<ANSWER>x=\\boxed{2}</ANSWER>", "2", "box"),
+    ("so $\\boxed{\\frac{1}{\\sqrt{2}}}$.", "\\frac{1}{\\sqrt{2}}", "box"),
+    ("\\boxed{\\{1,2\\}}", "\\{1,2\\}", "box"),
+    ("\\boxed 7.", "7", "box"),
+    ("\\fbox{A}", "A", "box"),
+    ("I think.\nAnswer: The final answer is 12.\nDone", "12", "phrase"),
+    ("Therefore, the answer is $3.5$. I checked it.", "$3.5$", "phrase"),
+    ("The answer is 3. No: the correct answer is 4.", "4", "phrase"),
+    ("**Final Answer:** 5 cm", "5 cm", "phrase"),
+    ("### Answer\n\n42", "42", "phrase"),
+    ("因此，答案是 12。", "12", "phrase"),
+    ("最终答案：$x>2$", "$x>2$", "phrase"),
+    ("综上，故选 B。", "B", "phrase"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "response, text",
-    [
-        ("Therefore, the answer is $3.5$. I checked it.", "3.5"),
-        ("So x is found. Answer: **12 cm**.", "12 cm"),
-        ("We add.\n#### 2", "2"),
-        ("our answer should be B.", "B"),
-        ("#### Check\nIt is 3.\n#### End\nAll of it is\nright.", None),
-        ("145°.", "145°"),
-        ("and so on...", "and so on..."),
-        ("word " * 13, None),
-        ("Add them.\nThe sum is 18.", None),
-        ("\\boxed{5", None),
-        ("<answer> </answer>", None),
-        ("<answer>It is:\n3</answer>", "It is:\n3"),
-    ],
-)
-def test_an_answer_without_its_typesetting(response, text):
-    assert answer(response) == text
+def test_the_last_committed_answer():
+    found = [(response, committed(response)) for response, *_ in COMMITTED]
+    assert [(response, answer.text, answer.how) for response, answer in found] == COMMITTED
+
+
+BARE = [
+    ("Therefore, the answer is $3.5$. I checked it.", "3.5"),
+    ("So x is found. Answer: **12 cm**.", "12 cm"),
+    ("We add.\n#### 2", "2"),
+    ("our answer should be B.", "B"),
+    ("#### Check\nIt is 3.\n#### End\nAll of it is\nright.", None),
+    ("145°.", "145°"),
+    ("and so on...", "and so on..."),
+    ("word " * 13, None),
+    ("Add them.\nThe sum is 18.", None),
+    ("\\boxed{5", None),
+    ("<answer> </answer>", None),
+    ("<answer>It is:\n3</answer>", "It is:\n3"),
+]  # fmt: skip
+
+
+def test_an_answer_without_its_typesetting():
+    assert [(response, answer(response)) for response, _ in BARE] == BARE
 
 
 def test_different_boxes_are_told():

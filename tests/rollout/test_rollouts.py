@@ -300,7 +300,7 @@ def test_with_an_engine(tokenizer, tiny, mesh, folder):
 
     settings = dict(slots=16, samples=4, max_new=8, places=1024, steps=5, least=64)
     engine = Engine(tiny.graphdef, params, tiny.cfg, tiny.image_token, mesh, **settings)
-    local = LocalSampler(engine, policy, 1, "test", lambda pairs: [bool(answers.equal(gold, answer)) for answer, gold in pairs])
+    local = LocalSampler(engine, policy, 1, "test", Verify())
     requests = requests_of(*PROBLEMS[:2], n=5)
     found = local.solve(requests)
     assert local.engine.counts.images == 1 and not local.engine.busy
