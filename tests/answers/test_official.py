@@ -180,12 +180,15 @@ def test_mathverse_rules():
     assert misses("mathverse", rows) == []
 
 
-MM_K12 = [("$$36$$", "\\boxed{36}", "equal"), ("8\n4", "<answer>8\n4</answer>", "equal"), ("$\\frac12$", "0.5", "equal"),
- ("36", "37", "unequal"), ("1.5", "$1\\frac{1}{2}$", "equal"), ("8\n4", "\\boxed{8, 4}", "equal"),
- ("60°", "<answer>$60^\\circ$</answer>", "equal"),
- ("60°", "61°", "unequal"),
- ("[2,+\\infty)", "so $x \\ge 2$.\nAnswer: $x\\ge 2$", "equal"), ("5 cm", "50 mm", "equal"),
- ("x>2", "\\boxed{x \\ge 2}", "unequal"), ("the left one", "\\boxed{the one on the left}", "unknown")]  # fmt: skip
+MM_K12 = [
+    ("$$36$$", "\\boxed{36}", "equal"),
+    ("8\n4", "<answer>8\n4</answer>", "equal"), ("$\\frac12$", "0.5", "equal"),
+    ("36", "37", "unequal"), ("1.5", "$1\\frac{1}{2}$", "equal"), ("8\n4", "\\boxed{8, 4}", "equal"),
+    ("60°", "<answer>$60^\\circ$</answer>", "equal"),
+    ("60°", "61°", "unequal"),
+    ("[2,+\\infty)", "so $x \\ge 2$.\nAnswer: $x\\ge 2$", "equal"), ("5 cm", "50 mm", "equal"),
+    ("x>2", "\\boxed{x \\ge 2}", "unequal"), ("the left one", "\\boxed{the one on the left}", "unknown"),
+]  # fmt: skip
 
 
 def test_mm_k12_rules():
