@@ -29,6 +29,8 @@ _FIGURE = re.compile(
     r"(?:the )?(?:points?|lines?|(?:line )?segments?|rays?|edges?|sides?|planes?) ([A-Z](?:[A-Z_'\d]|, ?)*)"
 )
 _SENTENCES = 20  # words: more than an answer has
+_SENTENCE_RULES = (extract.only_formula, extract.stated, extract.therefore)
+_RESPONSE = 4  # words: a response that leads to an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +92,20 @@ def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
     if not (found and found.earlier) and _compact(gold) == _compact(found.text if found else prediction):
         return equal("the same text")
     golds = _alternatives(gold)
-    if found is None:
-        return _uncommitted(golds, prediction, settings)
+    verdict = _committed(golds, found, settings) if found else _uncommitted(gold, prediction, settings)
+    return equal("the same text") if not verdict and _in_full(gold, prediction, found) else verdict
+
+
+def _in_full(gold: str, prediction: str, found: extract.Extracted | None) -> bool:
+    """Whether a gold answer of several lines or sentences is what a response says at its end, word for word."""
+    if (found and found.how != "phrase") or len(gold) < 40 and "\n" not in gold:
+        return False
+    wanted = _compact(gold)
+    return any(len(text) >= len(wanted) and _compact(text) == wanted for text in extract.tails(prediction))
+
+
+def _committed(golds: tuple[tuple[str, ...], bool], found: extract.Extracted, settings: Settings) -> Verdict:
+    """A prediction that marks its answer."""
     verdict = _any(golds, found.text, settings)
     if not verdict and OPEN in verdict.reason and (said := extract.stated(found.text)):
         verdict = _any(golds, said, settings) or verdict
@@ -105,15 +119,25 @@ def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
     return verdict
 
 
-def _uncommitted(golds: tuple[tuple[str, ...], bool], prediction: str, settings: Settings) -> Verdict:
-    """A prediction that is the answer itself, or one sentence that says it."""
+def _uncommitted(gold: str, prediction: str, settings: Settings) -> Verdict:
+    """A prediction that is the answer itself, or says it at its end."""
+    golds = _alternatives(gold)
     verdict = _any(golds, prediction, settings)
+    if verdict:
+        return verdict
     count = len(_WORD.findall(prediction))
     short = max(len(_WORD.findall(gold)) for gold in golds[0]) < 3  # two sentences are about the same thing, or not
-    if verdict or not (count > 1 and short and verdict.kind == "unequal" or OPEN in verdict.reason):
-        return verdict
-    for text in (f(prediction.strip()) for f in (extract.only_formula, extract.stated, extract.therefore)):
-        if text and (found := _any(golds, text, settings)):
+    alone, last = extract.ending(prediction)
+    said = [alone] if alone and count - len(_WORD.findall(alone)) >= _RESPONSE else []
+    said += filter(None, [extract.hence(last)])
+    if count and short and verdict.kind == "unequal" or OPEN in verdict.reason:
+        whole = prediction.strip()
+        for sentence in [whole] if last == whole else [whole, last]:
+            said += filter(None, (rule(sentence) for rule in _SENTENCE_RULES))
+    for text in said:
+        if _compact(text) == _compact(gold):
+            return equal("the same text")
+        if found := _any(golds, text, settings):
             return found
     if verdict.kind == "unequal" and count > _SENTENCES:
         return unknown("sentences that commit to no answer")
