@@ -30,7 +30,7 @@ _FIGURE = re.compile(
 )
 _SENTENCES = 20  # words: more than an answer has
 _SENTENCE_RULES = (extract.only_formula, extract.stated, extract.therefore)
-_RESPONSE = 4  # words: a response that leads to an answer
+_RESPONSE = 3  # words: a response that leads to an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,7 @@ def _cached(gold: str, prediction: str, settings: Settings, version: int) -> Ver
 
 def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
     """The prediction as a whole answer, then the answer it commits to."""
+    prediction = extract.without_special(prediction)
     found = extract.committed(prediction)
     source = extract.committed(gold)
     gold = ", ".join((*source.earlier, source.text)) if source else gold

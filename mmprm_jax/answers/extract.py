@@ -12,19 +12,21 @@ _BARE_WORDS = 12  # a response of so few words is an answer and nothing else
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?=\{)|\\boxed\s{1,9}(?=[^\s{])")
 _TAGS = (("<answer>", "</answer>"), ("<|begin_of_box|>", "<|end_of_box|>"))
-_LETTER = r"\s{0,3}[:：]?\s{0,3}[(（]?[A-H](?![A-Za-z的])"
+_LETTER = r"\s{0,3}[:：]?\s{0,3}[(（]?[A-H][A-H、,，和 )）]{0,12}(?:[.。．;；!！*\s]|\Z)"
+_SPECIAL = re.compile(r"<\|(?!(?:begin|end)_of_box\|)[A-Za-z_0-9]{1,30}\|>|</?s>|<(?:eos|bos|pad)>")
 PHRASE = re.compile(  # what says that an answer follows
     r"(?:final answers?(?:\s{1,9}(?:is|are))?\s{0,9}[:：]|final answers? (?:is|are)\b"
     r"|\b(?:the|our|correct) (?:correct )?(?:answers?|option|choice) (?:is|are|should be)\b"
     r"|(?:^|(?<=[\s.,;:(*†#]))(?:final )?answer\s{0,9}(?:is\s{0,9})?(?:\*\*)?\s{0,9}[:：]"
     r"|^(?:#{1,6} ?)?\*{0,2}(?:the )?(?:final )?answers?\*{0,2}\s{0,9}$|^####(?=[^\n]{1,60}\s{0,9}\Z)"
     r"|【\s?(?:参考|正确)?答案\s?】|(?:最终|正确)?(?:答案|结果)(?:应该)?[为是]|(?:最终|正确)?答案\s{0,9}[:：]"
-    r"|(?:故|因此|所以|应)选(?!项)|选项[为是](?=" + _LETTER + r")"
+    r"|(?<!不)(?:故|因此|所以|应)选(?!项)|选项[为是](?=" + _LETTER + r")"
     r"|(?<![不没别若果])(?<!不[应能该可])(?:本题|此题)?应?选择?(?=" + _LETTER + r")"
     r"|故答案[为是]|^[^\w\n]{0,9}答\s{0,9}[:：])"
     r"\s{0,9}(?:\*\*)?\s{0,9}[:：]?",
     re.IGNORECASE | re.MULTILINE,
 )
+_HINTS = ("answer", "option", "choice", "####")  # without any of them there is no such phrase in English
 _CORRECT = re.compile(  # an option that is said to be right, of which the letter comes first
     r"选项\s?[(（]?([A-H](?:\s?[、,，和与及]?\s?[A-H])*)[)）]?\s?[都均才是为]{0,2}正确"
     r"|(?<![A-Za-z])([A-H])\s?选?项[都均才是为]{0,2}正确"
@@ -49,6 +51,11 @@ class Extracted:
     earlier: tuple[str, ...] = ()
 
 
+def without_special(response: str) -> str:
+    """A response without the special tokens that a server left in it; what stands behind one is apart."""
+    return _SPECIAL.sub("\n", response) if "<" in response else response
+
+
 def committed(response: str) -> Extracted | None:
     """The last answer that is marked as one: in <answer>, in \\boxed, or behind a phrase. None: nothing is marked."""
     response = response[-MAX_RESPONSE:]
@@ -63,6 +70,8 @@ def committed(response: str) -> Extracted | None:
     if boxes:
         last = boxes[-1]
         return Extracted(last, "box", tuple(dict.fromkeys(box for box in boxes[:-1] if box != last)))
+    if response.isascii() and not any(hint in response.lower() for hint in _HINTS):
+        return None
     found = _last(PHRASE, response)
     if found and (text := _rest(response[found.end() :])):
         return Extracted(text, "phrase")
@@ -72,6 +81,7 @@ def committed(response: str) -> Extracted | None:
 
 def answer(response: str) -> str | None:
     """The committed answer, or a response of a few bare words, without full stop, emphasis and dollars. None: none."""
+    response = without_special(response)
     found = committed(response)
     if found:
         return _bare(found.text) or None
@@ -116,12 +126,15 @@ def only_formula(sentence: str) -> str | None:
 _STATED = re.compile(r"[^.。,，;；\n]{3,200}?(?:\b(?:is|are|equals)\b|等于|[为是])(?P<said>[^,，;；\n]{1,80}?)[.。]?")
 
 
+_MEASURED = re.compile(r"(?<=\w) (?:long|wide|high|tall|deep|old|in (?:length|width|height|area|volume|total|all))$")
+
+
 def stated(sentence: str) -> str | None:
     """What a single sentence says that something is: "The sum of the first 10 terms is 55". None: another sentence."""
     match = _STATED.fullmatch(sentence.strip()) if len(sentence) < 300 else None
     if not match or _HEDGES.search(sentence) or re.search(r"\band\b|\bis\b|\bare\b|[和是]", match["said"]):
         return None
-    said = match["said"].strip()
+    said = _MEASURED.sub("", match["said"].strip())
     return said if re.search(r"[\d\\]", said) else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from mmprm_jax.answers import arithmetic, relations, trees
+from mmprm_jax.answers import arithmetic, relations, trees, units
 from mmprm_jax.answers.arithmetic import every
 from mmprm_jax.answers.values import Date, Formula, Quantity, Ratio, Region, Relation, Time, Value
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
@@ -20,6 +20,20 @@ def _degrees_left_out(gold: Formula, prediction: Formula) -> Verdict | None:
         return None
     found = arithmetic.formulas(*map(Formula, bare))
     return equal(f"{found.reason}, the degree sign left out") if found else None
+
+
+def _glued(gold: Formula, prediction: Formula, precision: int | None) -> Verdict | None:
+    """160 and 160m, of which only the number can be meant; 2m is two times m. None: no such pair."""
+    sides = [side.quantity for side in (gold, prediction)]
+    quantity = sides[0] or sides[1]
+    other = prediction if sides[0] else gold
+    if None not in sides or not quantity or quantity.unit.name not in units.GLUED or trees.variables(other.tree):
+        return None
+    number = quantity.number
+    if number.tree[0] != "n" or number.tree[1] < 10 and number.decimals is None:
+        return None
+    found = arithmetic.formulas(*((number, other) if sides[0] else (other, number)), precision)
+    return dataclasses.replace(found, reason=f"{found.reason}, the unit left out")
 
 
 def dates(gold: Value, prediction: Value) -> Verdict:
@@ -39,7 +53,7 @@ def measures(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         return arithmetic.quantities(gold, prediction, precision)
     if isinstance(gold, Formula) and isinstance(prediction, Formula):
         found = arithmetic.formulas(gold, prediction, precision)
-        return found or _degrees_left_out(gold, prediction) or found
+        return found or _degrees_left_out(gold, prediction) or _glued(gold, prediction, precision) or found
     quantity, bare = (gold, prediction) if isinstance(gold, Quantity) else (prediction, gold)
     assert isinstance(quantity, Quantity) and isinstance(bare, Formula)
     pairs = [(quantity.number, bare, "the unit left out")]

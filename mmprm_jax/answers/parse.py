@@ -13,6 +13,7 @@ from mmprm_jax.answers.parts import MAX_ITEMS, lead, one_number, parts_of
 from mmprm_jax.answers.phrases import phrase_of
 from mmprm_jax.answers.scalars import NUMBER, formula_of, formula_or_quantity, number_of, ratio_of, time_of
 from mmprm_jax.answers.split import split, surrounded
+from mmprm_jax.answers.sums import tuple_sum
 from mmprm_jax.answers.values import (
     Equation,
     Family,
@@ -305,4 +306,6 @@ def _nested(text: str, inner: str) -> Value | None:
     return None if isinstance(formula_of(text), Formula) else item(inner)
 
 
-_RULES: tuple[Callable[[str], Value | None], ...] = (time_of, _brackets, _relation, ratio_of, formula_or_quantity)
+_RULES: tuple[Callable[[str], Value | None], ...] = (
+    time_of, _brackets, _relation, ratio_of, formula_or_quantity, lambda text: tuple_sum(text, _brackets),
+)  # fmt: skip

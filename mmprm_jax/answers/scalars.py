@@ -97,11 +97,12 @@ def formula_or_quantity(text: str) -> Value | None:
     return dataclasses.replace(quantity, formula=formula)
 
 
-_LETTER = re.compile(r"(?<![A-Za-z\\_∠→])[A-Za-zΩμ°'$€£¢\u4e00-\u9fff]")
+_LETTER = re.compile(r"(?<![A-Za-z\\_∠→])[A-Za-zÅΩμ°'$€£¢\u4e00-\u9fff]")
 _MULTIPLE = re.compile(
     rf"([-+]?\d+(?:\.\d+)?)\s*({'|'.join(sorted(units.MULTIPLES, key=len, reverse=True))})(.*)", re.S
 )
 _UNIT_BEHIND = re.compile(r"(.{1,80}?)\s*\(\s*([^()\d ]{2,20}(?:\^\{?\d\}?)?)\s*\)", re.S)  # 12 (cm)
+_BRACED = re.compile(r"(.{0,80}\d)\s*\{\s*([A-Za-z]{2,}(?: [A-Za-z]+)?)\s*\}", re.S)  # 45{degrees}
 _PRICE = re.compile(r"(-?)([$¥€£]|US\$|RMB)\s*(.+)", re.S)
 _COMPOUND = re.compile(r"(\d+(?:\.\d+)?)\s*([^\d\s.]+)\s*(?:and\s*)?")
 
@@ -125,6 +126,9 @@ def _quantity(text: str) -> Quantity | None:
         return Quantity(number, unit)
     if (words := numerals.leading(text)) and (unit := units.parse_unit(words[1]) or units.counter(words[1])):
         return Quantity(number_of(words[0]), unit)
+    braced = _BRACED.fullmatch(text)
+    if braced and (unit := units.parse_unit(braced[2])) and isinstance(number := formula_of(braced[1]), Formula):
+        return Quantity(number, unit)
     found = _LETTER.finditer(text)
     for match in [m for _, m in zip(range(6), found, strict=False)]:
         number = formula_of(text[: match.start()]) if match.start() else None

@@ -75,6 +75,26 @@ def test_mathvista_other_answers_are_wrong():
             assert vista(row, str(float(row["answer"]) + 1)) == vista(row, "none") == vista(row, "") == "unequal"
 
 
+VISTA_NUMBERS = [  # gold, prediction, wanted: powers are computed, words are numbers, the power of a unit is none
+    ("10", "$10^3$", "unequal"), ("10", "10⁹", "unequal"), ("2", "$2^3$", "unequal"), ("2", "2^{10}", "unequal"),
+    ("10", "10^2 cm", "unequal"), ("2", "twelve", "unequal"), ("3", "3\\times 10^2", "unequal"),
+    ("1000", "$10^3$", "equal"), ("1000000000", "10⁹", "equal"), ("8", "\\boxed{2^{3}}", "equal"),
+    ("2000", "The answer is $2\\times 10^3$.", "equal"), ("2000", "2 × 10³", "equal"),
+    ("1500", "1.5\\times10^{3}", "equal"), ("1024", "2^{10}", "equal"), ("100", "10^2 cm", "equal"),
+    ("5", "5 m^2", "equal"), ("5", "5 m²", "equal"), ("2", "two", "equal"), ("12", "twelve", "equal"),
+    ("25", "The answer is twenty-five.", "equal"), ("1000", "1,000", "equal"), ("0", "10^{-3}", "equal"),
+    ("3", "2^2 - 1", "unknown"),
+]  # fmt: skip
+
+
+def test_mathvista_numbers():
+    rows = [({"gold": g, "answer_type": "integer", "prediction": said}, wanted) for g, said, wanted in VISTA_NUMBERS]
+    assert misses("mathvista", rows) == []
+    kind = {"answer_type": "float", "precision": 3}
+    assert misses("mathvista", [({**kind, "gold": "0.001", "prediction": "10^{-3}"}, "equal"),
+                                ({**kind, "gold": "0.5", "prediction": "0.5^2"}, "unequal")]) == []  # fmt: skip
+
+
 MATHVISTA = [
     (dict(gold="1.2", answer_type="float", precision=1.0), "1.249", "equal"),
     (dict(gold="1.2", answer_type="float", precision=1), "1.2500001", "unequal"),
@@ -148,6 +168,17 @@ MATHVISION = [
     ("60", "\\boxed{60^\\circ}", "equal"), ("60", "\\boxed{60 \\text{ units}}", "equal"), ("12", "12 km", "equal"),
     ("(1,2)", "\\boxed{(1.001, 2)}", "equal"), ("2", "", "unequal"), ("10", "x = 10", "equal"),
     ("2", "\\boxed{e}", "unequal"), ("2.72", "\\boxed{e}", "unequal"), ("720", "\\boxed{6!}", "equal"),
+    # A number behind the last "is" wins over a box; of several boxes, the last one counts.
+    ("5", "\\boxed{4}. So the answer is 5.", "equal"), ("4", "\\boxed{4}. So the answer is 5.", "unequal"),
+    ("2", "\\boxed{1} \\boxed{2}", "equal"), ("1", "\\boxed{1} \\boxed{2}", "unequal"),
+    # The official parser reads as far as it can, to a brace too many or a full stop.
+    ("0.5", "$\\boxed{\\frac{1}{2}}$.The answer is: \\frac{1}{2}", "equal"),
+    ("1.5", "the arc is $\\boxed{\\frac{3}{2}}\\text{ cm}$", "equal"),
+    ("0.25", "\\boxed{\\frac{1}{2}}.The answer is: \\frac{1}{4}", "unequal"),
+    ("5", "5. So, it is five", "equal"), ("6", "5. So, it is 6 or more", "unequal"),
+    # What it cannot read, ours does not either.
+    ("2.83", "2√2", "unequal"), ("6.28", "2π", "unequal"), ("2.83", "2 sqrt(2)", "unequal"),
+    ("0.5", "\\frac12", "unequal"), ("2.83", "2\\sqrt{2}", "equal"), ("6.28", "2\\pi", "equal"),
 ]  # fmt: skip
 
 
@@ -188,12 +219,15 @@ MM_K12 = [
     ("60°", "61°", "unequal"),
     ("[2,+\\infty)", "so $x \\ge 2$.\nAnswer: $x\\ge 2$", "equal"), ("5 cm", "50 mm", "equal"),
     ("x>2", "\\boxed{x \\ge 2}", "unequal"), ("the left one", "\\boxed{the one on the left}", "unknown"),
+    # Of several boxes the judge sees all: the parts of an answer, or the last word.
+    ("8\n4", "\\boxed{8} and \\boxed{4}", "equal"), ("8\n4", "\\boxed{4} and \\boxed{8}", "unequal"),
+    ("4", "\\boxed{8} no \\boxed{4}", "equal"), ("8", "\\boxed{8} no \\boxed{4}", "unequal"),
 ]  # fmt: skip
 
 
 def test_mm_k12_rules():
     rows = [({"gold": gold, "prediction": said}, wanted) for gold, said, wanted in MM_K12]
-    assert misses("mm_k12", rows) == []
+    assert misses("mm_k12", rows) == misses("mathverse", rows[-4:]) == []
 
 
 OLYMPIADBENCH = [
@@ -222,6 +256,10 @@ OLYMPIADBENCH = [
     ("\\binom{n}{2}", "\\frac{n(n-1)}{2}", None, "unequal"),  # not parsed, and officially that is wrong
     ("10^{10}", "10^{10^{10^{10}}}", None, "unknown"), ("3", "", None, "unequal"),
     ("3", "\\boxed{3", None, "unequal"), ("n^{n}", "n^{2n}", None, "unequal"),
+    # All boxes together are the answer; behind the last "So the final answer is", in either language.
+    ("2", "\\boxed{1} \\boxed{2}", None, "unequal"), ("3", "所以最终答案是 $3$。", None, "equal"),
+    ("3", "所以最终答案是2\n所以最终答案是$\\boxed{3}$.", None, "equal"),
+    ("2", "所以最终答案是2\n所以最终答案是3", None, "unequal"),
 ]  # fmt: skip
 
 
