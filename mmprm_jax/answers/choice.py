@@ -59,6 +59,8 @@ def chosen(text: str) -> Chosen | None:
     named = _NAMED.fullmatch(text)
     if named and len(text) > 1 and named[1].isupper():
         return Chosen(frozenset(named[1].upper()))
+    if twice := re.fullmatch(r"\(([A-K])\) ?\1", text):  # an option whose text is its letter
+        return Chosen(frozenset(twice[1]))
     if re.fullmatch(r"\(?[a-e]\)", text):
         return Chosen(frozenset(text.strip("()").upper()))
     if _LETTERS.fullmatch(text):

@@ -8,6 +8,7 @@ import re
 
 MAX_RESPONSE = 2**20  # characters; of a longer one only the end is read
 _MAX_BOXES = 64
+_MAX_PHRASES = 3  # the last ones: behind the very last one, a response may break off
 _BARE_WORDS = 12  # a response of so few words is an answer and nothing else
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?=\{)|\\boxed\s{1,9}(?=[^\s{])")
@@ -72,9 +73,9 @@ def committed(response: str) -> Extracted | None:
         return Extracted(last, "box", tuple(dict.fromkeys(box for box in boxes[:-1] if box != last)))
     if response.isascii() and not any(hint in response.lower() for hint in _HINTS):
         return None
-    found = _last(PHRASE, response)
-    if found and (text := _rest(response[found.end() :])):
-        return Extracted(text, "phrase")
+    for found in reversed(collections.deque(PHRASE.finditer(response), maxlen=_MAX_PHRASES)):
+        if text := _rest(response[found.end() :]):
+            return Extracted(text, "phrase")
     letters = {"".join(filter(None, match.groups())) for match in _CORRECT.finditer(response)}
     return Extracted(letters.pop(), "phrase") if len(letters) == 1 else None  # of several, one does not know which
 

@@ -47,7 +47,7 @@ def _plain(text: str) -> str:
     """An answer without its typesetting."""
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", "°", text.replace("\\%", "%").replace("\\$", ""))
-    text = text.replace("\\pi", "π").replace("**", "").strip().strip("$").strip()
+    text = text.replace("（", "(").replace("）", ")").replace("\\pi", "π").replace("**", "").strip().strip("$").strip()
     boxed = extract.committed(text) if text.startswith("\\boxed") else None
     return boxed.text if boxed else re.sub(r"[.。]$", "", text).strip()
 

@@ -41,6 +41,8 @@ EQUAL = [
     ("5", "答案是5。因为2+3=5。"),
     ("D", "本题应选D"),
     ("B", "综上，故选：B"),
+    ("D", "因此，面积为5，选项为（D）。"),
+    ("B", "The answer is (B) B.\n\nWe check it.\n\nAnswer"),
     ("7", "结果是7。"),
     ("A", "A选项是正确的，其余都错"),
     # units without a space
