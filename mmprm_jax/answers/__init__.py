@@ -6,7 +6,10 @@
 
 ``equal`` is all that most callers need. ``workers.Verifier`` does the same for many pairs, in processes with a
 deadline; ``official`` has the scoring rules of benchmarks; ``extract`` finds the answer that a response commits to.
-The modules are imported one way: equivalence -> lists, matching -> parse -> formulas -> syntax -> normalise.
+
+Imports go one way. ``equivalence`` compares texts: ``extract`` finds the answer in them, ``normalise`` gives them one
+spelling, ``parse`` makes typed values of them. ``matching`` compares those, with a module for each kind: ``lists``,
+``measures``, ``families``, and ``arithmetic`` over ``exact`` and ``numeric`` for formulas, which ``syntax`` reads.
 """
 
 from __future__ import annotations

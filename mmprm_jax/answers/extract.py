@@ -8,12 +8,14 @@ import re
 
 MAX_RESPONSE = 2**20  # characters; of a longer one only the end is read
 _MAX_BOXES = 64
-_MAX_PHRASES = 3  # the last ones: behind the very last one, a response may break off
+_MAX_PHRASES = 3  # the last ones
 _BARE_WORDS = 12  # a response of so few words is an answer and nothing else
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}(?=\{)|\\boxed\s{1,9}(?=[^\s{])")
 _TAGS = (("<answer>", "</answer>"), ("<|begin_of_box|>", "<|end_of_box|>"))
+# An option's letter, or several, and nothing behind it: no point A as in 选择A点.
 _LETTER = r"\s{0,3}[:：]?\s{0,3}[(（]?[A-H][A-H、,，和 )）]{0,12}(?:[.。．;；!！*\s]|\Z)"
+# Marks of a chat template; those of a box say something.
 _SPECIAL = re.compile(r"<\|(?!(?:begin|end)_of_box\|)[A-Za-z_0-9]{1,30}\|>|</?s>|<(?:eos|bos|pad)>")
 PHRASE = re.compile(  # what says that an answer follows
     r"(?:final answers?(?:\s{1,9}(?:is|are))?\s{0,9}[:：]|final answers? (?:is|are)\b"
@@ -73,6 +75,7 @@ def committed(response: str) -> Extracted | None:
         return Extracted(last, "box", tuple(dict.fromkeys(box for box in boxes[:-1] if box != last)))
     if response.isascii() and not any(hint in response.lower() for hint in _HINTS):
         return None
+    # The last phrase with something behind it: responses break off behind "The answer is".
     for found in reversed(collections.deque(PHRASE.finditer(response), maxlen=_MAX_PHRASES)):
         if text := _rest(response[found.end() :]):
             return Extracted(text, "phrase")
@@ -109,6 +112,11 @@ _HEDGES = re.compile(
     r"|discard\w*|contradict\w*)\b|n't\b|[不非没或若如设]",
     re.I,
 )
+_LEADS_ELSEWHERE = re.compile(  # "x is at least", and then a formula: not its value
+    r"(?:\b(?:not|never|least|most|than|above|below|under|over|minus|plus|times|or|and|if|about|around|between|up to"
+    r"|exceeds?)|[-+/<>≤≥≠]|[不非于过])[\s:：,*]*(?:\$\$|\\\[)?\s*\Z",
+    re.IGNORECASE,
+)
 _FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 
 
@@ -120,13 +128,13 @@ def only_formula(sentence: str) -> str | None:
     around = _FORMULA.sub(" ", sentence)
     if len(found) != 1 or "$" in around or not _CONCLUDES.search(around) or _HEDGES.search(around):
         return None
+    if _LEADS_ELSEWHERE.search(_FORMULA.split(sentence)[0]):
+        return None
     text = "".join(found[0]).strip()
     return text if not re.search(r"\d", around) and not re.fullmatch("[A-Za-z]", text) else None
 
 
 _STATED = re.compile(r"[^.。,，;；\n]{3,200}?(?:\b(?:is|are|equals)\b|等于|[为是])(?P<said>[^,，;；\n]{1,80}?)[.。]?")
-
-
 _MEASURED = re.compile(r"(?<=\w) (?:long|wide|high|tall|deep|old|in (?:length|width|height|area|volume|total|all))$")
 
 
@@ -140,6 +148,7 @@ def stated(sentence: str) -> str | None:
 
 
 _HENCE = re.compile(r"(?:(?:therefore|thus|hence|so)\b|∴|因此|所以|故)[,，]?\s*(.{1,200}?)[.。]?", re.I | re.S)
+_BEHIND = re.compile(r"\((?:or|not unique)\b[^()]*\)$")
 
 
 def hence(sentence: str) -> str | None:
@@ -149,9 +158,6 @@ def hence(sentence: str) -> str | None:
         return None
     words = _WORDS.findall(_BEHIND.sub("", match[1]))
     return match[1] if len(words) < 2 or _kind(match[1]) else None
-
-
-_BEHIND = re.compile(r"\((?:or|not unique)\b[^()]*\)$")
 
 
 def therefore(sentence: str) -> str | None:
@@ -213,6 +219,10 @@ def _kind(line: str) -> str:
     return "equation" if re.search("[=<>≤≥]", line) else "formula"
 
 
+_BOLD_END = re.compile(r"(?:\A|\n)\s*\*\*(?=\S)([^*]{1,120})(?<=\S)\*\*[.。]?\Z")
+_DISPLAY_END = re.compile(r"(?:\$\$|\\\])\Z")
+
+
 def ending(response: str) -> tuple[str, str]:
     """(the values that stand alone at a response's end, or a bold line there; its last sentence), or empty texts."""
     text = response[-2000:].strip()
@@ -221,7 +231,9 @@ def ending(response: str) -> tuple[str, str]:
     paragraph = text if _DISPLAY_END.search(text) else re.split(r"\n\s*\n", text)[-1]
     lines = [(_unmarked(line), end) for line, end in _lines(paragraph)] or [("", "")]
     *before, (last, _) = lines
-    if bold:
+    if _LEADS_ELSEWHERE.search(text[: text.rfind(last)][-80:]):
+        return "", last
+    if bold:  # whatever its words, somebody set it apart
         return _unmarked(bold[1]), last
     kind, found = _kind(last), [last]
     while before and before[-1][1] == "\n" and kind != "equation" and _kind(before[-1][0]) == kind:
@@ -230,14 +242,11 @@ def ending(response: str) -> tuple[str, str]:
     return "\n".join(found) if alone else "", last
 
 
-_BOLD_END = re.compile(r"(?:\A|\n)\s*\*\*(?=\S)([^*]{1,120})(?<=\S)\*\*[.。]?\Z")
-_DISPLAY_END = re.compile(r"(?:\$\$|\\\])\Z")
-
-
 def _unmarked(text: str) -> str:
     return text.strip().strip("*").strip()
 
 
+# What a whole answer may stand behind: a word that concludes, an empty line, the beginning of a line.
 _LEADS = re.compile(r"\b(?:therefore|thus|hence|so)\b,?\s*|\n\s*\n\**|(?:\A|\n)\**", re.I)
 
 

@@ -11,11 +11,14 @@ from mmprm_jax.answers.split import split
 from mmprm_jax.answers.values import Formula, Items, Value
 
 _MAX_SUMMANDS = 6
+_MAX_TERM = 300  # characters
+_CALLED = re.compile(r"[A-Za-z]{2}|[A-Z]")  # P_1(1, 2) is a point, max(1, 2) a number
 _SCALED = re.compile(r"((?:[^()\[\],]|\([^()\[\],]*\))*?)([(\[].*,.*[)\]])")
 
 
 def tuple_sum(text: str, read: Callable[[str], Value | None]) -> Items | None:
     """A sum of tuples, or of matrices, which are tuples of their rows; None: no such sum. read: reads a tuple."""
+    # Most texts are none; only those with a bracket behind or before something else are taken apart.
     if "," not in text or not re.search(r"[)\]]\s*[-+]|[^\s(\[,]\s*[(\[]", text):
         return None
     terms, signs = split(text, "[-+]", keep=True)
@@ -23,15 +26,19 @@ def tuple_sum(text: str, read: Callable[[str], Value | None]) -> Items | None:
         terms = terms[1:]
     else:
         signs = ["+", *signs]
-    if len(signs) != len(terms) or len(terms) > _MAX_SUMMANDS:
+    if len(signs) != len(terms) or len(terms) > _MAX_SUMMANDS or max(map(len, terms)) > _MAX_TERM:
         return None
     total = None
     for sign, term in zip(signs, terms, strict=True):
         match = _SCALED.fullmatch(term)
-        scale = formula_of(match[1].strip(" *") or "1") if match else None
-        vector = read(match[2]) if isinstance(scale, Formula) else None
-        if not isinstance(vector, Items) or vector.kind != "tuple":
+        if not match or _CALLED.search(re.sub(r"\\[a-z]+", "", match[1])):
             return None
+        scale = formula_of(match[1].strip(" *") or "1")
+        vector = read(match[2])
+        if not isinstance(scale, Formula) or not isinstance(vector, Items) or vector.kind != "tuple":
+            return None
+        if len(terms) == 1 and trees.variables(scale.tree):
+            return None  # f(1, 2)
         factor = ("-", scale.tree) if sign == "-" else scale.tree
         scaled = _mapped(vector, lambda tree, factor=factor: ("*", factor, tree))
         total = scaled if total is None else _added(total, scaled)
