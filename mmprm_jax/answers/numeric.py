@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -141,6 +141,7 @@ def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers",
     mp, names = context(), variables(a) | variables(b)
     agreed = integers = differ = outside = nowhere = 0
     real_ = names and not (_complex(a) or _complex(b))
+    whole = names and all(name[0] in "nkm" for name in names)
     for number in range(POINTS if names else 1):
         at = {name: point(name, number) for name in names}
         try:
@@ -158,10 +159,12 @@ def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers",
         if abs(left - right) > mp.mpf(10) ** -_AGREE * max(abs(left), abs(right)):
             beyond = sum(abs(mp.im(side)) > mp.mpf(10) ** -_AGREE for side in (left, right)) if real_ else 0
             differ, outside, nowhere = differ + (beyond == 0), outside + (beyond == 1), nowhere + (beyond == 2)
+            if differ and not whole:
+                return "unequal"
         else:
             agreed += 1
             integers += number == POINTS - 1
-    if (differ or outside) and integers and names and all(n[0] in "nkm" for n in names):
+    if (differ or outside) and integers and whole:
         return "integers" if all(_agree_at(a, b, names, more) for more in range(1, 12)) else "unequal"
     if differ:
         return "unequal"
@@ -208,8 +211,7 @@ def real(tree: Tree) -> Any:
 
 def ratio(a: Tree, b: Tree) -> Literal["positive", "negative", "none"] | None:
     """The sign of the constant c in a = c b; "none": there is no such c. None: not enough probes have a value."""
-    pairs = _pairs(a, b)
-    found = [left / right for _, left, right in pairs if not _tiny(right)]
+    found = [left / right for _, left, right in _pairs(a, b) if not _tiny(right)]
     if len(found) < _NEEDED:
         return None
     if not _constant(found) or not found[0] or not _tiny(context().im(found[0])):
@@ -222,21 +224,29 @@ def proportional(a: Tree, b: Tree) -> Literal["yes", "no", "zero"] | None:
 
     "zero": one of them is zero everywhere. None: not enough probes have a value.
     """
-    pairs = _pairs(a, b)
-    if sum(_tiny(left) or _tiny(right) for _, left, right in pairs) >= _NEEDED:
+    usable, zeros, powers = [], 0, {}
+    for at, left, right in _pairs(a, b):
+        if _tiny(left) or _tiny(right):
+            zeros += 1
+            continue
+        usable.append((at, left / right))
+        if len(usable) == 2 and not _constant([quotient for _, quotient in usable]):
+            powers = _common_powers(a, b, *usable[0])
+            if not powers:
+                return "no"  # most are: the other probes are spared
+    if zeros >= _NEEDED:
         return "zero"
-    pairs = [pair for pair in pairs if not (_tiny(pair[1]) or _tiny(pair[2]))]
-    if len(pairs) < _NEEDED:
+    if len(usable) < _NEEDED:
         return None
-    found = [left / right for _, left, right in pairs]
-    if _constant(found):
-        return "yes"
-    at = pairs[0][0]
-    powers = _powers(("/", a, b), at, found[0])
-    if not powers or any(_has_value(a, at, name) and _has_value(b, at, name) for name in powers):
-        return "no"  # x^2 = x says less than x = 1
-    found = [quotient / _monomial(powers, at) for quotient, (at, _, _) in zip(found, pairs, strict=True)]
-    return "yes" if _constant(found) else "no"
+    if not variables(a) | variables(b):
+        return "no"  # √2 = 1.41 and √3 = 1.73
+    return "yes" if _constant([quotient / _monomial(powers, at) for at, quotient in usable]) else "no"
+
+
+def _common_powers(a: Tree, b: Tree, at: Mapping[str, Any], quotient: Any) -> dict[str, int]:
+    """The powers of variables by which a and b differ, if each is in a denominator: x^2 = x says less than x = 1."""
+    powers = _powers(("/", a, b), at, quotient)
+    return {} if any(_has_value(a, at, name) and _has_value(b, at, name) for name in powers) else powers
 
 
 def _has_value(tree: Tree, at: Mapping[str, Any], name: str) -> bool:
@@ -248,18 +258,18 @@ def _has_value(tree: Tree, at: Mapping[str, Any], name: str) -> bool:
     return True
 
 
-def _pairs(a: Tree, b: Tree) -> list[tuple[Mapping[str, Any], Any, Any]]:
-    """The probes at which both have a value, with these."""
+def _pairs(a: Tree, b: Tree) -> Iterator[tuple[Mapping[str, Any], Any, Any]]:
+    """The probes at which both have a value, with these; of numbers, as many times the same."""
     if nodes(a) > MAX_NODES or nodes(b) > MAX_NODES:
-        return []
-    names, found = variables(a) | variables(b), []
+        return
+    names = variables(a) | variables(b)
     for number in range(POINTS if names else 1):
         at = {name: point(name, number) for name in names}
         try:
-            found.append((at, evaluate(a, at), evaluate(b, at)))
+            found = (at, evaluate(a, at), evaluate(b, at))
         except Undecided:
             continue
-    return found if names else found * POINTS
+        yield from [found] if names else [found] * POINTS
 
 
 def _tiny(value: Any) -> bool:
