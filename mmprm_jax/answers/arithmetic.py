@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 from fractions import Fraction
 
-from mmprm_jax.answers import exact, numeric, relations, syntax
-from mmprm_jax.answers.syntax import Tree
+from mmprm_jax.answers import exact, numeric, relations, trees
+from mmprm_jax.answers.trees import Tree
 from mmprm_jax.answers.units import Unit
 from mmprm_jax.answers.values import Equation, Formula, Quantity, Relation
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 
-OPEN = "no rule decides this: "  # such unknowns go on to Math-Verify and sympy
+OPEN = "no rule decides this: "  # a text that was not understood: another way to read it may be
 _FLOAT_DIGITS = 17  # a decimal of more is meant as it is
 
 
 def formulas(gold: Formula, prediction: Formula, precision: int | None = None) -> Verdict:
     """gold = prediction? A gold decimal, or ``precision`` (decimals), says to which place the prediction is rounded."""
-    if gold.percent != prediction.percent and not syntax.variables(gold.tree):
+    if gold.percent != prediction.percent and not trees.variables(gold.tree):
         return _percent(gold, prediction)
     decimals = gold.decimals if precision is None else precision
     exactly = _same(gold.tree, prediction.tree)
@@ -57,8 +57,7 @@ def _same(a: Tree, b: Tree) -> Verdict:
     if ("c", "∞") in (a, b) or ("-", ("c", "∞")) in (a, b):
         return unequal("one is infinite")
     try:
-        left, right = exact.value(a), exact.value(b)
-        if exact.same(left, right):
+        if exact.same(a, b):
             return equal("equal by exact arithmetic")
         return unequal("different by exact arithmetic")
     except exact.Undefined as problem:
@@ -72,9 +71,9 @@ def _same(a: Tree, b: Tree) -> Verdict:
         return unequal("different at a probe")
     if found == "domain":
         return unknown("equal where both are real, but not where only one of them is")
-    return unknown(
-        OPEN + ("equal for whole numbers, not in between" if found == "integers" else "no probe has a value")
-    )
+    if found == "integers":
+        return equal("equal for all of a dozen whole numbers")
+    return unknown(OPEN + "no probe has a value")
 
 
 def quantities(gold: Quantity, prediction: Quantity, precision: int | None = None) -> Verdict:
@@ -114,11 +113,15 @@ def radians(quantity: Quantity) -> Formula | None:
 def equations(gold: Equation, prediction: Equation) -> Verdict:
     """Two equations between formulas, by their normal form: one is a constant multiple of the other."""
     a, b = (("+", e.left, ("-", e.right.tree)) for e in (gold, prediction))
-    found = _multiple(a, b, positive=False)
-    if found.kind == "unknown":
-        sides = [{syntax.shape(e.left), syntax.shape(e.right.tree)} for e in (gold, prediction)]
-        return equal("the same sides") if sides[0] == sides[1] else found
-    return found
+    found = numeric.proportional(a, b)
+    if found == "yes":
+        return equal("the same equation up to a factor")
+    if found == "no":
+        return unequal("different equations")
+    sides = [{trees.shape(e.left), trees.shape(e.right.tree)} for e in (gold, prediction)]
+    if sides[0] == sides[1]:
+        return equal("the same sides")
+    return unknown("an equation that is always true or never" if found else OPEN + "no probe has a value")
 
 
 def chains(gold: Relation, prediction: Relation) -> Verdict:
@@ -126,9 +129,19 @@ def chains(gold: Relation, prediction: Relation) -> Verdict:
     if gold.ops != prediction.ops:
         return unequal("different relations")
     return every(
-        _multiple(a, b, positive=op != "≠")
+        _inequality(a, b, op)
         for (op, a), (_, b) in zip(relations.links(gold), relations.links(prediction), strict=True)
     )
+
+
+def _inequality(a: Tree, b: Tree, op: str) -> Verdict:
+    """0 op a and 0 op b: the factor between them is positive, or any but 0 for ≠ ."""
+    ratio = numeric.ratio(a, b)
+    if ratio is None:
+        return unknown(OPEN + "no probe has a value")
+    if ratio == "positive" or ratio == "negative" and op == "≠":
+        return equal("the same up to a factor")
+    return unequal("different relations")
 
 
 def every(verdicts: object) -> Verdict:
@@ -139,23 +152,3 @@ def every(verdicts: object) -> Verdict:
             if verdict.kind == kind:
                 return Verdict(kind, f"part {i}: {verdict.reason}" if len(found) > 1 else verdict.reason)
     return found[0] if len(found) == 1 else equal("equal part by part")
-
-
-def _multiple(a: Tree, b: Tree, positive: bool) -> Verdict:
-    if not positive:
-        try:
-            left, right = exact.value(a)[0], exact.value(b)[0]
-            left, right = exact.without_common_variables(left), exact.without_common_variables(right)
-            if exact.proportional(left, right):
-                return equal("the same equation up to a factor")
-            if not left or not right:
-                return unknown("an equation that is always true or never")
-            return unequal("different equations")
-        except exact.Open:
-            pass
-    ratio = numeric.ratio(a, b)
-    if ratio is None:
-        return unknown(OPEN + "no probe has a value")
-    return equal("the same up to a factor") if ratio == "positive" or ratio == "negative" and not positive else unequal(
-        "different relations"
-    )  # fmt: skip

@@ -19,8 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from mmprm_jax.answers.equivalence import settings_of
-from mmprm_jax.answers.heavy import decide
+from mmprm_jax.answers.equivalence import compare, settings_of
 from mmprm_jax.answers.judge import Judge
 from mmprm_jax.answers.verdict import VERSION, Verdict, unknown
 from mmprm_jax.answers.workers import Pool
@@ -40,7 +39,7 @@ def default(row: Row) -> Verdict:
         raise ValueError('a row needs "gold", a text (a number as a text, too: its decimals count)')
     if "prediction" not in row or not isinstance(prediction, str | None):
         raise ValueError('a row needs "prediction", a text or null')
-    return decide(gold, prediction, _settings(row))
+    return compare(gold, prediction, _settings(row))
 
 
 def _settings(row: Row) -> Any:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from mmprm_jax.answers.normalise import normalise, trim
-from mmprm_jax.answers.parse import lead
+from mmprm_jax.answers.parts import lead
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 
 _LETTERS = re.compile(r"\(?[A-K]\)?(?:\s*(?:(?:,|;|and|&|和)\s*)?\(?[A-K]\)?)*\.?")
@@ -22,6 +22,11 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 
+_REFUSED = re.compile(  # B is wrong; those who chose B
+    r"(?:(?:so |thus |hence |therefore )?,?(?:option|choice|answer) )?\(?[A-K]\)?\s?"
+    r"(?:选?项)?(?:[也是都均显然]{0,3}(?:不|错|非|假)|的|is (?:not|wrong|incorrect|false)|isn't)",
+    re.I,
+)
 _BECAUSE = re.compile(r"^(\(?[A-K]\)?)[.,]? (?:because|since)\b[^\n]*$")
 _OPTION = re.compile(r"^(?:option|choice|选项?) ?(?=\(?[A-K]\)? ?[.:)] ?\S)", re.I)
 _SO = re.compile(  # A and B are wrong, so D
@@ -49,9 +54,13 @@ def chosen(text: str) -> Chosen | None:
         return None  # the parts of an answer
     if so := _SO.search(text):
         return Chosen(frozenset(so[1]))
+    if _REFUSED.match(text):
+        return None
     named = _NAMED.fullmatch(text)
     if named and len(text) > 1 and named[1].isupper():
         return Chosen(frozenset(named[1].upper()))
+    if twice := re.fullmatch(r"\(([A-K])\) ?\1", text):  # an option whose text is its letter
+        return Chosen(frozenset(twice[1]))
     if re.fullmatch(r"\(?[a-e]\)", text):
         return Chosen(frozenset(text.strip("()").upper()))
     if _LETTERS.fullmatch(text):
@@ -82,6 +91,10 @@ def compare(gold: str, prediction: str, options: Mapping[str, str], same: Same) 
 
     options: letter -> text, empty where they are not known. same: compares two texts that are no choices.
     """
+    if options and any(_SEGMENT.fullmatch(text) for text in options.values()):
+        by_text = _segment(gold, prediction, options, same)
+        if by_text is not None:
+            return by_text
     right, hedged = chosen(gold), bool(_HEDGED.search(prediction))
     if right is not None and right.text and not options and _ITSELF.match(gold):
         return _with_text(right, prediction, same)
@@ -110,6 +123,22 @@ def compare(gold: str, prediction: str, options: Mapping[str, str], same: Same) 
     if given.letters == right.letters:
         return equal("the same choice")
     return unequal(f"the prediction chooses {', '.join(sorted(given.letters))}")
+
+
+_SEGMENT = re.compile(r"[A-Z]{2,3}")
+_NAMES_SEGMENT = re.compile(r"(?:(?:the )?(?:(?:line )?segments?|sides?|edges?|lines?) )?([A-Z]{2,3})")
+
+
+def _segment(gold: str, prediction: str, options: Mapping[str, str], same: Same) -> Verdict | None:
+    """Options that are segments: CD is that segment, not the options C and D. None: neither side is a segment."""
+    letters = []
+    for text in (gold, prediction):
+        named = _NAMES_SEGMENT.fullmatch(text)
+        letters.append(named and _letter_of(named[1], options, same) or "")
+    if not any(letters):
+        return None
+    sides = [letter or text for letter, text in zip(letters, (gold, prediction), strict=True)]
+    return compare(sides[0], sides[1], {k: "" if _SEGMENT.fullmatch(v) else v for k, v in options.items()}, same)
 
 
 def _with_text(right: Chosen, prediction: str, same: Same) -> Verdict:

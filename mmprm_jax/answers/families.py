@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from fractions import Fraction
 
-from mmprm_jax.answers import exact, relations, syntax
-from mmprm_jax.answers.syntax import Tree
+from mmprm_jax.answers import numeric, relations, trees
+from mmprm_jax.answers.trees import Tree
 from mmprm_jax.answers.values import Equation, Family, Formula, Items, Quantity, Region, Relation, Value
 from mmprm_jax.answers.verdict import Verdict, unequal, unknown
 
 PARAMETERS = frozenset("nkm")
+_WHOLE = 1e-50  # what two computations of a whole number may differ by
 
 
 def of(value: Value, name: str, every: bool) -> Value:
     """The value as a family, or the values in it as one each; without the name it is what it is."""
     if isinstance(value, Items):
-        if value.region and all(name in syntax.variables(tree) for tree in _trees(value.region)):
+        if value.region and all(name in trees.variables(tree) for tree in _trees(value.region)):
             return Family(value.region, name, every)  # (kπ, kπ + 1); (kπ, 0) is a point
         return dataclasses.replace(value, values=tuple(of(v, name, every) for v in value.values))
     if isinstance(value, Equation):
@@ -25,7 +27,7 @@ def of(value: Value, name: str, every: bool) -> Value:
         return dataclasses.replace(value, right=of(value.right, name, every)) if endless else value
     if isinstance(value, Relation):
         value = relations.between(value, name) or value
-    if isinstance(value, Formula | Quantity | Region) and any(name in syntax.variables(tree) for tree in _trees(value)):
+    if isinstance(value, Formula | Quantity | Region) and any(name in trees.variables(tree) for tree in _trees(value)):
         return Family(value, name, every)
     return value
 
@@ -61,16 +63,16 @@ def compare(gold: Value, prediction: Value, same: Callable[[Value, Value], Verdi
     if a.every != b.every:
         return unequal("families over different whole numbers")
     name: Tree = ("v", a.parameter)
-    other = _mapped(b.value, lambda tree: syntax.replaced(tree, b.parameter, name))
+    other = _mapped(b.value, lambda tree: trees.replaced(tree, ("v", b.parameter), name))
     first = same(a.value, other)
-    if first or not a.every or a.parameter != b.parameter and a.parameter in syntax.variables(_trees(b.value)[0]):
+    if first or not a.every or a.parameter != b.parameter and a.parameter in trees.variables(_trees(b.value)[0]):
         return first
     found = first
     for by in _shifts(_trees(a.value)[0], _trees(other)[0], a.parameter):
-        found = same(a.value, _mapped(other, lambda tree, by=by: syntax.replaced(tree, a.parameter, by)))
+        found = same(a.value, _mapped(other, lambda tree, by=by: trees.replaced(tree, name, by)))
         if found:
             return found
-    linear = [syntax.linear(tree, a.parameter) for tree in (*_trees(a.value), *_trees(other))]
+    linear = [trees.linear(tree, a.parameter) for tree in (*_trees(a.value), *_trees(other))]
     return found if None not in linear else unknown("families that may be the same for other whole numbers")
 
 
@@ -81,21 +83,18 @@ def _family(value: Value, other: Value) -> Family | None:
     assert isinstance(other, Family)
     if not isinstance(value, Formula | Quantity | Region):
         return None
-    names = frozenset().union(*map(syntax.variables, _trees(value))) & (PARAMETERS | {other.parameter})
+    names = frozenset().union(*map(trees.variables, _trees(value))) & (PARAMETERS | {other.parameter})
     return Family(value, next(iter(names)), other.every) if len(names) == 1 else None
 
 
 def _shifts(a: Tree, b: Tree, name: str) -> list[Tree]:
     """What the whole number in b is, where b may run through the values of a: k + c or c - k."""
-    left, right = syntax.linear(a, name), syntax.linear(b, name)
+    left, right = trees.linear(a, name), trees.linear(b, name)
     if not left or not right:
         return []
     found = []
     for sign in (("v", name), ("-", ("v", name))):
-        try:
-            steps = exact.rational(exact.value(("/", ("+", left[0], ("-", right[0])), right[1])))
-        except exact.Open:
-            continue
-        if steps is not None and steps.denominator == 1:
-            found.append(("+", sign, ("n", steps)))
+        steps = numeric.constant(("/", ("+", left[0], ("-", right[0])), right[1]))
+        if steps is not None and abs(steps - (whole := round(steps))) < _WHOLE:
+            found.append(("+", sign, ("n", Fraction(int(whole)))))
     return found

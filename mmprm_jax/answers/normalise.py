@@ -294,9 +294,15 @@ def _commands(text: str, depth: int = 0) -> str:
             i, content = _braced(text, i)
             content = _VECTORS.get(content, "") or _commands(content, depth + 1).strip()
             found.append(f"{'→' if name == 'overrightarrow' else ''}{content} " if len(content) > 1 else content)
+        elif glued := _GLUED.fullmatch(name):
+            found.append(_SYMBOLS.get(glued[1], " ") + glued[2])
         else:
             found.append(match[0])
     return "".join(found) + text[i:]
+
+
+_NAMES = sorted((n for n in (*_SYMBOLS, *_SPACE) if len(n) > 2 or n == "pi"), key=len, reverse=True)
+_GLUED = re.compile(rf"({'|'.join(_NAMES)})(?!e?q\Z)([A-Za-z]{{1,2}})")  # \quadx, \pir; not \simeq
 
 
 def _braced(text: str, i: int) -> tuple[int, str]:

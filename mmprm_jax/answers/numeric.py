@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, Literal
 
 import mpmath
 
-from mmprm_jax.answers.syntax import Tree, nodes, variables
+from mmprm_jax.answers.trees import ZERO, Tree, nodes, variables
 
 DIGITS = 90  # of the computation
 _AGREE = 60  # digits
@@ -20,6 +20,7 @@ _NEEDED = 3  # points at which both formulas have a value
 MAX_NODES = 500
 _MAX_EXPONENT = 10**15  # a power above it is Huge
 _MAX_ARGUMENT = 10**9  # of a function
+_MAX_POWER = 6  # of a variable by which two equations differ
 
 _local = threading.local()
 
@@ -95,6 +96,8 @@ def _apply(mp: Any, kind: str, name: Any, values: list[Any]) -> Any:
     if name == "log":
         return mp.log(first, 10 if second is None else second)
     _bounded(mp, first, _MAX_ARGUMENT)
+    if name in ("floor", "ceil") and _tiny(first - mp.nint(first)):
+        return mp.nint(first)  # a whole number but for the last digits
     return abs(first) if name == "abs" else getattr(mp, name)(first)
 
 
@@ -138,6 +141,7 @@ def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers",
     mp, names = context(), variables(a) | variables(b)
     agreed = integers = differ = outside = nowhere = 0
     real_ = names and not (_complex(a) or _complex(b))
+    whole = names and all(name[0] in "nkm" for name in names)
     for number in range(POINTS if names else 1):
         at = {name: point(name, number) for name in names}
         try:
@@ -149,21 +153,34 @@ def compare(a: Tree, b: Tree) -> Literal["equal", "unequal", "open", "integers",
                 return "unequal"
             continue
         if max(abs(left), abs(right)) < mp.mpf(10) ** -_ZERO:
-            continue  # zeros, or numbers too small to tell from them
+            if not (_is_zero(a, at) and _is_zero(b, at)):
+                continue  # numbers too small to tell from zeros
+            left = right = mp.mpf(1)
         if abs(left - right) > mp.mpf(10) ** -_AGREE * max(abs(left), abs(right)):
             beyond = sum(abs(mp.im(side)) > mp.mpf(10) ** -_AGREE for side in (left, right)) if real_ else 0
             differ, outside, nowhere = differ + (beyond == 0), outside + (beyond == 1), nowhere + (beyond == 2)
+            if differ and not whole:
+                return "unequal"
         else:
             agreed += 1
             integers += number == POINTS - 1
-    if (differ or outside) and integers and names and all(n[0] in "nkm" for n in names):
-        return "integers" if all(_agree_at(a, b, names, more) for more in (3, 7)) else "unequal"
+    if (differ or outside) and integers and whole:
+        return "integers" if all(_agree_at(a, b, names, more) for more in range(1, 12)) else "unequal"
     if differ:
         return "unequal"
     enough = agreed >= (_NEEDED if names else 1)
     if enough:
         return "domain" if outside else "equal"
     return "unequal" if outside or nowhere else "open"
+
+
+def _is_zero(tree: Tree, at: Mapping[str, Any]) -> bool:
+    """Whether a value that is nearly nothing is a zero: with twice the digits it shrinks, a tiny number stays."""
+    mp = context()
+    coarse = abs(evaluate(tree, at))
+    with mp.workdps(2 * DIGITS):
+        fine = abs(evaluate(tree, at))
+    return bool(fine <= coarse * mp.mpf(10) ** -(DIGITS // 2))
 
 
 def _agree_at(a: Tree, b: Tree, names: frozenset[str], more: int) -> bool:
@@ -189,28 +206,105 @@ def real(tree: Tree) -> Any:
     except Undecided:
         return None
     mp = context()
-    return None if mp.im(found) and abs(mp.im(found)) > mp.mpf(10) ** -_AGREE else mp.re(found)
+    return mp.re(found) if _tiny(mp.im(found)) else None
 
 
 def ratio(a: Tree, b: Tree) -> Literal["positive", "negative", "none"] | None:
     """The sign of the constant c in a = c b; "none": there is no such c. None: not enough probes have a value."""
-    if nodes(a) > MAX_NODES or nodes(b) > MAX_NODES:
-        return None
-    mp, names, found = context(), variables(a) | variables(b), []
-    for number in range(POINTS):
-        at = {name: point(name, number) for name in names}
-        try:
-            left, right = evaluate(a, at), evaluate(b, at)
-        except Undecided:
-            continue
-        if abs(right) > mp.mpf(10) ** -_AGREE:
-            found.append(left / right)
+    found = [left / right for _, left, right in _pairs(a, b) if not _tiny(right)]
     if len(found) < _NEEDED:
         return None
-    constant = all(abs(r - found[0]) <= mp.mpf(10) ** -_AGREE * abs(found[0]) for r in found)
-    if not constant or not found[0] or abs(mp.im(found[0])) > mp.mpf(10) ** -_AGREE:
+    if not _constant(found) or not found[0] or not _tiny(context().im(found[0])):
         return "none"
-    return "positive" if mp.re(found[0]) > 0 else "negative"
+    return "positive" if context().re(found[0]) > 0 else "negative"
+
+
+def proportional(a: Tree, b: Tree) -> Literal["yes", "no", "zero"] | None:
+    """Whether a = c b for a constant c, or c x^n b where x is in a denominator: a = 0 then says what b = 0 says.
+
+    "zero": one of them is zero everywhere. None: not enough probes have a value.
+    """
+    usable, zeros, powers = [], 0, {}
+    for at, left, right in _pairs(a, b):
+        if _tiny(left) or _tiny(right):
+            zeros += 1
+            continue
+        usable.append((at, left / right))
+        if len(usable) == 2 and not _constant([quotient for _, quotient in usable]):
+            powers = _common_powers(a, b, *usable[0])
+            if not powers:
+                return "no"  # most are: the other probes are spared
+    if zeros >= _NEEDED:
+        return "zero"
+    if len(usable) < _NEEDED:
+        return None
+    if not variables(a) | variables(b):
+        return "no"  # √2 = 1.41 and √3 = 1.73
+    return "yes" if _constant([quotient / _monomial(powers, at) for at, quotient in usable]) else "no"
+
+
+def _common_powers(a: Tree, b: Tree, at: Mapping[str, Any], quotient: Any) -> dict[str, int]:
+    """The powers of variables by which a and b differ, if each is in a denominator: x^2 = x says less than x = 1."""
+    powers = _powers(("/", a, b), at, quotient)
+    return {} if any(_has_value(a, at, name) and _has_value(b, at, name) for name in powers) else powers
+
+
+def _has_value(tree: Tree, at: Mapping[str, Any], name: str) -> bool:
+    """Whether a formula has a value where a variable is zero."""
+    try:
+        evaluate(tree, {**at, name: context().zero})
+    except Undecided:
+        return False
+    return True
+
+
+def _pairs(a: Tree, b: Tree) -> Iterator[tuple[Mapping[str, Any], Any, Any]]:
+    """The probes at which both have a value, with these; of numbers, as many times the same."""
+    if nodes(a) > MAX_NODES or nodes(b) > MAX_NODES:
+        return
+    names = variables(a) | variables(b)
+    for number in range(POINTS if names else 1):
+        at = {name: point(name, number) for name in names}
+        try:
+            found = (at, evaluate(a, at), evaluate(b, at))
+        except Undecided:
+            continue
+        yield from [found] if names else [found] * POINTS
+
+
+def _tiny(value: Any) -> bool:
+    return bool(abs(value) <= context().mpf(10) ** -_AGREE)
+
+
+def _constant(values: list[Any]) -> bool:
+    return all(_tiny((value - values[0]) / max(1, abs(values[0]))) for value in values)
+
+
+def _monomial(powers: Mapping[str, int], at: Mapping[str, Any]) -> Any:
+    return context().fprod(at[name] ** n for name, n in powers.items())
+
+
+def _powers(tree: Tree, at: Mapping[str, Any], value: Any) -> dict[str, int]:
+    """The powers of the variables, if a tree is a product of such: by what doubling each of them makes of it."""
+    mp, found = context(), {}
+    for name in at:
+        try:
+            factor = evaluate(tree, {**at, name: 2 * at[name]}) / value
+        except (Undecided, ZeroDivisionError):
+            return {}
+        exponent = mp.log(abs(factor), 2) if factor else mp.inf
+        if abs(exponent) > _MAX_POWER or not _tiny(exponent - mp.nint(exponent)):
+            return {}
+        if mp.nint(exponent):
+            found[name] = int(mp.nint(exponent))
+    return found
+
+
+def constant(tree: Tree) -> Any:
+    """The value of a formula that is the same real number at every probe, or None."""
+    values = [value for _, value, _ in _pairs(tree, ZERO)]
+    real_ = len(values) >= _NEEDED and _constant(values) and _tiny(context().im(values[0]))
+    return context().re(values[0]) if real_ else None
 
 
 def within(gold: Tree, prediction: Tree, decimals: int) -> bool | None:

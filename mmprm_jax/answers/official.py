@@ -15,9 +15,10 @@ import contextlib
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
-from mmprm_jax.answers import extract
+from mmprm_jax.answers import extract, numerals
 from mmprm_jax.answers import official_latex as latex
 from mmprm_jax.answers.equivalence import compare, settings_of
 from mmprm_jax.answers.official_olympiad import olympiadbench
@@ -46,7 +47,7 @@ def _plain(text: str) -> str:
     """An answer without its typesetting."""
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", "°", text.replace("\\%", "%").replace("\\$", ""))
-    text = text.replace("\\pi", "π").replace("**", "").strip().strip("$").strip()
+    text = text.replace("（", "(").replace("）", ")").replace("\\pi", "π").replace("**", "").strip().strip("$").strip()
     boxed = extract.committed(text) if text.startswith("\\boxed") else None
     return boxed.text if boxed else re.sub(r"[.。]$", "", text).strip()
 
@@ -78,11 +79,29 @@ def _one_number(text: str) -> str | None:
     """A text's only number, without thousands separators; None: no number. Raises ValueError when it has several."""
     with contextlib.suppress(ValueError):
         return str(float(text))
+    if (counted := numerals.number(text)) and counted.lstrip("-").isdigit():
+        return counted  # two
+    text = _POWER.sub(_power, _RAISED.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text))
     text = re.sub(r"\^\s*\{?\d\}?", "", text)  # of a unit
     numbers = {found.replace(",", "") for found in _NUMBER.findall(text)}
     if len(numbers) > 1:
         raise ValueError("several numbers")
     return numbers.pop() if numbers else None
+
+
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_TIMES_TEN = r"(?:(\d+(?:\.\d+)?)\s*(?:\\times|\\cdot|×|·|\*)\s*(?=10\s*\^))?"
+_POWER = re.compile(_TIMES_TEN + r"(?<![\d.])(\d{1,6}(?:\.\d+)?)\s*\^\s*(?:\{\s*(-?\d{1,3})\s*\}|(-?\d{1,3}))")
+
+
+def _power(match: re.Match[str]) -> str:
+    """2 x 10^3 as 2000: the power of a number, with a factor before it."""
+    factor, exponent = Fraction(match[1] or 1), int(match[3] or match[4])
+    base = Fraction(match[2])
+    if not base and exponent < 0:
+        raise ValueError("a power of zero")
+    value = factor * base**exponent
+    return str(value) if value.denominator == 1 else repr(float(value))
 
 
 def mathvista(row: Mapping[str, Any]) -> Verdict:
@@ -156,10 +175,19 @@ def mathverse(row: Mapping[str, Any]) -> Verdict:
         if letter is None:
             return compare(gold, found, settings_of(options))
         return _same(letter, _letter(_plain(gold), options) or gold)
-    return _compared(found, gold, options)
+    return _compared_all(response, found, gold)
 
 
-def _compared(found: str, gold: str, options: Sequence[str] = ()) -> Verdict:
+def _compared_all(response: str, found: str, gold: str) -> Verdict:
+    """The last answer; of a response with several boxes all of them as well, which the judge sees."""
+    verdict = _compared(found, gold)
+    committed = extract.committed(response)
+    if verdict or committed is None or not committed.earlier:
+        return verdict
+    return compare(gold, response)
+
+
+def _compared(found: str, gold: str) -> Verdict:
     """Two answers as numbers without units, then by our own rules."""
     plain = [_plain(text) for text in (found, gold)]
     if all(text.endswith("°") for text in plain):
@@ -167,7 +195,7 @@ def _compared(found: str, gold: str, options: Sequence[str] = ()) -> Verdict:
     try:
         a, b = (latex.value(latex.parse(text, mixed=True)) for text in plain)
     except (latex.NotMaths, latex.TooBig):
-        return compare(gold, found, settings_of(options))
+        return compare(gold, found)
     if abs(a - b) <= 1e-12 * max(1, abs(b)):
         return equal(f"{found!r:.60} has the value of {gold!r:.60}")
     return unequal(f"{found!r:.60} has another value")
@@ -183,7 +211,7 @@ def mm_k12(row: Mapping[str, Any]) -> Verdict:
         return unknown("no answer could be extracted by rules")
     if _bare(found) == _bare(gold) or _bare(_plain(found)) == _bare(_plain(gold)):
         return equal(f"{found!r:.60}")
-    return _compared(found, gold)
+    return _compared_all(response, found, gold)
 
 
 # MathVision
@@ -244,11 +272,29 @@ def _vision_clean(text: str) -> str:
     return "0" + text if text.startswith(".") else text
 
 
+# No grammar of latex2sympy's: signs for roots and π, functions without a backslash, fractions without braces.
+_UNREADABLE = re.compile(r"[√π]|(?<!\\)sqrt|\\frac\s*[^{\s]|\\!")
+_BREAK = re.compile(r"[{}]|\.(?!\d)")
+
+
+def _readable(text: str) -> str:
+    """What latex2sympy reads of a text: it stops, without an error, at a brace too many and at a full stop."""
+    depth = 0
+    for match in _BREAK.finditer(text):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth < 0 or match[0] == "." and not depth:
+            return text[: match.start()]
+    return text
+
+
 def _rounded(text: str) -> float:
     """A number to two decimals. Raises latex.NotMaths when it is none, latex.TooBig beyond the limits."""
     if re.fullmatch(r"\s*[a-e]\s*", text):
         raise latex.NotMaths("a letter")  # not Euler's number
-    number = latex.value(latex.parse(text.replace("$", "").replace("\\%", "/100")))
+    if _UNREADABLE.search(text):
+        raise latex.NotMaths("what the official parser cannot read")
+    text = _readable(text.replace("$", "").replace("\\%", "/100"))
+    number = latex.value(latex.parse(text))
     try:
         return round(float(number), 2)
     except (TypeError, ValueError, OverflowError):

@@ -27,7 +27,7 @@ def olympiadbench(row: Mapping[str, Any]) -> Verdict:
     response = "" if row.get("prediction") is None else str(row["prediction"])[-100_000:]
     if not response.strip():
         return unequal("no answer")
-    finals = re.findall("So the final answer is (.*)", response)
+    finals = re.findall("(?:So the final answer is |所以最终答案是)(.*)", response)
     gold, said = str(row["gold"]), finals[-1].strip() if finals else response
     try:
         expected, found = _clean(gold), _clean(said)

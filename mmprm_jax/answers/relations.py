@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 
-from mmprm_jax.answers import numeric, syntax
-from mmprm_jax.answers.syntax import Tree
+from mmprm_jax.answers import numeric, trees
+from mmprm_jax.answers.trees import Tree
 from mmprm_jax.answers.values import Equation, Formula, Interval, Items, Quantity, Region, Relation, Value
 
 EVERYTHING = Interval(None, None, False, False)
@@ -21,10 +21,10 @@ def read(sides: Sequence[Formula | None], ops: Sequence[str]) -> Region | Relati
         sides, ops = sides[::-1], ["<" if op == ">" else "≤" for op in reversed(ops)]
     if not (set(ops) <= {"<", "≤"} or list(ops) == ["≠"]):
         return None
-    if len(sides) == 2 and all(sides) and (found := _absolute(sides[0], sides[1], ops[0])):
+    if found := _absolute(sides, ops):
         return found
     variables = [i for i, side in enumerate(sides) if side is None or side.tree[0] == "v"]
-    constant = all(side is None or side.tree[0] == "v" or not syntax.variables(side.tree) for side in sides)
+    constant = all(side is None or side.tree[0] == "v" or not trees.variables(side.tree) for side in sides)
     if len(variables) != 1 or not constant or len(sides) > 3:
         return Relation(tuple(ops), tuple(side.tree for side in sides if side)) if all(sides) else None
     at = variables[0]
@@ -39,18 +39,39 @@ def read(sides: Sequence[Formula | None], ops: Sequence[str]) -> Region | Relati
     return Region((found,), name)
 
 
-def _absolute(left: Formula, right: Formula, op: str) -> Region | None:
-    """|x| < a and a < |x|; None: anything else."""
-    within = left.tree[:2] == ("f", "abs")
-    size, bound = (left, right) if within else (right, left)
-    if size.tree[:2] != ("f", "abs") or size.tree[2][0] != "v" or syntax.variables(bound.tree) or op == "≠":
+def _absolute(sides: Sequence[Formula | None], ops: Sequence[str]) -> Region | None:
+    """|ax + b| < c, c < |ax + b| and c < |ax + b| < d; None: anything else."""
+    at = next((i for i, side in enumerate(sides) if side and side.tree[:2] == ("f", "abs")), None)
+    if at is None or None in sides or "≠" in ops or len(sides) > 3 or len(sides) == 3 and at != 1:
         return None
-    if not (numeric.real(bound.tree) or 0) > 0:
+    inside = sides[at].tree[2]
+    bounds = [side for i, side in enumerate(sides) if i != at]
+    names = trees.variables(inside)
+    if len(names) != 1 or any(not (numeric.real(bound.tree) or 0) > 0 for bound in bounds):
         return None
-    minus, name = Formula(("-", bound.tree)), size.tree[2][1]
-    if within:
-        return Region((Interval(minus, bound, op == "≤", op == "≤"),), name)
-    return Region((Interval(None, minus, False, op == "≤"), Interval(bound, None, op == "≤", False)), name)
+    (name,) = names
+    shift, factor = trees.linear(inside, [name]) or (None, None)
+    scale = numeric.real(factor) if factor else None
+    if not scale:
+        return None
+
+    def end(bound: Formula, sign: int) -> Formula:
+        """Where ax + b is the bound, or minus the bound."""
+        if inside == ("v", name):
+            return bound if sign > 0 else Formula(("-", bound.tree))
+        tree = bound.tree if sign > 0 else ("-", bound.tree)
+        return Formula(("/", ("+", tree, ("-", shift)), factor))
+
+    right, left = (1, -1) if scale > 0 else (-1, 1)
+    low, high = (sides[at - 1] if at else None), (sides[at + 1] if at + 1 < len(sides) else None)
+    low_closed, high_closed = bool(at) and ops[at - 1] == "≤", at < len(ops) and ops[at] == "≤"
+    if low is None:
+        return Region((Interval(end(high, left), end(high, right), high_closed, high_closed),), name)
+    if high is not None and not numeric.real(low.tree) < numeric.real(high.tree):
+        return None
+    below = Interval(end(high, left) if high else None, end(low, left), high_closed, low_closed)
+    above = Interval(end(low, right), end(high, right) if high else None, low_closed, high_closed)
+    return Region((below, above), name)
 
 
 def interval(values: Sequence[Value], opened: str, closed: str) -> Region | None:
@@ -72,7 +93,7 @@ def between(relation: Relation, parameter: str) -> Region | None:
     if len(relation.trees) != 3 or "≠" in relation.ops:
         return None
     low, middle, high = relation.trees
-    if middle[0] != "v" or middle[1] == parameter or (syntax.variables(low) | syntax.variables(high)) != {parameter}:
+    if middle[0] != "v" or middle[1] == parameter or (trees.variables(low) | trees.variables(high)) != {parameter}:
         return None
     closed = [op == "≤" for op in relation.ops]
     return Region((Interval(Formula(low), Formula(high), *closed),), middle[1])
@@ -86,7 +107,7 @@ def point(value: Value | None) -> Region | None:
         value, name = value.right, value.name
     else:
         return None
-    if not isinstance(value, Formula) or syntax.variables(value.tree):
+    if not isinstance(value, Formula) or trees.variables(value.tree):
         return None
     return Region((Interval(value, value, True, True),), name)
 

@@ -1,25 +1,25 @@
-"""Formulas: normalised text -> a small tree. A tokenizer and a recursive descent; nothing is ever evaluated as code.
-
-A tree is a tuple: ("n", Fraction), ("v", name), ("c", "π" | "e" | "i" | "∞"), ("+", a, b), ("*", a, b), ("/", a, b),
-("^", a, b), ("-", a), ("!", a), ("f", name, argument[, base or index]).
-"""
+"""Formulas: normalised text -> a tree of ``trees``. A tokenizer and a recursive descent; nothing is run as code."""
 
 from __future__ import annotations
 
 import functools
 import re
 from fractions import Fraction
-from typing import Any
 
-Tree = tuple[Any, ...]
+from mmprm_jax.answers.trees import PER_DEGREE, Tree, nodes, replaced, variables
 
 MAX_LENGTH = 2000  # characters of a formula
 MAX_DEPTH = 40  # brackets within brackets
 MAX_DIGITS = 1000  # of one number
+MAX_TERMS = 101  # of a sum that is written out
+MAX_NODES = 400  # of such a sum
 
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc asin acos atan arcsin arccos arctan sinh cosh tanh ln log lg exp sqrt abs".split()
 )
+_SERIES = {"\\sum": "+", "\\prod": "*"}
+_ROUNDED = {"\\lfloor": "floor", "\\lceil": "ceil"}
+_CLOSED = ("\\rfloor", "\\rceil")
 _ALIASES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "lg": "log"}
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -27,7 +27,7 @@ _TOKEN = re.compile(
     |(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE](?:[+-]\d{1,3}|[2-9]|\d\d{1,2})(?![\d.]))?(?!\.\d))
     |(?P<command>\\[A-Za-z]+)
     |(?P<name>∠\s*(?:[A-Z]['′]?){1,3}(?!['A-Za-z])|∠\s*\d|→?(?:[A-Z]'*(?:_\d|_\{\d\})?){2,}(?![a-z'])|[A-Za-z]+|[α-ωΑ-Ωıȷĸ∞√])
-    |(?P<sign>[-+*/^_!'°%()\[\]{}|,])
+    |(?P<sign>[-+*/^_!'°%()\[\]{}|,=])
     )""",
     re.VERBOSE,
 )
@@ -155,7 +155,8 @@ class _Parser:
                 right = ("-", self._power()) if self._accept("-") else self._power()
                 tree = ("*" if text == "*" else "/", tree, right)
             elif (
-                kind in ("name", "command", "mixed")
+                kind in ("name", "mixed")
+                or (kind == "command" and text not in _CLOSED)
                 or (kind == "sign" and text in "([{")
                 or (kind == "number" and tree[0] == "^" and self._tokens[self._i - 1] == ("sign", "}"))  # 3^{n}2^{n}
             ):
@@ -176,7 +177,7 @@ class _Parser:
             elif self._accept("!"):
                 tree = ("!", tree)
             elif self._accept("°"):
-                tree = ("*", tree, _PER_DEGREE)
+                tree = ("*", tree, PER_DEGREE)
             elif self._accept("%"):
                 tree = ("/", tree, ("n", Fraction(100)))
             else:
@@ -223,8 +224,12 @@ class _Parser:
             tree = self.sum()
             self._expect("|")
             return ("f", "abs", tree)
-        if kind == "command" and text in ("\\frac", "\\binom", "\\sqrt"):
+        if kind == "command" and text in ("\\frac", "\\binom"):
             return self._command(text)
+        if kind == "command" and text in _ROUNDED:
+            return self._rounded(text)
+        if kind == "command" and text in _SERIES:
+            return self._series(_SERIES[text])
         raise SyntaxProblem(f"{text!r} is not understood" if text else "the formula breaks off")
 
     def _postfixless(self) -> Tree:
@@ -236,6 +241,35 @@ class _Parser:
             return ("/", top, self._argument())
         top = self._argument()
         return ("f", "binom", top, self._argument())
+
+    def _rounded(self, opened: str) -> Tree:
+        """⌊3.7⌋; of a number alone: at a few points two such functions may agree by chance."""
+        tree = self.sum()
+        if self._take() != ("command", opened.replace("l", "r", 1)):
+            raise SyntaxProblem(f"{opened} is not closed")
+        if variables(tree):
+            raise SyntaxProblem("a function that rounds")
+        return ("f", _ROUNDED[opened], tree)
+
+    def _series(self, sign: str) -> Tree:
+        """A sum or a product from one whole number to another, written out."""
+        self._expect("_")
+        self._expect("{")
+        kind, name = self._take()
+        self._expect("=")
+        first = _whole(self.sum())
+        self._expect("}")
+        self._expect("^")
+        last, body = _whole(self._exponent()), self._product()
+        if kind != "name" or any(name in other.partition("_")[2] for other in variables(body)):  # a_k
+            raise SyntaxProblem("a sum over what is no variable")
+        if first is None or last is None or not 0 <= last - first < MAX_TERMS:
+            raise SyntaxProblem("a sum without bounds, or a long one")
+        if nodes(body) * (last - first) > MAX_NODES:
+            raise TooLarge("a long sum")
+        variable = ("c", "i") if name == "i" else ("v", name)
+        terms = [replaced(body, variable, ("n", Fraction(n))) for n in range(first, last + 1)]
+        return functools.reduce(lambda a, b: (sign, a, b), terms)
 
     def _argument(self) -> Tree:
         """A group, or a single digit or letter: \\frac12 is a half."""
@@ -282,10 +316,16 @@ class _Parser:
             if self.peek() == ("sign", "/"):
                 self._i += 1
                 tree = ("/", tree, self._power())
-            elif kind in ("name", "command") and not functional:
+            elif kind in ("name", "command") and not functional and text not in _CLOSED:
                 tree = ("*", tree, self._power())
             else:
                 return tree
+
+
+def _whole(tree: Tree) -> int | None:
+    """The whole number that a tree is, or None."""
+    sign, tree = (-1, tree[1]) if tree[0] == "-" else (1, tree)
+    return sign * int(tree[1]) if tree[0] == "n" and tree[1].denominator == 1 else None
 
 
 def _mixed(text: str) -> tuple[int, int, int]:
@@ -294,96 +334,3 @@ def _mixed(text: str) -> tuple[int, int, int]:
     if len(numbers) == 2:  # 1\frac12
         numbers = [numbers[0], *divmod(numbers[1], 10)]
     return numbers[0], numbers[1], numbers[2]
-
-
-ZERO: Tree = ("n", Fraction(0))
-
-
-def linear(tree: Tree, names: str) -> list[Tree] | None:
-    """A sum as what is in it without any of the names and the factor of each one; None: it is not linear in them."""
-    kind = tree[0]
-    if kind == "v" and tree[1] in names:
-        return [ZERO, *(("n", Fraction(name == tree[1])) for name in names)]
-    if not variables(tree) & set(names):
-        return [tree, *[ZERO] * len(names)]
-    if kind == "-":
-        parts = linear(tree[1], names)
-        return parts and [negative(part) for part in parts]
-    if kind == "+":
-        left, right = linear(tree[1], names), linear(tree[2], names)
-        return (
-            [a if b == ZERO else b if a == ZERO else ("+", a, b) for a, b in zip(left, right, strict=True)]
-            if left and right
-            else None
-        )
-    if kind not in ("*", "/"):
-        return None
-    first, second = tree[1:]
-    if kind == "*" and variables(second) & set(names):
-        first, second = second, first
-    parts = None if variables(second) & set(names) else linear(first, names)
-    return parts and [part if part == ZERO else (kind, part, second) for part in parts]
-
-
-def negative(tree: Tree) -> Tree:
-    return tree if tree == ZERO else ("-", tree)
-
-
-def replaced(tree: Tree, name: str, by: Tree) -> Tree:
-    """A tree with another one in a variable's place."""
-    if tree == ("v", name):
-        return by
-    return tuple(replaced(t, name, by) if isinstance(t, tuple) else t for t in tree)
-
-
-def shape(tree: Tree) -> str:
-    """A tree as a text that is the same in whatever order its terms and factors are; nothing is multiplied out."""
-    kind = tree[0]
-    if kind in ("n", "v", "c"):
-        return f"{kind}{tree[1]}"
-    if kind == "f":
-        return f"{tree[1]}({', '.join(map(shape, tree[2:]))})"
-    if kind in "+*" or _is_product(tree):
-        joint = "*" if kind == "^" else kind
-        return f"({joint.join(sorted(_operands(tree, joint)))})"
-    return f"({kind}{','.join(map(shape, tree[1:]))})"
-
-
-def _is_product(tree: Tree) -> bool:
-    """a² and a³; of larger things, and of powers of powers, nothing is written out."""
-    return tree[0] == "^" and tree[1][0] == "v" and tree[2] in (("n", 2), ("n", 3))
-
-
-def _operands(tree: Tree, kind: str) -> list[str]:
-    """The shapes of all terms of a sum, or factors of a product; a² is two factors a."""
-    if tree[0] == kind:
-        return [*_operands(tree[1], kind), *_operands(tree[2], kind)]
-    if kind == "*" and _is_product(tree):
-        return [shape(tree[1])] * int(tree[2][1])
-    return [shape(tree)]
-
-
-def variables(tree: Tree) -> frozenset[str]:
-    """The names in a tree."""
-    if tree[0] == "v":
-        return frozenset((tree[1],))
-    return frozenset().union(*(variables(t) for t in tree[1:] if isinstance(t, tuple)))
-
-
-_PER_DEGREE: Tree = ("/", ("c", "π"), ("n", Fraction(180)))
-
-
-def without_degrees(tree: Tree) -> Tree:
-    """A tree with x in the place of each x°."""
-    if tree[0] == "*" and tree[2] == _PER_DEGREE:
-        return without_degrees(tree[1])
-    return tuple(without_degrees(t) if isinstance(t, tuple) else t for t in tree)
-
-
-def has_function(tree: Tree) -> bool:
-    """Whether there is a function such as a sine in a tree; a root is none."""
-    return tree[0] == "f" and tree[1] != "root" or any(has_function(t) for t in tree[1:] if isinstance(t, tuple))
-
-
-def nodes(tree: Tree) -> int:
-    return 1 + sum(nodes(t) for t in tree[1:] if isinstance(t, tuple))

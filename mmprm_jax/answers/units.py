@@ -35,6 +35,7 @@ _TABLE: list[tuple[str, str | Fraction, _Dimensions]] = [
     ("mm millimeter millimetre 毫米", "0.001", _LENGTH), ("dm decimeter decimetre 分米", "0.1", _LENGTH),
     ("km kilometer kilometre 千米 公里", "1000", _LENGTH), ("nm nanometer 纳米", Fraction(1, 10**9), _LENGTH),
     ("μm um micrometer 微米", Fraction(1, 10**6), _LENGTH), ("里", "500", _LENGTH),
+    ("Å angstrom ångström", Fraction(1, 10**10), _LENGTH),
     ("inch in inche", "0.0254", _LENGTH), ("ft foot feet", "0.3048", _LENGTH), ("yard yd", "0.9144", _LENGTH),
     ("mile mi", "1609.344", _LENGTH), ("尺", Fraction(1, 3), _LENGTH),
     ("kg kilogram 千克 公斤", "1", _MASS), ("g gram 克", "0.001", _MASS),
@@ -78,6 +79,7 @@ COUNTERS = frozenset("个只本人名位条张件次种辆台支块棵根颗页�
 _WORDS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "平方": 2, "立方": 3}
 # One letter directly behind a number is a variable unless the other side has a unit: 2m.
 LETTERS = frozenset(name for name in _UNITS if len(name) == 1 and name.isascii() and name.isalpha())
+GLUED = LETTERS & set("msgLNVWJ")  # of these, fewer stand for an unknown: 160m, 30s
 
 _ALTERNATIVES = "|".join(map(re.escape, sorted(_UNITS, key=len, reverse=True)))
 _POWER_OF = r"(?:\s*\^\s*(?:\{\s*(-?\d)\s*\}|(-?\d)))?"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from mmprm_jax.answers.syntax import Tree
+from mmprm_jax.answers.trees import Tree
 from mmprm_jax.answers.units import Unit
 
 

@@ -15,7 +15,7 @@ from absl import logging
 from pebble import ProcessPool
 
 from mmprm_jax import interruption
-from mmprm_jax.answers.heavy import decide
+from mmprm_jax.answers.equivalence import compare
 from mmprm_jax.answers.verdict import Verdict
 from mmprm_jax.spawn import Spawn
 
@@ -83,7 +83,7 @@ class Pool:
 
 
 def _check(pairs: list[tuple[str | None, str]]) -> list[Verdict]:
-    return [decide(gold, answer) for answer, gold in pairs]
+    return [compare(gold, answer) for answer, gold in pairs]
 
 
 class Verifier:

@@ -308,13 +308,14 @@ def measure(case: Case, pairs: int) -> dict[str, Any]:
 def run(names: Sequence[str] = (), pairs: int = 2, topologies: Sequence[str] = ("v5e-8",)) -> dict[str, Any]:
     """Measures the cases whose names begin with one of ``names`` (default: all), and counts bytes for TPU topologies.
 
-    Prints as it goes on. pairs: runs of each side. Raises UserError when torch is missing, or the two models differ.
+    Prints as it goes on. pairs: runs of each side. Raises UserError when torch or transformers is
+    missing, or the two models differ.
     """
     chosen = [case for case in CASES if not names or case.name.startswith(tuple(names))]
     if not chosen:
         raise UserError(f"no case is called {', '.join(names)}; there are: {'; '.join(case.name for case in CASES)}")
-    if "torch" not in common.versions():
-        raise UserError("torch is missing: pip install 'mmprm_jax[bench]'")
+    if not {"torch", "transformers"} <= common.versions().keys():
+        raise UserError("torch or transformers is missing: pip install 'mmprm_jax[bench]'")
     result: dict[str, Any] = {
         "benchmark": "rollout", "machine": common.machine(), "sampling": SAMPLING, "pairs": pairs, "cases": [],
         "tpu": [],

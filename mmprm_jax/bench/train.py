@@ -217,9 +217,9 @@ def named(name: str) -> Case:
 
 
 def run(pairs: int, case: Case) -> dict[str, Any]:
-    """Raises UserError when torch is missing, or the two do not train alike."""
-    if "torch" not in common.versions():
-        raise UserError("torch is missing: pip install 'mmprm_jax[bench]'")
+    """Raises UserError when torch or transformers is missing, or the two do not train alike."""
+    if not {"torch", "transformers"} <= common.versions().keys():
+        raise UserError("torch or transformers is missing: pip install 'mmprm_jax[bench]'")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
         with common.Child(ours, case, folder) as left, common.Child(theirs, case, folder) as right:

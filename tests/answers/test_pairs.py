@@ -45,70 +45,69 @@ def test_most_of_what_differs_is_known_to_differ():
     assert sum(verdict.kind == "unknown" for verdict in verdicts) <= 0.1 * len(different)
 
 
-@pytest.mark.parametrize(
-    "gold, prediction",
-    [
-        ("the lines are parallel and do not meet", "they have no common point"),
-        ("\\sum_{k=1}^{9} a_k", "a_1+a_9"),
-        ("B", "60°"),
-        ("5 apples", "5 oranges"),
-        ("25%", "25"),
-        ("2.2 (not unique, any value close to it is acceptable)", "2.3"),
-        ("5", "\\boxed{4} no, \\boxed{5}"),
-        ("5", "2+3"),
-        ("5\x00", "5"),
-        ("", "5"),
-        ("9:10", "18:20"),
-        ("10500", "10 500"),
-        ("3,4", "3.4"),
-        ("x_1=1, x_2=3", "x_1=3, x_2=1"),
-        ("\\ln(ab)", "\\ln a+\\ln b"),
-        ("f(x)=\\begin{cases}x,&x\\ge 0\\\\-x,&x<0\\end{cases}", "|x|"),
-        ("May 1, 2024", "May 1"),
-        ("3", "x+y=3"),
-        ("5", "We add the two sides, " * 30),
-    ],
-)
-def test_what_cannot_be_told_is_unknown(gold, prediction):
-    assert compare(gold, prediction).kind == "unknown"
+OPEN = [
+    ("the lines are parallel and do not meet", "they have no common point"),
+    ("\\sum_{k=1}^{9} a_k", "a_1+a_9"),
+    ("B", "60°"),
+    ("5 apples", "5 oranges"),
+    ("25%", "25"),
+    ("2.2 (not unique, any value close to it is acceptable)", "2.3"),
+    ("5", "\\boxed{4} no, \\boxed{5}"),
+    ("5", "2+3"),
+    ("5\x00", "5"),
+    ("", "5"),
+    ("9:10", "18:20"),
+    ("10500", "10 500"),
+    ("3,4", "3.4"),
+    ("x_1=1, x_2=3", "x_1=3, x_2=1"),
+    ("\\ln(ab)", "\\ln a+\\ln b"),
+    ("f(x)=\\begin{cases}x,&x\\ge 0\\\\-x,&x<0\\end{cases}", "|x|"),
+    ("May 1, 2024", "May 1"),
+    ("3", "x+y=3"),
+    ("5", "We add the two sides, " * 30),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "gold, prediction",
-    [
-        ("5", "5 (since 6 is right, too)"),
-        ("\\pm 3", "\\pm 3 (the negative value is rejected)"),
-        ("2, -1", "2, -1 (x=-1 is rejected)"),
-        ("5", "5 (the answer is wrong)"),
-        ("5", "5 (the incorrect one)"),
-        ("5", "5 (the value is rejected)"),
-        ("5", "5 (it is rejected)"),
-        ("3x=12", "4 (x=4 is invalid)"),
-        ("5 (the radius of it)", "5 (the length of it)"),
-        ("x=2k+1, k\\in N", "x=2k+1, k\\in Z"),
-        ("x=2k, k\\in Z", "x=4k, k\\in Z"),
-        ("\\{1,2\\}", "a=1, b=2"),
-        ("1 or 2", "a=1, b=2"),
-        ("CD=AB", "AB"),
-        ("R", "r"),
-        ("AB", "ab"),
-        ("3, 5", "(1) 5; (2) 3"),
-        ("A", "A(1, 2)"),
-        ("A", "(a) 3 (b) 4"),
-        ("3", "The height is 3 or 4"),
-        ("3", "The height is not 3"),
-        ("the volume is 5", "The height is 5"),
-        ("1/6", "0.1(6)"),
-        ("(2,3)", "2\\vec{i}+3\\vec{j}+1"),
-        ("50", "三十二十"),
-        ("20", "二零"),
-        ("the maximum is 3", "the minimum is 3"),
-        ("\\$5", "€5"),
-        ("$5", "€5"),
-    ],
-)
-def test_what_looks_equal(gold, prediction):
-    assert not compare(gold, prediction) and not compare(prediction, gold)
+def test_what_cannot_be_told_is_unknown():
+    found = [(*pair, verdict) for pair in OPEN if (verdict := compare(*pair)).kind != "unknown"]
+    assert found == []
+
+
+UNLIKE = [
+    ("5", "5 (since 6 is right, too)"),
+    ("\\pm 3", "\\pm 3 (the negative value is rejected)"),
+    ("2, -1", "2, -1 (x=-1 is rejected)"),
+    ("5", "5 (the answer is wrong)"),
+    ("5", "5 (the incorrect one)"),
+    ("5", "5 (the value is rejected)"),
+    ("5", "5 (it is rejected)"),
+    ("3x=12", "4 (x=4 is invalid)"),
+    ("5 (the radius of it)", "5 (the length of it)"),
+    ("x=2k+1, k\\in N", "x=2k+1, k\\in Z"),
+    ("x=2k, k\\in Z", "x=4k, k\\in Z"),
+    ("\\{1,2\\}", "a=1, b=2"),
+    ("1 or 2", "a=1, b=2"),
+    ("CD=AB", "AB"),
+    ("R", "r"),
+    ("AB", "ab"),
+    ("3, 5", "(1) 5; (2) 3"),
+    ("A", "A(1, 2)"),
+    ("A", "(a) 3 (b) 4"),
+    ("3", "The height is 3 or 4"),
+    ("3", "The height is not 3"),
+    ("the volume is 5", "The height is 5"),
+    ("1/6", "0.1(6)"),
+    ("(2,3)", "2\\vec{i}+3\\vec{j}+1"),
+    ("50", "三十二十"),
+    ("20", "二零"),
+    ("the maximum is 3", "the minimum is 3"),
+    ("\\$5", "€5"),
+    ("$5", "€5"),
+]  # fmt: skip
+
+
+def test_what_looks_equal():
+    assert [pair for pair in UNLIKE if compare(*pair) or compare(*pair[::-1])] == []
 
 
 def test_options():
@@ -164,11 +163,10 @@ REWRITINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REWRITINGS)
-def test_golds_equal_themselves_in_other_spellings(name):
-    rewritten = [(gold, REWRITINGS[name](gold)) for gold in GOLDS]
-    assert [pair for pair in rewritten if not compare(*pair)] == []
-    assert [pair for pair in rewritten if not compare(pair[1], pair[0])] == []
+def test_golds_equal_themselves_in_other_spellings():
+    rewritten = [(name, gold, change(gold)) for name, change in REWRITINGS.items() for gold in GOLDS]
+    assert [row for row in rewritten if not compare(*row[1:])] == []
+    assert [row for row in rewritten if not compare(*row[:0:-1])] == []
 
 
 # What else is equal among the golds: numbers as fractions, a left-out unit, a ratio as a quotient, a rounded decimal.
@@ -183,9 +181,16 @@ def plain(gold):
     return re.sub(r"[\\{}]", "", re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text)).replace("number", "")
 
 
+def concludes(explanation, answer):
+    """Whether a gold answer of several sentences ends with another one: "… Therefore, a is 4." and 4."""
+    end = re.escape(plain(answer).strip("°"))
+    return len(explanation) > 80 and re.search(rf"(?<![\d.]){end}°?$", plain(explanation)) is not None
+
+
 def false_equals(pairs):
     found = [(a, b) for a, b in pairs if plain(a) != plain(b) and compare(a, b)]
     unexplained = [(a, b) for a, b in found if not any({plain(a), plain(b)} <= group for group in SAME)]
+    unexplained = [(a, b) for a, b in unexplained if not concludes(b, a)]
     assert unexplained == []
     return found
 

@@ -6,8 +6,8 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
+from mmprm_jax import answers
 from mmprm_jax.answers import workers
-from mmprm_jax.answers.verify import is_correct
 from mmprm_jax.answers.workers import Verifier
 
 
@@ -47,7 +47,7 @@ VERDICTS = [True, False, False, True, False, True]
 def test_the_answers_of_verify(count, told):
     """In this process and in another one."""
     with Verifier(workers=count) as verify:
-        assert verify(PAIRS) == VERDICTS == [is_correct(*pair) for pair in PAIRS]
+        assert verify(PAIRS) == VERDICTS == [bool(answers.equal(gold, answer)) for answer, gold in PAIRS]
         assert verify(iter(PAIRS[:2])) == VERDICTS[:2]
         assert verify([]) == []
     assert not told

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmprm_jax.answers.verify import is_correct
+from mmprm_jax import answers
 from mmprm_jax.data.encode import Language, file_pixels
 from mmprm_jax.data.images import tiles
 from mmprm_jax.data.prompts import INTERNVL_SYSTEM, PAPER_TASK, split_segments
@@ -186,7 +186,7 @@ class Verify:
 
     def __call__(self, pairs):
         self.calls.append(list(pairs))
-        return [is_correct(*pair) for pair in pairs]
+        return [bool(answers.equal(gold, answer)) for answer, gold in pairs]
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def test_with_an_engine(tokenizer, tiny, mesh, folder):
 
     settings = dict(slots=16, samples=4, max_new=8, places=1024, steps=5, least=64)
     engine = Engine(tiny.graphdef, params, tiny.cfg, tiny.image_token, mesh, **settings)
-    local = LocalSampler(engine, policy, 1, "test", lambda pairs: [is_correct(*pair) for pair in pairs])
+    local = LocalSampler(engine, policy, 1, "test", Verify())
     requests = requests_of(*PROBLEMS[:2], n=5)
     found = local.solve(requests)
     assert local.engine.counts.images == 1 and not local.engine.busy
