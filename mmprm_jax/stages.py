@@ -19,36 +19,34 @@ import jax
 from absl import logging
 from etils import epath
 
-from mmprm_jax import annotate as annotation
-from mmprm_jax import convert, environment, interruption, io, manifest, records
+from mmprm_jax import annotation, convert, environment, interruption, io, manifest, records
 from mmprm_jax.data import digits, encode, training_files
-from mmprm_jax.data.encode import Language, Pixels
+from mmprm_jax.data.encode import Language
 from mmprm_jax.data.packing import Sizes
 from mmprm_jax.data.training_files import Encoded, TrainingSet
 from mmprm_jax.evaluation.stage import evaluate
 from mmprm_jax.manifest import Depth
 from mmprm_jax.models import build, hf_config, lora
-from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
+from mmprm_jax.policy import EngineSettings, Policy
+from mmprm_jax.prm import PRM
 from mmprm_jax.processes import in_first, is_first, wait_for_all
 from mmprm_jax.records import Candidate, Problem, SFTExample, StepExample, UserError
 from mmprm_jax.report import report as report_page
-from mmprm_jax.rollout.engine import Engine
-from mmprm_jax.rollout.rollouts import LocalSampler, Policy, Verify
+from mmprm_jax.rollout.rollouts import LocalSampler, Verify
 from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.schema import from_config, raise_for
 from mmprm_jax.search import labels, paper
 from mmprm_jax.search.settings import Settings
 from mmprm_jax.search.store import each_tree, read_trees
-from mmprm_jax.settings import Annotate, Config, Evaluate, Training
+from mmprm_jax.settings import Annotate, Config, Training
 from mmprm_jax.sharding import BATCH, make_mesh, make_own_mesh, row_share
 from mmprm_jax.training import losses, trainer
 from mmprm_jax.training.checkpoints import load_params
 from mmprm_jax.training.input import Batches, Tiles
 
 Figures = dict[str, Any]
-SamplingSettings = Annotate | Evaluate
 TRAINING = ("sft", "train_prm")  # the stages that train
 
 
@@ -122,10 +120,6 @@ class Run:
         sizes["decoder"]["vocab_size"] = len(tokenizer)  # so that no id can be outside of it
         return Language.own(tokenizer, VLMConfig.from_dict(sizes))
 
-    def pixels(self, cfg: VLMConfig) -> Pixels:
-        """Opens the tiles of a problem's image, as in training."""
-        return encode.file_pixels(self.data, cfg, self.config.max_tiles)
-
     def load(self, stage: str, language: Language, mesh: Any, dtype: str = "") -> Any:
         """The weights that ``stage`` trained, or those of ``config.policy`` if there was nothing to train.
 
@@ -137,50 +131,28 @@ class Run:
         _, shapes = build.abstract(language.cfg, language.image_token, mesh, dtype or "float32")
         return load_params(self.folder(stage) / "params", shapes)
 
-    def policy(self, settings: SamplingSettings, mesh: Any) -> Sampled:
+    def policy(self, settings: EngineSettings, mesh: Any) -> Policy:
         """The policy of this run."""
         language = self.language
         template = getattr(settings, "template", "")  # the evaluation has none
         if self.config.policy and template:
             language = Language.released(language.tokenizer, language.cfg, template)
-        params = self.load("sft", language, mesh, settings.dtype)
-        return Sampled.of(language, params, self.pixels(language.cfg), settings, mesh)
+        return Policy(language, self.load("sft", language, mesh, settings.dtype), mesh, self.config.max_tiles)
+
+    def prm(self, mesh: Any) -> PRM:
+        """The PRM of this run, for the evaluation."""
+        language, c = self.language.with_prm(), self.config.evaluate
+        params = self.load("train_prm", language, mesh, c.dtype)
+        batch = {"problems": max(1, c.score_rows // 4), "solutions": 4, "bucket": 16}
+        return PRM(language, params, mesh, self.config.max_tiles, **batch)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampled:
-    """A policy with its weights, ready for an engine."""
-
-    graphdef: Any
-    params: Any
-    language: Language
-    policy: Policy
-
-    @classmethod
-    def of(cls, language: Language, params: Any, pixels: Pixels, settings: SamplingSettings, mesh: Any) -> Sampled:
-        """With the sampling of ``settings``."""
-        graphdef, _ = build.abstract(language.cfg, language.image_token, mesh)
-        sampling = from_config(Sampling, settings, stop=(language.tokenizer.id(tok.TURN_END),))
-        return cls(graphdef, params, language, Policy.of(language, pixels, sampling))
-
-    def sampler(
-        self, run: Run, settings: SamplingSettings, mesh: Any, purpose: str, n: int, verify: Verify
-    ) -> LocalSampler:
-        """Samples with ``settings``; n: rollouts per request, as a rule."""
-        engine = Engine(
-            self.graphdef, self.params, self.language.cfg, self.language.image_token, mesh, slots=settings.slots,
-            samples=n, max_new=settings.max_new_tokens, places=settings.cache_tokens,
-        )  # fmt: skip
-        return LocalSampler(engine, self.policy, run.config.seed, purpose, verify)
-
-
-def other_policy(run: Run, settings: Annotate, mesh: Any) -> Sampled:
+def other_policy(run: Run, settings: Annotate, mesh: Any) -> Policy:
     """The checkpoint that ``settings.policy`` names: a folder, a hub id, or what ``mmprm convert`` wrote."""
-    loaded = convert.load(settings.policy, mesh, settings.dtype or None)
-    language = Language.stored(Tokenizer.load(loaded.folder), loaded.model.cfg, loaded.model.config)
-    if settings.template:
-        language = Language.released(language.tokenizer, language.cfg, settings.template)
-    return Sampled.of(language, loaded.params, run.pixels(language.cfg), settings, mesh)
+    found = Policy.from_pretrained(
+        settings.policy, mesh=mesh, dtype=settings.dtype or None, template=settings.template or None
+    )
+    return dataclasses.replace(found, max_tiles=run.config.max_tiles, thumbnail=True)
 
 
 EXAMPLES = {"default": labels.step_examples, "paper": paper.step_examples}  # paper: as the original does
@@ -346,7 +318,7 @@ def annotate(run: Run) -> Figures:
 
     def make(verify: Verify) -> LocalSampler:
         policy = other_policy(run, c, mesh) if c.policy else run.policy(c, mesh)
-        return policy.sampler(run, c, mesh, "annotate", c.num_rollouts, verify)
+        return policy.sampler(c, run.data, c.num_rollouts, run.config.seed, "annotate", verify)
 
     if c.servers:
         source = annotation.remote(c, run.data, run.config.seed, from_config(Sampling, c, stop=()))

@@ -129,10 +129,10 @@ def test_what_was_trained_is_a_model_folder(finished, tmp_path):
     assert len(wanted) > 100 and np.std(wanted) > 1e-3
     convert.convert(str(workdir / "train_prm"), str(tmp_path / "native"), mesh, layout="hf")
     for model in (workdir / "train_prm", tmp_path / "native"):
-        prm, found = PRM.from_pretrained(model, mesh), []
+        prm, found = PRM.from_pretrained(model, mesh=mesh), []
         for name, group in itertools.groupby(scored, lambda x: x.candidate.problem_id):
             problem, solutions = problems[name], [x.candidate.segments for x in group]
-            for scores in prm.score_candidates(problem.question, [workdir / "data" / problem.image], solutions):
+            for scores in prm.score_candidates(problem.question, solutions, images=[workdir / "data" / problem.image]):
                 found += scores
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
     policy, model = convert.inspect(workdir / "sft")

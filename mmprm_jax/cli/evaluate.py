@@ -245,7 +245,7 @@ def verify(args: argparse.Namespace) -> int:
         raise UsageError("a judge needs both --judge=http://host:8000/v1 and --judge-model=NAME")
 
     from mmprm_jax.answers import audit
-    from mmprm_jax.rollout.servers import reach
+    from mmprm_jax.servers import reach
 
     with checking_usage():
         audit.mode_of(args.mode)

@@ -184,7 +184,7 @@ def run(run: Run, names: Sequence[str]) -> dict[str, Any]:
     problems, aggregator = run.problems("test"), figures["prm_selected"]
     value = stage.values(run, aggregator)
     run.folder("guided").mkdir(parents=True, exist_ok=True)
-    with stage.Policy(run) as policy:
+    with stage.lazy_sampler(run) as sampler:
         for name, method in methods.items():
             pieces = Pieces(run.folder("guided") / f"{name}.jsonl")
             if pieces.path.exists():
@@ -192,8 +192,8 @@ def run(run: Run, names: Sequence[str]) -> dict[str, Any]:
             with pieces, progress(len(problems), name, "problem", len(pieces.done)) as bar:
                 left = [p for p in problems if p.id not in pieces.done]
                 for start in range(0, len(left), CHUNK):
-                    steps = policy.sampler(f"guided {name}", by_step=True)
-                    greedy = policy.sampler(f"guided {name} ahead", by_step=True, greedy=True)
+                    steps = stage.stepwise(sampler(), f"guided {name}")
+                    greedy = stage.stepwise(sampler(), f"guided {name} ahead", temperature=0.0)
                     chunk = left[start : start + CHUNK]
                     for found in search(chunk, method, steps, greedy, value, c.depth):
                         pieces.add(found.problem_id, dataclasses.asdict(found))

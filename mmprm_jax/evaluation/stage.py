@@ -12,21 +12,19 @@ import contextlib
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from mmprm_jax import annotate as annotation
-from mmprm_jax import io, records
+from mmprm_jax import annotation, io, records
 from mmprm_jax.data import digits
 from mmprm_jax.data.prompts import final_answer
 from mmprm_jax.evaluation import aggregate, best_of_n, calibration, statistics
 from mmprm_jax.evaluation.pieces import Pieces
 from mmprm_jax.evaluation.score import Scorer, Solutions
 from mmprm_jax.metrics import progress
-from mmprm_jax.models import build
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.processes import is_first, share
 from mmprm_jax.records import Candidate, Problem, Request, Rollout, ScoredCandidate, StepExample, UserError
@@ -38,49 +36,31 @@ if TYPE_CHECKING:
 Figures = dict[str, Any]
 Grouped = dict[str, list[Candidate]]  # by problem id, in the order of the problems
 Scored = list[list[ScoredCandidate]]
+Make = Callable[[], LocalSampler]
 
 
 # ------------------------------------------------------------------------------------------------- sampling
 
 
-class Policy:
-    """The run's policy, made when the first sample is asked for: its weights, one engine for all purposes, verifiers.
+@contextlib.contextmanager
+def lazy_sampler(run: Run) -> Iterator[Make]:
+    """A sampler of the run's policy that is made when it is called first: one engine, and processes that verify."""
+    with contextlib.ExitStack() as stack:
 
-    Use it in a ``with``: answers are verified in worker processes.
-    """
+        @functools.cache
+        def make() -> LocalSampler:
+            c = run.config.evaluate
+            verify = stack.enter_context(annotation.verifier(c))
+            return run.policy(c, run.own_mesh).sampler(c, run.data, c.n, run.config.seed, "evaluate", verify)
 
-    def __init__(self, run: Run):
-        self._run, self._open = run, contextlib.ExitStack()
+        yield make
 
-    def __enter__(self) -> Policy:
-        return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._open.close()
-
-    @functools.cached_property
-    def _sampler(self) -> LocalSampler:
-        run, c = self._run, self._run.config.evaluate
-        verify = self._open.enter_context(annotation.verifier(c))
-        return run.policy(c, run.own_mesh).sampler(run, c, run.own_mesh, "evaluate", c.n, verify)
-
-    def sampler(
-        self, purpose: str, greedy: bool = False, shown: Mapping[str, Problem] | None = None, by_step: bool = False
-    ) -> LocalSampler:
-        """purpose: names the random numbers. shown: whose image a problem comes with, by id; None: its own.
-
-        by_step: a sample ends with its first step, or its answer. Raises UserError if their tags are no tokens.
-        """
-        policy = self._sampler.policy
-        sampling, pixels = policy.sampling, policy.pixels
-        if greedy:
-            sampling = dataclasses.replace(sampling, temperature=0.0)
-        if by_step:
-            ends = (policy.tokenizer.id(tok.STEP_END), policy.tokenizer.id(tok.ANSWER_END))
-            sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *ends))
-        see = pixels if shown is None else lambda p: pixels(shown[p.id])
-        policy = dataclasses.replace(policy, sampling=sampling, pixels=see)
-        return LocalSampler(self._sampler.engine, policy, self._run.config.seed, purpose, self._sampler.verify)
+def stepwise(sampler: LocalSampler, purpose: str, **sampling: Any) -> LocalSampler:
+    """Samples that end with their first step, or their answer. Raises UserError if their tags are no tokens."""
+    tokenizer = sampler.language.tokenizer
+    stop = tuple(tokenizer.id(tag) for tag in (tok.TURN_END, tok.STEP_END, tok.ANSWER_END))
+    return sampler.variant(purpose, stop=stop, **sampling)
 
 
 def shuffled(problems: Sequence[Problem]) -> list[Problem]:
@@ -88,9 +68,6 @@ def shuffled(problems: Sequence[Problem]) -> list[Problem]:
     with_image = [p for p in problems if p.image is not None]
     before = {p.id: with_image[i - 1] for i, p in enumerate(with_image)}
     return [before.get(p.id, p) for p in problems]
-
-
-Make = Callable[[], LocalSampler]
 
 
 def _loads(left: Sequence[Any]) -> bool:
@@ -159,7 +136,7 @@ def _step_key(request: Request) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampled:
+class Samples:
     """What was sampled, by file."""
 
     dev: Grouped
@@ -168,36 +145,38 @@ class Sampled:
     steps: list[StepExample]
 
 
-def sample(run: Run) -> Sampled:
+def sample(run: Run) -> Samples:
     """All that the evaluation needs of the policy, in ``run.sampled``. Raises Interrupted, UserError."""
-    with Policy(run) as policy:
-        return _sample(run, policy)
+    with lazy_sampler(run) as sampler:
+        return _sample(run, sampler)
 
 
-def _sample(run: Run, policy: Policy) -> Sampled:
+def _sample(run: Run, sampler: Make) -> Samples:
     c, dev, test = run.config.evaluate, run.problems("dev"), run.problems("test")
 
     def file(name: str) -> Pieces:
         return Pieces(run.sampled / f"{name}.jsonl")
 
-    def plain() -> LocalSampler:
-        return policy.sampler("evaluate")
+    def likeliest() -> LocalSampler:
+        return sampler().variant("greedy", temperature=0.0)
 
-    found_dev = candidates_of(file("dev_candidates"), dev, c.n, plain, "sample dev")
-    found_test = candidates_of(file("test_candidates"), test, c.n, plain, "sample test")
-    greedy = candidates_of(file("test_greedy"), test, 1, lambda: policy.sampler("greedy", greedy=True), "greedy test")
+    found_dev = candidates_of(file("dev_candidates"), dev, c.n, sampler, "sample dev")
+    found_test = candidates_of(file("test_candidates"), test, c.n, sampler, "sample test")
+    greedy = candidates_of(file("test_greedy"), test, 1, likeliest, "greedy test")
     found_test, greedy = ({p: list(map(run.judged, g)) for p, g in x.items()} for x in (found_test, greedy))
     steps = step_values(
         file("test_steps"), test[: c.calibration_problems], found_test, c.calibration_rollouts,
-        lambda: policy.sampler("calibrate"),
+        lambda: sampler().variant("calibrate"),
     )  # fmt: skip
     if run.controls:
         shown = {p.id: other for p, other in zip(test, shuffled(test), strict=True)}
-        candidates_of(
-            file("test_shuffled_candidates"), test, c.n, lambda: policy.sampler("control", shown=shown),
-            "shuffled test",
-        )  # fmt: skip
-    return Sampled(found_dev, found_test, greedy, steps)
+
+        def elsewhere() -> LocalSampler:
+            own = sampler().pixels
+            return sampler().variant("control", pixels=lambda p: own(shown[p.id]))
+
+        candidates_of(file("test_shuffled_candidates"), test, c.n, elsewhere, "shuffled test")
+    return Samples(found_dev, found_test, greedy, steps)
 
 
 def policy_control(run: Run) -> Figures:
@@ -228,45 +207,21 @@ SETS = {
 }
 
 
-class TrainedPRM:
-    """The run's PRM; its weights are loaded when the first solution is scored."""
-
-    def __init__(self, run: Run):
-        self._run, self.language = run, run.language.with_prm()
-        self._pixels = run.pixels(self.language.cfg)
-
-    @functools.cached_property
-    def scorer(self) -> Scorer:
-        run, language, c = self._run, self.language, self._run.config.evaluate
-        graphdef, _ = build.abstract(language.cfg, language.image_token, run.own_mesh)
-        params = run.load("train_prm", language, run.own_mesh, c.dtype)
-        scaling = language.cfg.decoder.rope_scaling
-        return Scorer(
-            graphdef, params, run.own_mesh, language.classes, problems=max(1, c.score_rows // 4), solutions=4,
-            longest=scaling.max_position if scaling else 0,
-        )  # fmt: skip
-
-    def solutions(
-        self, problem: Problem, found: Sequence[tuple[str, ...]], shown: Problem | None = None, blank: bool = False
-    ) -> Solutions:
-        """shown: whose image the PRM sees; None: the problem's own. blank: a black one in its place."""
-        pixels = self._pixels(shown or problem)
-        if pixels is not None and blank:
-            pixels = np.zeros_like(pixels)
-        tiles = 0 if pixels is None else len(pixels)
-        return Solutions([self.language.solution(problem.question, x, tiles) for x in found], pixels)
-
-
-def score(run: Run, sampled: Sampled) -> dict[str, Scored]:
+def score(run: Run, sampled: Samples) -> dict[str, Scored]:
     """The scored candidates of each set, by problem. Raises Interrupted, UserError."""
-    c, prm, splits = run.config.evaluate, TrainedPRM(run), {"dev": sampled.dev, "test": sampled.test}
+    c, splits = run.config.evaluate, {"dev": sampled.dev, "test": sampled.test}
+    prm = functools.cache(lambda: run.prm(run.own_mesh))
 
     def solutions(split: str, seen: str) -> Callable[[int], Solutions]:
         problems, groups = run.problems(split), list(splits[split].values())
         shown = shuffled(problems) if seen == "another" else problems
 
         def of(i: int) -> Solutions:
-            return prm.solutions(problems[i], [x.segments for x in groups[i]], shown[i], blank=seen == "blank")
+            pixels = prm().pixels(run.data)(shown[i])
+            if pixels is not None and seen == "blank":
+                pixels = np.zeros_like(pixels)
+            tiles = [] if pixels is None else [pixels]
+            return prm().tokens(problems[i].question, [x.segments for x in groups[i]], tiles)
 
         return of
 
@@ -278,7 +233,7 @@ def score(run: Run, sampled: Sampled) -> dict[str, Scored]:
             pieces = Pieces(run.folder("evaluate") / f"{name}_scored.jsonl")
             if not pieces.path.exists():
                 groups = list(splits[split].values())
-                _score_file(pieces, groups, solutions(split, seen), lambda: prm.scorer, 4 * c.score_rows)
+                _score_file(pieces, groups, solutions(split, seen), lambda: prm().scorer, 4 * c.score_rows)
             io.check(pieces.path)
             results[name] = _by_problem(records.read_all(pieces.path, ScoredCandidate), splits[split])
             bar.update()
@@ -321,11 +276,15 @@ def stored(run: Run, split: str) -> Scored:
 
 def values(run: Run, aggregator: str) -> Callable[[Any], list[list[float]]]:
     """A ``guided.Value``: the run's PRM by one aggregator."""
-    prm, combine = TrainedPRM(run), aggregate.AGGREGATORS[aggregator]
+    prm, combine = functools.cache(lambda: run.prm(run.own_mesh)), aggregate.AGGREGATORS[aggregator]
 
     def value(found: Sequence[tuple[Problem, Sequence[tuple[str, ...]]]]) -> list[list[float]]:
-        scores = prm.scorer.score([prm.solutions(p, solutions) for p, solutions in found])
-        return [[combine(np.array(s)) for s in group] for group in scores]
+        pixels = [prm().pixels(run.data)(problem) for problem, _ in found]
+        asked = [
+            prm().tokens(problem.question, solutions, [] if seen is None else [seen])
+            for (problem, solutions), seen in zip(found, pixels, strict=True)
+        ]
+        return [[combine(np.array(s)) for s in group] for group in prm().scorer.score(asked)]
 
     return value
 
@@ -344,7 +303,7 @@ def evaluate(run: Run) -> Figures:
     return figures
 
 
-def compare(run: Run, sampled: Sampled, results: Mapping[str, Scored]) -> Figures:
+def compare(run: Run, sampled: Samples, results: Mapping[str, Scored]) -> Figures:
     """All figures of metrics.json that come from scored candidates."""
     test, n, problems = results["test"], run.config.evaluate.n, run.problems("test")
     greedy = [group[0].correct for group in sampled.greedy.values()]

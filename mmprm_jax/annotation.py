@@ -26,10 +26,10 @@ from mmprm_jax.processes import asked_to_end, is_first, wait_for_all
 from mmprm_jax.records import Failure, Problem, Sampler, Tree, UserError
 from mmprm_jax.rollout.remote import RemoteSampler
 from mmprm_jax.rollout.rollouts import LocalSampler, Verify
-from mmprm_jax.rollout.servers import reach
 from mmprm_jax.search.omegaprm import SEARCHES, grow
 from mmprm_jax.search.settings import Settings
 from mmprm_jax.search.store import Recalling, Store, each_tree, missing
+from mmprm_jax.servers import reach
 from mmprm_jax.settings import Annotate, Engine
 
 _SECONDS = 10.0  # between two rows of metrics
