@@ -66,7 +66,7 @@ def made_up_annotation(most=None):
 def quick():
     """The annotation is made up, the page of the report is left out, and one device is enough."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
+        patch.setattr(stages.run, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
         patch.setitem(stages.STAGES, "annotate", made_up_annotation())
         patch.setattr(report_page, "write_report", lambda path, *_: path.write_text("page"))
         patch.setattr(report_page, "format_table", lambda metrics: "table")

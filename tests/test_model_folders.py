@@ -53,7 +53,7 @@ def params_of(cfg, image_token, mesh):
 
 
 def trained(folder, language, mesh):
-    """The folder that a training stage leaves (``stages.train``), with random weights. Returns these."""
+    """The folder that a training stage leaves (``stages.training.train``), with random weights. Returns these."""
     params = params_of(language.cfg, language.image_token, mesh)
     loaded = convert.from_nothing(language.cfg, language.tokenizer, params, mesh)
     named = dict(zip(("policy", "prm"), language.templates, strict=True))

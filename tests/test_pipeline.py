@@ -351,15 +351,18 @@ BRUTE_FORCE = """
 import json, sys
 import jax
 from etils import epath
-from mmprm_jax import config, stages
+from mmprm_jax import config
 from mmprm_jax.answers.workers import Verifier
 from mmprm_jax.records import Request
-run = stages.Run(config.load(sys.argv[1]), epath.Path(sys.argv[2]), "")
-trees = stages.read_trees(run.folder("annotate"))[:60]
+from mmprm_jax.search.store import read_trees
+from mmprm_jax.stages import Run, mesh_of, models
+run = Run(config.load(sys.argv[1]), epath.Path(sys.argv[2]))
+trees, mesh, c = read_trees(run.folder("annotate"))[:60], mesh_of(run.config), run.config
 chosen = [(t, i) for t in trees for i in range(len(t.nodes)) if (i < 3)]
-policy = run.policy(run.config.annotate, run.mesh)
-sampler = policy.sampler(run, run.config.annotate, run.mesh, "brute force", 16, Verifier(0))
-answers = sampler.solve([Request(t.problem, t.prefix(i), 96) for t, i in chosen])
+with jax.set_mesh(mesh):
+    policy = models.policy_of(run, c.annotate, mesh)
+    sampler = policy.sampler(c.annotate, run.data, 16, c.seed, "brute force", Verifier(0))
+    answers = sampler.solve([Request(t.problem, t.prefix(i), 96) for t, i in chosen])
 print(json.dumps([[t.nodes[i].k, t.nodes[i].n, sum(r.correct for r, _ in a), len(a)]
                   for (t, i), a in zip(chosen, answers)]))
 """

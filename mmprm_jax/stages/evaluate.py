@@ -11,47 +11,95 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from mmprm_jax import annotation, io, records
-from mmprm_jax.data import digits
 from mmprm_jax.data.prompts import final_answer
-from mmprm_jax.evaluation import aggregate, best_of_n, calibration, statistics
+from mmprm_jax.evaluation import aggregate, best_of_n, figures, statistics
+from mmprm_jax.evaluation.figures import Figures, Scored
 from mmprm_jax.evaluation.pieces import Pieces
 from mmprm_jax.evaluation.score import Scorer, Solutions
 from mmprm_jax.metrics import progress
 from mmprm_jax.models import tokenizer as tok
+from mmprm_jax.policy import Policy
+from mmprm_jax.prm import PRM
 from mmprm_jax.processes import is_first, share
 from mmprm_jax.records import Candidate, Problem, Request, Rollout, ScoredCandidate, StepExample, UserError
 from mmprm_jax.rollout.rollouts import LocalSampler
+from mmprm_jax.settings import Evaluate
+from mmprm_jax.stages import models
+from mmprm_jax.stages.run import Run, own_mesh_of
 
-if TYPE_CHECKING:
-    from mmprm_jax.stages import Run
-
-Figures = dict[str, Any]
 Grouped = dict[str, list[Candidate]]  # by problem id, in the order of the problems
-Scored = list[list[ScoredCandidate]]
 Make = Callable[[], LocalSampler]
+
+
+class Rules:
+    """Who is right: whoever was verified when it was sampled; and what the figures are broken down by."""
+
+    verdicts: Mapping[str, int] = {}  # how many of each kind there were, where other rules decide
+
+    def judge(self, candidate: Candidate) -> Candidate:
+        """A candidate as the evaluation counts it."""
+        return candidate
+
+    def category(self, problem: Problem) -> str:
+        return problem.source
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What an evaluation is made of.
+
+    data: the folder that the problems' images are relative to. sampled, folder: what the policy sampled, and the
+    scores. policy, prm: load a model onto ``mesh``, when it is needed. controls: also with other images.
+    """
+
+    config: Evaluate
+    dev: Sequence[Problem]
+    test: Sequence[Problem]
+    data: epath.Path
+    sampled: epath.Path
+    folder: epath.Path
+    policy: Callable[[], Policy]
+    prm: Callable[[], PRM]
+    mesh: Any
+    seed: int
+    controls: bool = True
+    rules: Rules = Rules()
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        return self.dev if split == "dev" else self.test
+
+
+def inputs_of(run: Run) -> Inputs:
+    """The evaluation of a run, with its own models and problems."""
+    mesh, folder = own_mesh_of(run.config), run.folder("evaluate")
+    return Inputs(
+        run.config.evaluate, run.problems("dev"), run.problems("test"), run.data, folder, folder,
+        lambda: models.policy_of(run, run.config.evaluate, mesh), lambda: models.prm_of(run, mesh), mesh,
+        run.config.seed,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- sampling
 
 
 @contextlib.contextmanager
-def lazy_sampler(run: Run) -> Iterator[Make]:
-    """A sampler of the run's policy that is made when it is called first: one engine, and processes that verify."""
+def lazy_sampler(inputs: Inputs) -> Iterator[Make]:
+    """A sampler of the policy that is made when it is called first: one engine, and processes that verify."""
     with contextlib.ExitStack() as stack:
 
         @functools.cache
         def make() -> LocalSampler:
-            c = run.config.evaluate
-            verify = stack.enter_context(annotation.verifier(c))
-            return run.policy(c, run.own_mesh).sampler(c, run.data, c.n, run.config.seed, "evaluate", verify)
+            verify = stack.enter_context(annotation.verifier(inputs.config))
+            c = inputs.config
+            return inputs.policy().sampler(c, inputs.data, c.n, inputs.seed, "evaluate", verify)
 
         yield make
 
@@ -145,17 +193,17 @@ class Samples:
     steps: list[StepExample]
 
 
-def sample(run: Run) -> Samples:
-    """All that the evaluation needs of the policy, in ``run.sampled``. Raises Interrupted, UserError."""
-    with lazy_sampler(run) as sampler:
-        return _sample(run, sampler)
+def sample(inputs: Inputs) -> Samples:
+    """All that the evaluation needs of the policy, in ``inputs.sampled``. Raises Interrupted, UserError."""
+    with jax.set_mesh(inputs.mesh), lazy_sampler(inputs) as sampler:
+        return _sample(inputs, sampler)
 
 
-def _sample(run: Run, sampler: Make) -> Samples:
-    c, dev, test = run.config.evaluate, run.problems("dev"), run.problems("test")
+def _sample(inputs: Inputs, sampler: Make) -> Samples:
+    c, dev, test = inputs.config, inputs.dev, inputs.test
 
     def file(name: str) -> Pieces:
-        return Pieces(run.sampled / f"{name}.jsonl")
+        return Pieces(inputs.sampled / f"{name}.jsonl")
 
     def likeliest() -> LocalSampler:
         return sampler().variant("greedy", temperature=0.0)
@@ -163,12 +211,12 @@ def _sample(run: Run, sampler: Make) -> Samples:
     found_dev = candidates_of(file("dev_candidates"), dev, c.n, sampler, "sample dev")
     found_test = candidates_of(file("test_candidates"), test, c.n, sampler, "sample test")
     greedy = candidates_of(file("test_greedy"), test, 1, likeliest, "greedy test")
-    found_test, greedy = ({p: list(map(run.judged, g)) for p, g in x.items()} for x in (found_test, greedy))
+    found_test, greedy = ({p: list(map(inputs.rules.judge, g)) for p, g in x.items()} for x in (found_test, greedy))
     steps = step_values(
         file("test_steps"), test[: c.calibration_problems], found_test, c.calibration_rollouts,
         lambda: sampler().variant("calibrate"),
     )  # fmt: skip
-    if run.controls:
+    if inputs.controls:
         shown = {p.id: other for p, other in zip(test, shuffled(test), strict=True)}
 
         def elsewhere() -> LocalSampler:
@@ -177,23 +225,6 @@ def _sample(run: Run, sampler: Make) -> Samples:
 
         candidates_of(file("test_shuffled_candidates"), test, c.n, elsewhere, "shuffled test")
     return Samples(found_dev, found_test, greedy, steps)
-
-
-def policy_control(run: Run) -> Figures:
-    """How often the policy is right about a problem when it sees the image of another one, and how often by chance.
-
-    Chance: the probability that a sampled answer equals the gold answer of a problem drawn independently.
-    """
-    problems, groups = run.problems("test"), {}
-    for x in records.read(run.sampled / "test_shuffled_candidates.jsonl", Candidate):
-        groups.setdefault(x.problem_id, []).append(x)
-    accuracy, stderr = statistics.mean_and_stderr(
-        np.array([np.mean([x.correct for x in groups[p.id]]) for p in problems])
-    )
-    answers = Counter(x.answer for g in groups.values() for x in g)
-    gold = Counter(p.answer for p in problems)
-    chance = sum(answers[a] * gold[a] for a in gold) / (answers.total() * gold.total())
-    return {"accuracy": accuracy, "stderr": stderr, "chance": chance}
 
 
 # ------------------------------------------------------------------------------------------------- scoring
@@ -207,17 +238,16 @@ SETS = {
 }
 
 
-def score(run: Run, sampled: Samples) -> dict[str, Scored]:
+def score(inputs: Inputs, sampled: Samples) -> dict[str, Scored]:
     """The scored candidates of each set, by problem. Raises Interrupted, UserError."""
-    c, splits = run.config.evaluate, {"dev": sampled.dev, "test": sampled.test}
-    prm = functools.cache(lambda: run.prm(run.own_mesh))
+    c, splits, prm = inputs.config, {"dev": sampled.dev, "test": sampled.test}, functools.cache(inputs.prm)
 
     def solutions(split: str, seen: str) -> Callable[[int], Solutions]:
-        problems, groups = run.problems(split), list(splits[split].values())
+        problems, groups = inputs.problems(split), list(splits[split].values())
         shown = shuffled(problems) if seen == "another" else problems
 
         def of(i: int) -> Solutions:
-            pixels = prm().pixels(run.data)(shown[i])
+            pixels = prm().pixels(inputs.data)(shown[i])
             if pixels is not None and seen == "blank":
                 pixels = np.zeros_like(pixels)
             tiles = [] if pixels is None else [pixels]
@@ -226,11 +256,11 @@ def score(run: Run, sampled: Samples) -> dict[str, Scored]:
         return of
 
     results: dict[str, Scored] = {}
-    names = [name for name, (split, _) in SETS.items() if run.controls or name == split]
-    with progress(len(names), "score", "set", enabled=is_first()) as bar:
+    names = [name for name, (split, _) in SETS.items() if inputs.controls or name == split]
+    with jax.set_mesh(inputs.mesh), progress(len(names), "score", "set", enabled=is_first()) as bar:
         for name in names:
             split, seen = SETS[name]
-            pieces = Pieces(run.folder("evaluate") / f"{name}_scored.jsonl")
+            pieces = Pieces(inputs.folder / f"{name}_scored.jsonl")
             if not pieces.path.exists():
                 groups = list(splits[split].values())
                 _score_file(pieces, groups, solutions(split, seen), lambda: prm().scorer, 4 * c.score_rows)
@@ -261,125 +291,69 @@ def _score_file(
         )
 
 
-def _by_problem(scored: Sequence[ScoredCandidate], groups: Grouped) -> Scored:
+def _by_problem(scored: Sequence[ScoredCandidate], groups: Mapping[str, Any]) -> Scored:
     found: dict[str, list[ScoredCandidate]] = {name: [] for name in groups}
     for x in scored:
         found[x.candidate.problem_id].append(x)
     return list(found.values())
 
 
-def stored(run: Run, split: str) -> Scored:
+def stored(inputs: Inputs, split: str) -> Scored:
     """The scored candidates of a finished evaluation, by problem."""
-    rows = records.read_all(run.folder("evaluate") / f"{split}_scored.jsonl", ScoredCandidate)
-    return _by_problem(rows, {p.id: [] for p in run.problems(split)})
+    rows = records.read_all(inputs.folder / f"{split}_scored.jsonl", ScoredCandidate)
+    return _by_problem(rows, {p.id: [] for p in inputs.problems(split)})
 
 
-def values(run: Run, aggregator: str) -> Callable[[Any], list[list[float]]]:
-    """A ``guided.Value``: the run's PRM by one aggregator."""
-    prm, combine = functools.cache(lambda: run.prm(run.own_mesh)), aggregate.AGGREGATORS[aggregator]
+def values(inputs: Inputs, aggregator: str) -> Callable[[Any], list[list[float]]]:
+    """A ``guided.Value``: the PRM by one aggregator."""
+    prm, combine = functools.cache(inputs.prm), aggregate.AGGREGATORS[aggregator]
 
     def value(found: Sequence[tuple[Problem, Sequence[tuple[str, ...]]]]) -> list[list[float]]:
-        pixels = [prm().pixels(run.data)(problem) for problem, _ in found]
-        asked = [
-            prm().tokens(problem.question, solutions, [] if seen is None else [seen])
-            for (problem, solutions), seen in zip(found, pixels, strict=True)
-        ]
+        asked = []
+        for problem, solutions in found:
+            pixels = prm().pixels(inputs.data)(problem)
+            asked.append(prm().tokens(problem.question, solutions, [] if pixels is None else [pixels]))
         return [[combine(np.array(s)) for s in group] for group in prm().scorer.score(asked)]
 
     return value
 
 
-# ------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------------- the stage
 
 
-def evaluate(run: Run) -> Figures:
+def evaluate(inputs: Inputs) -> Figures:
     """Best-of-N on the test problems; the PRM's aggregator is chosen on dev. Raises Interrupted, UserError."""
-    with jax.set_mesh(run.own_mesh):
-        sampled = sample(run)
-        results = score(run, sampled)
-    figures = compare(run, sampled, results)
-    if run.controls:
-        figures["controls"]["policy_shuffled_image"] = policy_control(run)
-    return figures
+    sampled = sample(inputs)
+    results = score(inputs, sampled)
+    found = compare(inputs, sampled, results)
+    if inputs.controls:
+        shuffled_file = inputs.sampled / "test_shuffled_candidates.jsonl"
+        found["controls"]["policy_shuffled_image"] = figures.policy_control(inputs.test, shuffled_file)
+    return found
 
 
-def compare(run: Run, sampled: Samples, results: Mapping[str, Scored]) -> Figures:
+def compare(inputs: Inputs, sampled: Samples, results: Mapping[str, Scored]) -> Figures:
     """All figures of metrics.json that come from scored candidates."""
-    test, n, problems = results["test"], run.config.evaluate.n, run.problems("test")
+    test, n, problems = results["test"], inputs.config.n, inputs.test
     greedy = [group[0].correct for group in sampled.greedy.values()]
     selected = best_of_n.select_aggregator(results["dev"], n)
-    figures, each = selectors(test, n, greedy=greedy, key=best_of_n.equivalent(test))
+    found, each = figures.selectors(test, n, greedy=greedy, key=best_of_n.equivalent(test))
     prm = each["prm"][selected]
     others = {x: each[x] for x in ("random", "greedy", "majority", "policy_logprob")}
     if selected != "last":
         others["outcome"] = each["prm"]["last"]
-    figures |= {
+    found |= {
         "prm_selected": selected,
         "paired": {name: statistics.paired(prm, values) for name, values in others.items()},
         "controls": {},
         "rollouts": sum(len(group) for name in ("dev", "test") for group in results[name]),
-        "calibration": calibrate(sampled.steps, test),
+        "calibration": figures.calibrate(sampled.steps, test),
     }
-    categories = list(map(run.category, problems))
+    categories = list(map(inputs.rules.category, problems))
     if len(set(categories)) > 1:
-        figures["by_category"] = best_of_n.by_group(each, categories)
-    if run.verdicts:
-        figures["scoring"] = dict(run.verdicts)
-    for name in ("blank_image", "shuffled_image") if run.controls else ():
-        blind = best_of_n.per_problem(results[name], n)["prm"][selected]
-        difference = statistics.paired(blind, each["random"])
-        accuracy, stderr = statistics.mean_and_stderr(blind)
-        figures["controls"][name] = {
-            "accuracy": accuracy,
-            "stderr": stderr,
-            "difference_to_random": difference["difference"],
-            "difference_stderr": difference["stderr"],
-        }
-    return figures | _truth_figures(run, test, each)
-
-
-def selectors(
-    problems: best_of_n.Problems, n: int, greedy: Sequence[bool] | None = None, without: Sequence[str] = (),
-    key: best_of_n.Key = best_of_n.plain,
-) -> tuple[Figures, dict[str, Any]]:  # fmt: skip
-    """(what can be said of any scored candidates, the accuracies of each problem at ``n``)."""
-    each = best_of_n.per_problem(problems, n, key, without)
-    if greedy is not None:
-        each["greedy"] = np.asarray(greedy, np.float64)
-    figures: Figures = {
-        "n_problems": len(problems),
-        "best_of_n": best_of_n.best_of_n(problems, key, without, greedy),
-        "by_length": best_of_n.by_group(each, [best_of_n.length_group(group) for group in problems]),
-    }
-    if "majority" in each:
-        others = {k: v for k, v in best_of_n.flat(each).items() if k not in ("majority", "oracle")}
-        figures["against_majority"] = {k: statistics.paired(v, each["majority"]) for k, v in others.items()}
-    return figures, each
-
-
-def calibrate(steps: Sequence[StepExample], test: Scored) -> Figures | None:
-    """Scores of the steps that have Monte Carlo estimates against these; None if there are none."""
-    scores = {group[0].candidate.problem_id: group[0].scores for group in test if group}
-    found = [
-        (s, k, n) for x in steps for s, k, n in zip(scores[x.problem_id], x.k, x.n, strict=True) if n
-    ]  # fmt: skip
-    return calibration.calibrate(*np.array(found).T) if found else None
-
-
-def _truth_figures(run: Run, test: Scored, each: Mapping[str, Any]) -> Figures:
-    """What can be said where the true state of each step is known: of the embedded problems."""
-    truth_file = run.data / "truth.jsonl"
-    if not truth_file.exists():
-        return {}
-    truth = {t.id: t for t in records.read(truth_file, digits.Truth)}
-    pairs = [
-        pair
-        for group in test
-        for x in group
-        for pair in zip(x.scores, digits.steps_right(truth[x.candidate.problem_id], x.candidate.segments), strict=False)
-    ]
-    tricky = [str(truth[p.id].tricky) for p in run.problems("test")]
-    return {
-        "step_auc": best_of_n.step_auc([s for s, _ in pairs], [t for _, t in pairs]),
-        "by_tricky_sites": best_of_n.by_group(each, tricky),  # sites at which the demonstrations' habits apply
-    }
+        found["by_category"] = best_of_n.by_group(each, categories)
+    if inputs.rules.verdicts:
+        found["scoring"] = dict(inputs.rules.verdicts)
+    for name in ("blank_image", "shuffled_image") if inputs.controls else ():
+        found["controls"][name] = figures.control(results[name], n, selected, each["random"])
+    return found | figures.with_truth(inputs.data / "truth.jsonl", problems, test, each)

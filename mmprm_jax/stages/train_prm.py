@@ -1,0 +1,69 @@
+"""The stage ``train_prm``: trees to step labels, and a PRM trained on them from the policy's weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from etils import epath
+
+from mmprm_jax import convert, io, records
+from mmprm_jax.data import encode
+from mmprm_jax.data.encode import Language
+from mmprm_jax.data.training_files import Encoded, TrainingSet
+from mmprm_jax.processes import is_first
+from mmprm_jax.records import StepExample, UserError
+from mmprm_jax.schema import from_config
+from mmprm_jax.search import labels, paper
+from mmprm_jax.search.store import each_tree
+from mmprm_jax.settings import TrainPRM
+from mmprm_jax.stages import training
+from mmprm_jax.training import losses
+
+EXAMPLES = {"default": labels.step_examples, "paper": paper.step_examples}  # paper: as the original does
+
+
+def train(
+    config: TrainPRM, job: training.Job, trees: epath.Path, images: epath.Path, language: Language,
+    start: Callable[[], convert.Start],
+) -> dict[str, Any]:  # fmt: skip
+    """Trains a PRM on the trees in the folder ``trees``. Returns the stage's figures.
+
+    images: the folder that the problems' images are relative to. language: the PRM's. start: makes what the training
+    begins with.
+    """
+    data = step_examples(config, job, trees, images, language)
+    loss = losses.prm_loss(config.label, config.threshold, *language.classes)
+    training.train(job, language, start(), loss, [data])
+    found = labels.histogram(records.read(job.folder / "examples.jsonl", StepExample))
+    return {"labels": found, "left_out": data.summary["left_out"]}
+
+
+def step_examples(
+    config: TrainPRM, job: training.Job, trees: epath.Path, images: epath.Path, language: Language
+) -> TrainingSet:
+    """The step examples of the trees, one tree in memory at a time; people can read them in ``examples.jsonl``."""
+    path = job.folder / "examples.jsonl"
+    chosen, labelled = from_config(labels.LabelSettings, config), EXAMPLES[config.mode]
+
+    def write() -> None:
+        found = (example for tree in each_tree(trees) for example in labelled(tree, chosen, job.seed))
+        if not records.write(path, found, noted=True):
+            raise UserError(
+                "train_prm: no tree has both right and wrong solutions; the policy is too weak or too strong"
+            )
+
+    def examples(tiles: encode.TileCount) -> Iterable[Encoded]:
+        write()
+        return (language.steps(e, tiles) for e in records.read(path, StepExample))
+
+    sources, made = sorted(trees.glob("trees-*.jsonl")), dataclasses.asdict(chosen)
+    encoded = training.training_set(
+        job, "steps", "prm", language, sources, images, examples, mode=config.mode, seed=job.seed, **made
+    )
+    if is_first():
+        if not path.exists():  # the encoded set alone was left
+            write()
+        io.check(path)
+    return encoded
