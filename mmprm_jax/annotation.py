@@ -164,7 +164,7 @@ def finish(folder: epath.Path, problems: Sequence[Problem], failed: dict[int, st
 
 
 def annotate(
-    policy: Policy, problems: Sequence[Problem], *, images: epath.PathLike = "", seed: int = 0,
+    policy: Policy, problems: Sequence[Problem], /, *, images: epath.PathLike = "", seed: int = 0,
     verify: Verify | None = None, **settings: Any,
 ) -> list[Tree]:  # fmt: skip
     """A search tree for each problem, in memory; ``mmprm annotate`` keeps those of many problems safe on disk.
