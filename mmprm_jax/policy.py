@@ -58,7 +58,7 @@ class Completion:
         return split_segments(self.text)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Policy:
     """A model that writes solutions: weights on a mesh, tokenizer and prompt, and how images are cut.
 
@@ -66,7 +66,7 @@ class Policy:
     """
 
     language: Language
-    params: Any
+    params: Any = dataclasses.field(repr=False)
     mesh: Any
     max_tiles: int
     thumbnail: bool = True

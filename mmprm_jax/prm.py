@@ -31,7 +31,7 @@ from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Problem, UserError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PRM:
     """A process reward model: weights on a mesh, tokenizer and prompt, and how images are cut.
 
@@ -41,7 +41,7 @@ class PRM:
     """
 
     language: Language
-    params: Any
+    params: Any = dataclasses.field(repr=False)
     mesh: Any
     max_tiles: int
     thumbnail: bool = True

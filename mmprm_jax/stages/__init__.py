@@ -62,7 +62,7 @@ def _annotate(run: Run) -> Figures:
 
 def _train_prm(run: Run) -> Figures:
     c, job = run.config.train_prm, _job(run, "train_prm")
-    language = models.language_of(run).with_prm(kappa=c.label == "beta_binomial")
+    language = models.language_of(run).with_prm(kappa=c.needs_kappa)
     return train_prm.train(
         c, job, run.folder("annotate"), run.data, language, lambda: models.prm_start(run, language, job.mesh)
     )

@@ -90,8 +90,7 @@ def train_prm(
     source, model = convert.inspect(policy)
     most, _ = hf_config.tiling(model.config)
     job = training.Job("train_prm", config, folder, max_tiles or most, seed, mesh)
-    language = Language.stored(Tokenizer.load(source), model.cfg, model.config)
-    language = language.with_prm(kappa=config.label == "beta_binomial")
+    language = Language.stored(Tokenizer.load(source), model.cfg, model.config).with_prm(config.needs_kappa)
 
     def start() -> convert.Start:
         return convert.warm_start(
