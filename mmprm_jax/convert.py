@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -30,6 +31,7 @@ from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.models.vision import resize_positions
 from mmprm_jax.records import UserError
+from mmprm_jax.sharding import make_mesh
 from mmprm_jax.training.checkpoints import load_params, save_params
 
 _TILING = ("max_dynamic_patch", "dynamic_image_size", "use_thumbnail")  # keys of config.json: how images are cut
@@ -138,6 +140,11 @@ def load(path_or_id: str | os.PathLike, mesh: Any, dtype: Any = None, revision: 
     return Loaded(folder, model, load_params(epath.Path(path_or_id) / "params", abstract), mesh)
 
 
+def inference_mesh(cfg: VLMConfig) -> Any:
+    """All devices: heads over as many as divide them, parameters over the others."""
+    return make_mesh({"fsdp": -1, "tensor": math.gcd(jax.device_count(), cfg.decoder.num_kv_heads)})
+
+
 def convert(
     source: str, target: str, mesh: Any, *, dtype: Any = None, prm: bool = False, verify: bool = False,
     layout: str | None = None,
@@ -193,9 +200,8 @@ def _native_files(loaded: Loaded, tokenizer: Tokenizer, folder: Path) -> tuple[L
     else:
         tokenizer.for_transformers().save(folder)
     if native.model.cfg.vision and not note:
-        config = native.model.config
-        tiles = config.get("max_dynamic_patch", 12) if config.get("dynamic_image_size", True) else 1
-        if tiles > 1 and not config.get("use_thumbnail", True):  # which transformers always adds
+        tiles, thumbnail = hf_config.tiling(native.model.config)
+        if tiles > 1 and not thumbnail:  # which transformers always adds
             return native, "; no image processor: transformers has none without a thumbnail"
         for name, content in hf_native.processor_files(native.model.cfg, tiles).items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -1,17 +1,17 @@
-"""Scoring solutions with a PRM: a released one, or one that a run trained.
+"""The process reward model: what scores the steps of solutions.
 
 prm = PRM.from_pretrained("Cierra0506/MM-PRM")
-prm.score("What is the area of triangle ABC?", ["triangle.png"], ["The base is 4.", "So it is 6."])
+prm.score("What is the area of triangle ABC?", ["The base is 4.", "So it is 6."], images=["triangle.png"])
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import json
-import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,152 +19,174 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
-from PIL import Image
 
 from mmprm_jax import convert, interruption, io, records
-from mmprm_jax.data import images as image_files
-from mmprm_jax.data.prompts import OWN, PRMTemplate, own_prm, prm_template
+from mmprm_jax.data import encode
+from mmprm_jax.data.encode import Language, Picture, Pixels
+from mmprm_jax.evaluation import aggregate
 from mmprm_jax.evaluation.score import Scorer, Solutions
 from mmprm_jax.metrics import progress
-from mmprm_jax.models import build, hf, hf_config
-from mmprm_jax.models import tokenizer as tok
+from mmprm_jax.models import build, hf_config
 from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import UserError
-from mmprm_jax.sharding import make_mesh
-
-Picture = str | os.PathLike | Image.Image
+from mmprm_jax.records import Problem, UserError
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class PRM:
-    """A process reward model with its tokenizer and prompt: text and images in, one score in [0, 1] per step out.
+    """A process reward model: weights on a mesh, tokenizer and prompt, and how images are cut.
 
-    settings: what the scores depend on beside the checkpoint: template, max_tiles, dtype.
+    max_tiles: of one image, without the thumbnail, which follows several tiles where ``thumbnail`` says so. problems,
+    solutions: that are scored at a time; bucket: tokens, see ``Scorer``. Raises UserError when tokenizer, prompt and
+    model do not fit each other.
     """
 
-    def __init__(
-        self,
-        loaded: convert.Loaded,
-        tokenizer: Tokenizer,
-        template: PRMTemplate,
-        *,
-        max_tiles: int = 0,
-        batch_size: int = 16,
-        bucket: int = 64,
-    ):
-        """max_tiles: of one image, without the thumbnail; 0: as in config.json. batch_size: solutions at a time.
+    language: Language
+    params: Any = dataclasses.field(repr=False)
+    mesh: Any
+    max_tiles: int
+    thumbnail: bool = True
+    problems: int = 1
+    solutions: int = 16
+    bucket: int = 64
 
-        Raises UserError when tokenizer, template and model do not fit each other.
-        """
-        if max_tiles < 0:
-            raise UserError(f"max_tiles must be positive, or 0 for the model's own number, not {max_tiles}")
-        cfg, config = loaded.model.cfg, loaded.model.config
-        classes = _classes(loaded.folder, loaded.model, tokenizer, template)
-        self._tokenizer, self._template, self._cfg, self._mesh = tokenizer, template, cfg, loaded.mesh
-        dynamic = config.get("dynamic_image_size", True)
-        self._max_tiles = max_tiles or (config.get("max_dynamic_patch", 12) if dynamic else 1)
-        self._thumbnail = bool(config.get("use_thumbnail", True))
-        self.settings = {
-            "template": template.name, "max_tiles": self._max_tiles, "dtype": jnp.dtype(loaded.dtype).name
-        }  # fmt: skip
-        scaling = cfg.decoder.rope_scaling
-        graphdef, _ = build.abstract(cfg, tokenizer.id(tok.IMAGE) if cfg.vision else -1, loaded.mesh)
-        self._scorer = Scorer(
-            graphdef, loaded.params, loaded.mesh, classes, problems=1, solutions=batch_size, bucket=bucket,
-            longest=scaling.max_position if scaling else 0,
-        )  # fmt: skip
+    def __post_init__(self) -> None:
+        if self.max_tiles < 1:
+            raise UserError(f"max_tiles must be positive, not {self.max_tiles}")
+        check_fit(self.language)
 
     @classmethod
     def from_pretrained(
         cls,
         path_or_id: str | os.PathLike,
-        mesh: Any = None,
         *,
+        mesh: Any = None,
         template: str | None = None,
         dtype: Any = None,
         revision: str | None = None,
-        **settings: Any,
+        max_tiles: int | None = None,
+        **batch: int,
     ) -> PRM:
         """A PRM from a released checkpoint (folder or hub id, ``org/name@revision``) or a model folder of ours.
 
         mesh: default all devices, heads over as many as divide them, parameters over the others. template: default the
         one that it was trained with (``own``), or by its kind (``mm_prm``, ``visual_prm`` or ``qwen_math_prm``);
-        ``mm_prm_eval`` asks as MM-PRM's own evaluation does. dtype: default as stored. settings: as in ``PRM``. Raises
-        UserError, before weights are read if tokenizer or template do not fit.
+        ``mm_prm_eval`` asks as MM-PRM's own evaluation does. dtype: default as stored. max_tiles: of one image; default
+        the model's own number. batch: problems, solutions, bucket, as in ``PRM``. Raises UserError, before weights are
+        read if tokenizer or template do not fit.
         """
         folder, model = convert.inspect(path_or_id, revision)
-        tokenizer = Tokenizer.load(folder)
         name = template or hf_config.templates(model.config)[1]
-        chosen = own_prm(tokenizer.own_markers) if name == OWN else prm_template(name)
-        _classes(folder, model, tokenizer, chosen)
-        if mesh is None:
-            mesh = make_mesh({"fsdp": -1, "tensor": math.gcd(jax.device_count(), model.cfg.decoder.num_kv_heads)})
-        return cls(convert.load(path_or_id, mesh, dtype, revision), tokenizer, chosen, **settings)
+        language = Language.of_prm(Tokenizer.load(folder), model.cfg, name)
+        try:
+            check_fit(language)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+        most, thumbnail = hf_config.tiling(model.config)
+        loaded = convert.load(path_or_id, mesh or convert.inference_mesh(model.cfg), dtype, revision)
+        return cls(language, loaded.params, loaded.mesh, max_tiles or most, thumbnail, **batch)
+
+    @functools.cached_property
+    def scorer(self) -> Scorer:
+        """What computes the scores of tokenised solutions."""
+        cfg = self.language.cfg
+        graphdef, _ = build.abstract(cfg, self.language.image_token, self.mesh)
+        scaling = cfg.decoder.rope_scaling
+        return Scorer(
+            graphdef, self.params, self.mesh, self.language.classes, problems=self.problems, solutions=self.solutions,
+            bucket=self.bucket, longest=scaling.max_position if scaling else 0,
+        )  # fmt: skip
 
     @property
     def template(self) -> str:
         """The name of the prompt template."""
-        return self._template.name
+        return self.language.prm.name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the scores depend on beside the checkpoint."""
+        dtype = jax.tree.leaves(self.params)[0].dtype
+        return {"template": self.template, "max_tiles": self.max_tiles, "dtype": jnp.dtype(dtype).name}
 
     @property
     def tiles(self) -> int:
         """Image tiles that went through the vision tower so far."""
-        return self._scorer.tiles
+        return self.scorer.tiles
 
-    def score(self, question: str, images: Sequence[Picture], steps: Sequence[str]) -> list[float]:
-        """The score of each step of one solution. images: files or PIL images, in order; empty: text only."""
-        return self.score_candidates(question, images, [steps])[0]
+    def pixels(self, folder: epath.PathLike) -> Pixels:
+        """Opens the tiles of a problem's image, which is relative to ``folder``."""
+        return encode.file_pixels(folder, self.language.cfg, self.max_tiles, self.thumbnail)
+
+    def score(
+        self, problem: Problem | str, steps: Sequence[str], *, images: Sequence[Picture] | None = None
+    ) -> list[float]:
+        """The score in [0, 1] of each step of one solution. problem: a record, or the question.
+
+        images: files or PIL images, in order; None: the record's own, if it has one.
+        """
+        return self.score_candidates(problem, [steps], images=images)[0]
 
     def score_candidates(
-        self, question: str, images: Sequence[Picture], candidates: Sequence[Sequence[str]]
+        self, problem: Problem | str, candidates: Sequence[Sequence[str]], *, images: Sequence[Picture] | None = None
     ) -> list[list[float]]:
         """The step scores of many solutions of one problem; images and question are computed once.
 
         Raises UserError: images the model cannot take, an image that is none, placeholders that do not fit.
         """
-        if isinstance(images, str) or any(isinstance(steps, str) for steps in candidates):
-            raise UserError("images must be a list of files, and a solution a list of steps, not one string")
-        if images and self._cfg.vision is None:
-            raise UserError("this PRM reads text only, but the problem has images")
-        tiles = [self._tiles(image) for image in images]
-        counts = [len(t) * self._cfg.tokens_per_tile for t in tiles]
-        rows = [
-            self._tokenizer.encode_prompt(self._template.build(question, steps, counts)) if steps else ([], [])
-            for steps in candidates
-        ]
-        with jax.set_mesh(self._mesh):
-            found = self._scorer.score([Solutions(rows, np.concatenate(tiles) if tiles else None)])[0]
-        return [list(scores) for scores in found]
+        if any(isinstance(steps, str) for steps in candidates):
+            raise UserError("a solution must be a list of steps, not one string")
+        question, pictures = encode.problem_text(problem, images)
+        tiles = encode.picture_tiles(pictures, self.language.cfg, self.max_tiles, self.thumbnail)
+        with jax.set_mesh(self.mesh):
+            return [list(scores) for scores in self.scorer.score([self.tokens(question, candidates, tiles)])[0]]
 
-    def _tiles(self, image: Picture) -> np.ndarray:
-        picture = image_files.to_rgb(image) if isinstance(image, Image.Image) else image_files.open_image(image)
-        return image_files.tiles(picture, self._max_tiles, self._cfg.tile, self._thumbnail)
+    def tokens(self, question: str, candidates: Sequence[Sequence[str]], tiles: Sequence[np.ndarray]) -> Solutions:
+        """The candidates of one problem as ``scorer`` takes them. tiles: of each image, uint8 [tiles, H, W, 3]."""
+        counts = [len(t) for t in tiles]
+        rows = [self.language.solution(question, steps, counts) if steps else ([], []) for steps in candidates]
+        return Solutions(rows, np.concatenate(tiles) if tiles else None)
 
 
-def _classes(
-    folder: Path, model: hf.Description, tokenizer: Tokenizer, template: PRMTemplate
-) -> tuple[int, int] | None:
-    """Ids of the tokens for right and wrong, None for a score head. Raises UserError when the three do not fit."""
-    cfg = model.cfg
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The candidate that a PRM has chosen. ``scores``: of every candidate, by one aggregator."""
+
+    index: int
+    scores: tuple[float, ...]
+
+
+def best_of_n(
+    prm: PRM, problem: Problem | str, candidates: Sequence[Sequence[str]], *,
+    images: Sequence[Picture] | None = None, aggregator: str = "min",
+) -> Choice:  # fmt: skip
+    """The best of the candidates by their aggregated step scores; of equal ones the first.
+
+    aggregator: a name of ``evaluation.aggregate.AGGREGATORS``. images: as in ``PRM.score``. Raises UserError for a name
+    that there is not, and for no candidates.
+    """
+    if aggregator not in aggregate.AGGREGATORS:
+        raise UserError(f"aggregator: {aggregator!r} is not one of {', '.join(aggregate.AGGREGATORS)}")
+    if not candidates:
+        raise UserError("there are no candidates to choose from")
+    combine = aggregate.AGGREGATORS[aggregator]
+    scores = [combine(np.array(s)) for s in prm.score_candidates(problem, candidates, images=images)]
+    return Choice(int(np.argmax(scores)), tuple(map(float, scores)))
+
+
+def check_fit(language: Language) -> None:
+    """Raises UserError when a PRM's tokenizer, template and model do not fit each other."""
+    cfg, tokenizer, template = language.cfg, language.tokenizer, language.prm
     if (template.positive is None) != bool(cfg.num_labels):
         has = "has" if cfg.num_labels else "has no"
-        raise UserError(
-            f"{folder}: the model {has} score head of its own; the template {template.name!r} is not for it"
-        )
+        raise UserError(f"the model {has} score head of its own; the template {template.name!r} is not for it")
+    segments = template.build("q", ["s"], [1] if cfg.vision else [])
+    markers = sorted({segment.text for segment in segments if segment.marker})
     try:
-        tokenizer.check(_markers(template, cfg.vision is not None))
+        tokenizer.check(markers)
         if len(tokenizer) > cfg.decoder.vocab_size:
             raise UserError(f"{len(tokenizer)} tokens, but the model has {cfg.decoder.vocab_size} embeddings only")
-        if template.positive is None:
-            return None
-        return tokenizer.piece(template.positive), tokenizer.piece(template.negative)
+        language.classes  # noqa: B018  # looks both tokens up
     except UserError as error:
-        raise UserError(f"{folder}: the tokenizer does not fit the template {template.name!r}: {error}") from None
-
-
-def _markers(template: PRMTemplate, images: bool) -> list[str]:
-    """The special tokens that a template uses."""
-    segments = template.build("q", ["s"], [1] if images else [])
-    return sorted({segment.text for segment in segments if segment.marker})
+        raise UserError(f"the tokenizer does not fit the template {template.name!r}: {error}") from None
 
 
 def score_file(prm: PRM, model: str, problems: epath.PathLike, output: epath.PathLike) -> str:
@@ -236,7 +258,7 @@ def _score_line(prm: PRM, problems: epath.Path, number: int, line: str, made_by:
         if not images:  # else a misspelt key would be scored without its image, and nobody told
             for key in difflib.get_close_matches("images", set(row) - {"image", "images"}, cutoff=0.7):
                 records.warn_unknown(problems, "row", key, ("images", "image"))
-        scores = prm.score_candidates(question, [problems.parent / name for name in images], candidates)
+        scores = prm.score_candidates(question, candidates, images=[problems.parent / name for name in images])
     except (UserError, ValueError, RecursionError) as error:
         name = row.get("id") if isinstance(row, dict) else None
         logging.error("line %d: %s", number, error)

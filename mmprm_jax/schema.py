@@ -192,6 +192,13 @@ def check(section: Section) -> None:
         raise ValueError("; ".join(found))
 
 
+def given(cls: type[S], values: Mapping[str, Any]) -> S:
+    """The section with these values and the defaults of all others. Raises UserError: all that is wrong with them."""
+    section, wrong = build(cls, values)
+    raise_for([*wrong, *problems(section)])
+    return section
+
+
 def from_config(cls: type[S], section: Any, **more: Any) -> S:
     """The ``cls`` whose fields are those of ``section``, but for ``more``. Every field must be in one of them."""
     names = [f.name for f in dataclasses.fields(cls) if f.name not in more]

@@ -207,8 +207,13 @@ class TrainPRM(Labels, Training):
     label: str = setting("soft", "k / n; hard: is k / n above the threshold; beta_binomial: k of n", choices=LABELS)
     threshold: float = setting(0.0, "of hard labels", low=0, high=1)
 
+    @property
+    def needs_kappa(self) -> bool:
+        """Whether the labels need a head for their concentration."""
+        return self.label == "beta_binomial"
+
     def freezable(self) -> tuple[str, ...]:
-        return (*FREEZABLE, "kappa") if self.label == "beta_binomial" else FREEZABLE
+        return (*FREEZABLE, "kappa") if self.needs_kappa else FREEZABLE
 
     def rules(self) -> Iterator[Found]:
         yield from super().rules()

@@ -8,11 +8,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
+from mmprm_jax import interruption
 from mmprm_jax.interruption import SIGNALS
 from mmprm_jax.records import UserError
 
@@ -70,3 +73,55 @@ class Spawn(SpawnContext):
                 f"{script}: worker processes import it, and would run all of it again; put what it does below"
                 ' `if __name__ == "__main__":`'
             )
+
+
+class Child:
+    """A generator that runs in a process of its own: ``next`` lets it go on to its next value, and waits for it.
+
+    make: a function of a module, called with ``args`` in the child. Raises UserError when the child fails.
+    """
+
+    def __init__(self, make: Callable[..., Iterator[Any]], *args: Any):
+        self._spawn = Spawn()
+        self._pipe, other = self._spawn.Pipe()
+        self._process = self._spawn.Process(target=_serve, args=(other, make, args), daemon=True)
+        self._process.start()
+        other.close()
+
+    def __next__(self) -> Any:
+        try:
+            self._pipe.send(None)
+            while not self._pipe.poll(interruption.POLL):
+                interruption.check()
+            good, value = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join(10)
+            self._spawn.check()
+            raise UserError(f"a process of the benchmark ended with {self._process.exitcode}: out of memory?") from None
+        if not good:
+            raise UserError(f"a process of the benchmark failed:\n{value}")
+        return value
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pipe.close()  # a child that waits ends by itself
+        self._process.join(5)
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(pipe: Any, make: Callable[..., Iterator[Any]], args: tuple[Any, ...]) -> None:
+    values = iter(())
+    try:
+        pipe.recv()
+        values = make(*args)
+        for value in values:
+            pipe.send((True, value))
+            pipe.recv()
+        pipe.send((False, "it had nothing more to do"))
+    except EOFError:  # the parent is done
+        pass
+    except Exception:
+        pipe.send((False, traceback.format_exc()))

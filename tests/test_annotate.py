@@ -23,7 +23,7 @@ from conftest import release
 from etils import epath
 from PIL import Image
 
-from mmprm_jax import annotate, records
+from mmprm_jax import annotation, records
 from mmprm_jax.interruption import Interrupted, handling
 from mmprm_jax.metrics import read as read_metrics
 from mmprm_jax.models.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ PROBLEMS = toy.problems(12)
 
 def grown(folder, sampler, problems=PROBLEMS, worker=0, workers=1, writes=True, **changes):
     """Grows the trees into ``folder``, up to 32 at a time; returns the failures."""
-    return annotate.run(
+    return annotation.run(
         epath.Path(folder), problems, sampler, toy.settings(), toy.config(**{"in_flight": 32} | changes),
         worker=worker, workers=workers, writes=writes,
     )  # fmt: skip
@@ -45,7 +45,7 @@ def grown(folder, sampler, problems=PROBLEMS, worker=0, workers=1, writes=True, 
 
 def finished(folder, failed=None, problems=PROBLEMS, skip=False):
     """The figures; and the files are what they should be at the end, with nothing left over."""
-    figures = annotate.finish(epath.Path(folder), problems, failed or {}, skip)
+    figures = annotation.finish(epath.Path(folder), problems, failed or {}, skip)
     names = {path.name for path in epath.Path(folder).iterdir() if not path.name.startswith("events.")} - {"sums"}
     assert names == {*toy.files(folder), "failed.jsonl", "metrics.jsonl"}
     return figures
@@ -330,7 +330,7 @@ def test_all_processes_of_a_worker_read_before_one_writes(tmp_path, monkeypatch)
     (part, *_) = tmp_path.glob("trees-*.part")
     part.write_bytes(part.read_bytes() + b"torn")
     before, seen = toy.files(tmp_path), []
-    monkeypatch.setattr(annotate, "wait_for_all", lambda name: seen.append(toy.files(tmp_path) == before))
+    monkeypatch.setattr(annotation, "wait_for_all", lambda name: seen.append(toy.files(tmp_path) == before))
     grown(tmp_path, toy.MadeUp())
     assert seen == [True]
     grown(tmp_path, toy.MadeUp(), worker=1, workers=2)
@@ -339,9 +339,11 @@ def test_all_processes_of_a_worker_read_before_one_writes(tmp_path, monkeypatch)
 
 def test_processes_wait_for_each_other_before_they_exchange_figures(made_up, monkeypatch):
     """Shares take hours, and not the same; a collective operation gives up after half a minute."""
-    calls, gather = [], annotate.multihost_utils.process_allgather
-    monkeypatch.setattr(annotate, "wait_for_all", lambda name: calls.append("wait"))
-    monkeypatch.setattr(annotate.multihost_utils, "process_allgather", lambda x: (calls.append("gather"), gather(x))[1])
+    calls, gather = [], annotation.multihost_utils.process_allgather
+    monkeypatch.setattr(annotation, "wait_for_all", lambda name: calls.append("wait"))
+    monkeypatch.setattr(
+        annotation.multihost_utils, "process_allgather", lambda x: (calls.append("gather"), gather(x))[1]
+    )
     finished(made_up[0])
     assert calls == ["wait", "gather"]
 
@@ -367,7 +369,7 @@ def test_a_failing_tree_costs_itself_only(made_up, tmp_path):
     assert failed == {3: "p3.png: no such file", 11: "p11.png: no such file"}
     assert sorted(sampler.released) == sorted(p.id for p in PROBLEMS)
     with pytest.raises(UserError) as caught:
-        annotate.finish(epath.Path(tmp_path), PROBLEMS, failed, False)
+        annotation.finish(epath.Path(tmp_path), PROBLEMS, failed, False)
     message = str(caught.value)
     assert "2 of 12 trees failed" in message and "p3" in message and "p3.png: no such file" in message
     assert "the same command tries these again" in message and "--config.annotate.skip_failed=true" in message
@@ -408,7 +410,7 @@ def test_trees_of_other_problems_are_refused(made_up):
     folder = epath.Path(made_up[0])
     other = [Problem("other", "?", "1"), *PROBLEMS[1:]]
     with pytest.raises(UserError, match="p0; use another --workdir"):
-        annotate.finish(folder, other, {}, False)
+        annotation.finish(folder, other, {}, False)
 
 
 # Figures
@@ -426,7 +428,7 @@ def test_metrics_and_progress_of_an_engine(whole):
 
 def test_progress_and_metrics(tmp_path, monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(annotate.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(annotation.time, "monotonic", lambda: now[0])
     sampler = toy.MadeUp(fails_of("p11"))
     collect = sampler.collect
 

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 import toy_annotation as toy
 
-from mmprm_jax import annotate, config, manifest, stages
+from mmprm_jax import annotation, config, manifest, stages
 from mmprm_jax.evaluation.pieces import Pieces
 from mmprm_jax.records import Rollout, UserError
 from mmprm_jax.report import report as report_page
@@ -56,8 +56,8 @@ def made_up_annotation(most=None):
     def stage(run):
         c, folder, problems = run.config.annotate, run.folder("annotate"), run.problems("train")
         settings = Settings(num_rollouts=4, max_searches=2, rollout_budget=12)
-        failed = annotate.run(folder, problems, MadeUp(most=most), settings, c)
-        return annotate.finish(folder, problems, failed, False)
+        failed = annotation.run(folder, problems, MadeUp(most=most), settings, c)
+        return annotation.finish(folder, problems, failed, False)
 
     return stage
 
@@ -66,7 +66,7 @@ def made_up_annotation(most=None):
 def quick():
     """The annotation is made up, the page of the report is left out, and one device is enough."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
+        patch.setattr(stages.run, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
         patch.setitem(stages.STAGES, "annotate", made_up_annotation())
         patch.setattr(report_page, "write_report", lambda path, *_: path.write_text("page"))
         patch.setattr(report_page, "format_table", lambda metrics: "table")

@@ -53,7 +53,7 @@ def params_of(cfg, image_token, mesh):
 
 
 def trained(folder, language, mesh):
-    """The folder that a training stage leaves (``stages.train``), with random weights. Returns these."""
+    """The folder that a training stage leaves (``stages.training.train``), with random weights. Returns these."""
     params = params_of(language.cfg, language.image_token, mesh)
     loaded = convert.from_nothing(language.cfg, language.tokenizer, params, mesh)
     named = dict(zip(("policy", "prm"), language.templates, strict=True))
@@ -99,11 +99,11 @@ def test_a_model_of_our_own_scores_the_same_through_every_path(name, tmp_path, m
     wanted = pipeline_scores(language, params, mesh, pixels)
     assert np.std(wanted) > 1e-3
     for folder in exported(tmp_path / "prm", mesh):
-        prm = PRM.from_pretrained(folder, mesh)
+        prm = PRM.from_pretrained(folder, mesh=mesh)
         assert prm.template == "own" and (not pictures or prm.settings["max_tiles"] == MAX_TILES)
-        np.testing.assert_allclose(prm.score(QUESTION, pictures, SEGMENTS), wanted, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(prm.score(QUESTION, SEGMENTS, images=pictures), wanted, rtol=0, atol=1e-6)
         bare = [" 3 + 4 = 7 ", " 7 - 1 = 6 ", SEGMENTS[2]]  # a step without tags is a step
-        np.testing.assert_allclose(prm.score(QUESTION, pictures, bare), wanted, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(prm.score(QUESTION, bare, images=pictures), wanted, rtol=0, atol=1e-6)
     row = {"id": "a", "question": QUESTION, "images": ["a.png"] if pictures else [], "candidates": [SEGMENTS]}
     PICTURE.save(tmp_path / "a.png")
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
@@ -116,9 +116,9 @@ def test_a_model_of_our_own_scores_the_same_through_every_path(name, tmp_path, m
 def test_no_text_brings_in_a_score(tmp_path, mesh):
     """Of a word-level tokenizer every special token in a step is one, but for ``<prm>``."""
     trained(tmp_path / "prm", language_of(digits.tokenizer()), mesh)
-    prm = PRM.from_pretrained(tmp_path / "prm", mesh)
+    prm = PRM.from_pretrained(tmp_path / "prm", mesh=mesh)
     with pytest.raises(UserError, match="cannot tokenise"):
-        prm.score(QUESTION, [], ["<step> <prm> 3 + 4 = 7 </step>"])
+        prm.score(QUESTION, ["<step> <prm> 3 + 4 = 7 </step>"], images=[])
 
 
 def test_the_next_run_takes_a_policy_of_our_own(tmp_path, mesh):
@@ -318,12 +318,12 @@ def test_transformers_scores_an_exported_release(kind, vision, golden, tmp_path,
     assert load_file(tmp_path / "hf/model.safetensors").keys() == load_file(tmp_path / "hf2/model.safetensors").keys()
     language = Language.stored(tokenizer, model.cfg, config)
     pixels = images.tiles(PICTURE, MAX_TILES, language.cfg.tile)
-    before = PRM.from_pretrained(source, mesh).score(QUESTION, [PICTURE], SEGMENTS)
+    before = PRM.from_pretrained(source, mesh=mesh).score(QUESTION, SEGMENTS, images=[PICTURE])
     assert np.std(before) > 1e-3
     np.testing.assert_allclose(their_scores(theirs(tmp_path / "hf"), language, pixels), before, rtol=1e-4)
-    after = PRM.from_pretrained(tmp_path / "hf", mesh)
+    after = PRM.from_pretrained(tmp_path / "hf", mesh=mesh)
     assert after.template == "mm_prm" and after.settings["max_tiles"] == MAX_TILES
-    np.testing.assert_allclose(after.score(QUESTION, [PICTURE], SEGMENTS), before, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(after.score(QUESTION, SEGMENTS, images=[PICTURE]), before, rtol=0, atol=1e-6)
     if kind == "qwen2":
         ids, _ = language.solution(QUESTION, SEGMENTS, len(pixels))
         same = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")

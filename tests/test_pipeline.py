@@ -129,10 +129,10 @@ def test_what_was_trained_is_a_model_folder(finished, tmp_path):
     assert len(wanted) > 100 and np.std(wanted) > 1e-3
     convert.convert(str(workdir / "train_prm"), str(tmp_path / "native"), mesh, layout="hf")
     for model in (workdir / "train_prm", tmp_path / "native"):
-        prm, found = PRM.from_pretrained(model, mesh), []
+        prm, found = PRM.from_pretrained(model, mesh=mesh), []
         for name, group in itertools.groupby(scored, lambda x: x.candidate.problem_id):
             problem, solutions = problems[name], [x.candidate.segments for x in group]
-            for scores in prm.score_candidates(problem.question, [workdir / "data" / problem.image], solutions):
+            for scores in prm.score_candidates(problem.question, solutions, images=[workdir / "data" / problem.image]):
                 found += scores
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
     policy, model = convert.inspect(workdir / "sft")
@@ -350,15 +350,18 @@ BRUTE_FORCE = """
 import json, sys
 import jax
 from etils import epath
-from mmprm_jax import config, stages
+from mmprm_jax import config
 from mmprm_jax.answers.workers import Verifier
 from mmprm_jax.records import Request
-run = stages.Run(config.load(sys.argv[1]), epath.Path(sys.argv[2]), "")
-trees = stages.read_trees(run.folder("annotate"))[:60]
+from mmprm_jax.search.store import read_trees
+from mmprm_jax.stages import Run, mesh_of, models
+run = Run(config.load(sys.argv[1]), epath.Path(sys.argv[2]))
+trees, mesh, c = read_trees(run.folder("annotate"))[:60], mesh_of(run.config), run.config
 chosen = [(t, i) for t in trees for i in range(len(t.nodes)) if (i < 3)]
-policy = run.policy(run.config.annotate, run.mesh)
-sampler = policy.sampler(run, run.config.annotate, run.mesh, "brute force", 16, Verifier(0))
-answers = sampler.solve([Request(t.problem, t.prefix(i), 96) for t, i in chosen])
+with jax.set_mesh(mesh):
+    policy = models.policy_of(run, c.annotate, mesh)
+    sampler = policy.sampler(c.annotate, run.data, 16, c.seed, "brute force", Verifier(0))
+    answers = sampler.solve([Request(t.problem, t.prefix(i), 96) for t, i in chosen])
 print(json.dumps([[t.nodes[i].k, t.nodes[i].n, sum(r.correct for r, _ in a), len(a)]
                   for (t, i), a in zip(chosen, answers)]))
 """

@@ -22,7 +22,8 @@ from safetensors.numpy import load_file, save_file
 
 from mmprm_jax import convert
 from mmprm_jax.data import images as image_files
-from mmprm_jax.data.prompts import INTERNVL_SYSTEM, QWEN_MATH_SYSTEM, prm_template
+from mmprm_jax.data.encode import Language
+from mmprm_jax.data.prompts import INTERNVL_SYSTEM, QWEN_MATH_SYSTEM
 from mmprm_jax.models import build, hf, hf_config, lora
 from mmprm_jax.models.hf_layout import layout
 from mmprm_jax.models.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ from mmprm_jax.sharding import put_batch
 
 INTERNLM2, QWEN2 = "internlm2", "qwen2"
 WIDTH = 256  # rows are padded to it: one program to compile
-SMALL = {"bucket": 128, "batch_size": 4}
+SMALL = {"bucket": 128, "solutions": 4}
 QUESTION = "What is the area of triangle ABC, in cm²?"
 STEPS = [" The base is 4.", "The height is 3, half of it 1.5.\n", "So the area is \\(\\boxed{6}\\)."]
 
@@ -129,7 +130,7 @@ class Case:
 
     def __init__(self, folder, mesh):
         self.folder, self.mesh = folder, mesh
-        self.prm = PRM.from_pretrained(folder, mesh, **SMALL)
+        self.prm = PRM.from_pretrained(folder, mesh=mesh, **SMALL)
         self.tokenizer = Tokenizer.load(folder)
         self._loaded = convert.load(folder, mesh)
         model = self._loaded.model
@@ -147,7 +148,8 @@ class Case:
 
     def variant(self, template="mm_prm", **settings):
         """Another PRM of the same parameters."""
-        return PRM(self._loaded, self.tokenizer, prm_template(template), **SMALL | settings)
+        language = Language.of_prm(self.tokenizer, self.cfg, template)
+        return PRM(language, self._loaded.params, self.mesh, **{"max_tiles": self.prm.max_tiles, **SMALL, **settings})
 
     def tiles(self, image, most=None):
         """The image as InternVL cuts it."""
@@ -251,12 +253,12 @@ def test_the_image_tower_runs_once_for_all_candidates(cases, monkeypatch):
         return original(self, pixels, keep)
 
     case = cases[INTERNLM2]
-    prm = case.variant(batch_size=5)
+    prm = case.variant(solutions=5)
     tiles = len(case.tiles(WIDE))
     assert tiles > 2 and len(CANDIDATES) == 16
     monkeypatch.setattr(VisionTower, "__call__", counted)
     jax.clear_caches()
-    found = prm.score_candidates(QUESTION, [WIDE], CANDIDATES)
+    found = prm.score_candidates(QUESTION, CANDIDATES, images=[WIDE])
     jax.effects_barrier()
     jax.clear_caches()
     assert seen == [tiles] and prm.tiles == tiles
@@ -272,18 +274,18 @@ def test_scores(case, kind):
         text = asked(STEPS, f"Which one, {shown[0]} or {shown[1]}, is larger?")
     else:
         text = asked(STEPS, images=shown)
-    got = case.prm.score(question, images, STEPS)
+    got = case.prm.score(question, STEPS, images=images)
     close(got, case.scores(case.ids(text), images))
     assert len(got) == len(STEPS) and min(got) > 0 and max(got) < 1 and np.ptp(got) > 1e-3
     assert case.prm.tiles - before == sum(len(case.tiles(image)) for image in images)
 
 
 def test_image_question_and_earlier_steps_matter(prm):
-    want = np.array(prm.score(QUESTION, [TALL, SQUARE], STEPS))
+    want = np.array(prm.score(QUESTION, STEPS, images=[TALL, SQUARE]))
     for other in (
-        prm.score(QUESTION, [SQUARE, TALL], STEPS),
-        prm.score(f"{QUESTION}!", [TALL, SQUARE], STEPS),
-        prm.score(QUESTION, [TALL, SQUARE], ["No.", *STEPS[1:]]),
+        prm.score(QUESTION, STEPS, images=[SQUARE, TALL]),
+        prm.score(f"{QUESTION}!", STEPS, images=[TALL, SQUARE]),
+        prm.score(QUESTION, ["No.", *STEPS[1:]], images=[TALL, SQUARE]),
     ):
         assert np.abs(other - want).min() > 1e-4
 
@@ -294,22 +296,22 @@ def test_template_of_the_original_evaluation(case):
     assert (case.prm.template, prm.template) == ("mm_prm", "mm_prm_eval")
     solution = "".join(f"{step}<prm>" for step in STEPS)
     text = chat(f"{case.shown(WIDE)[0]}\nQuestion: {QUESTION}\nProcess: {solution}", user="")
-    got = prm.score(QUESTION, [WIDE], STEPS)
+    got = prm.score(QUESTION, STEPS, images=[WIDE])
     close(got, case.scores(case.ids(text), [WIDE]))
-    assert np.abs(np.array(got) - case.prm.score(QUESTION, [WIDE], STEPS)).max() > 1e-4
+    assert np.abs(np.array(got) - case.prm.score(QUESTION, STEPS, images=[WIDE])).max() > 1e-4
 
 
 def test_files_and_pictures_of_any_mode(prm, tmp_path):
     WIDE.save(tmp_path / "wide.png")
-    want = prm.score(QUESTION, [WIDE], STEPS)
+    want = prm.score(QUESTION, STEPS, images=[WIDE])
     for image in (tmp_path / "wide.png", str(tmp_path / "wide.png"), WIDE.convert("RGBA")):
-        assert prm.score(QUESTION, [image], STEPS) == want
+        assert prm.score(QUESTION, STEPS, images=[image]) == want
 
 
 def test_max_tiles(cases):
     case = cases[INTERNLM2]
     prm = case.variant(max_tiles=2)
-    got = prm.score(QUESTION, [WIDE], STEPS)
+    got = prm.score(QUESTION, STEPS, images=[WIDE])
     assert prm.tiles == len(case.tiles(WIDE, 2)) < len(case.tiles(WIDE))
     close(got, case.scores(case.ids(asked(STEPS, images=case.shown(WIDE, most=2))), [WIDE], most=2))
 
@@ -318,19 +320,20 @@ def test_candidates_as_one_by_one(cases):
     """Sixteen of different lengths: equal beginnings, equal ones, an empty one."""
     case = cases[INTERNLM2]
     before, tiles = case.prm.tiles, len(case.tiles(WIDE))
-    found = case.prm.score_candidates(QUESTION, [WIDE], CANDIDATES)
+    found = case.prm.score_candidates(QUESTION, CANDIDATES, images=[WIDE])
     assert case.prm.tiles - before == tiles
     assert found[0] == found[4] and found[5] == []
     for got, steps in zip(found, CANDIDATES, strict=True):
-        close(got, case.prm.score(QUESTION, [WIDE], steps), 1e-4)
+        close(got, case.prm.score(QUESTION, steps, images=[WIDE]), 1e-4)
         if steps:
             close(got, case.scores(case.ids(asked(steps, images=case.shown(WIDE))), [WIDE]))
 
 
 def test_nothing_to_score(prm):
     before = prm.tiles
-    assert prm.score(QUESTION, [WIDE], []) == []
-    assert prm.score_candidates(QUESTION, [], []) == [] and prm.score_candidates(QUESTION, [], [[], []]) == [[], []]
+    assert prm.score(QUESTION, [], images=[WIDE]) == []
+    assert prm.score_candidates(QUESTION, []) == []
+    assert prm.score_candidates(QUESTION, [[], []]) == [[], []]
     assert prm.tiles == before
 
 
@@ -342,7 +345,7 @@ def test_candidates_longer_than_trained(released, mesh_of):
     config["llm_config"]["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
     case = Case(released.write("short", config, tokenizer), mesh_of(data=1))
     assert sum(len(case.ids(asked(steps))) > lengths[-3] for steps in CANDIDATES) >= 2
-    for got, steps in zip(case.prm.score_candidates(QUESTION, [], CANDIDATES), CANDIDATES, strict=True):
+    for got, steps in zip(case.prm.score_candidates(QUESTION, CANDIDATES, images=[]), CANDIDATES, strict=True):
         if steps:
             close(got, case.scores(case.ids(asked(steps))))
 
@@ -355,9 +358,9 @@ def test_candidates_longer_than_trained(released, mesh_of):
     ],
 )
 def test_eight_devices(cases, mesh_of, decoder, shape):
-    want = cases[decoder].prm.score_candidates(QUESTION, [WIDE], CANDIDATES[:7])
-    prm = PRM.from_pretrained(cases[decoder].folder, mesh_of(**shape))
-    for got, scores in zip(prm.score_candidates(QUESTION, [WIDE], CANDIDATES[:7]), want, strict=True):
+    want = cases[decoder].prm.score_candidates(QUESTION, CANDIDATES[:7], images=[WIDE])
+    prm = PRM.from_pretrained(cases[decoder].folder, mesh=mesh_of(**shape))
+    for got, scores in zip(prm.score_candidates(QUESTION, CANDIDATES[:7], images=[WIDE]), want, strict=True):
         close(got, scores)
 
 
@@ -380,16 +383,16 @@ def test_a_released_policy_is_the_start_of_a_prm(released, mesh_of):
 def test_converted(cases, tmp_path, mesh):
     case = cases[INTERNLM2]
     convert.convert(str(case.folder), str(tmp_path / "ours"), mesh)
-    prm = PRM.from_pretrained(tmp_path / "ours", mesh, **SMALL)
-    want = case.prm.score(QUESTION, [WIDE], STEPS)
-    assert prm.score(QUESTION, [WIDE], STEPS) == want and prm.template == "mm_prm"
+    prm = PRM.from_pretrained(tmp_path / "ours", mesh=mesh, **SMALL)
+    want = case.prm.score(QUESTION, STEPS, images=[WIDE])
+    assert prm.score(QUESTION, STEPS, images=[WIDE]) == want and prm.template == "mm_prm"
 
 
 def test_bfloat16(cases):
     case = cases[INTERNLM2]
-    want = np.array(case.prm.score(QUESTION, [WIDE], STEPS))
-    prm = PRM.from_pretrained(case.folder, case.mesh, dtype="bfloat16")
-    got = np.array(prm.score(QUESTION, [WIDE], STEPS))
+    want = np.array(case.prm.score(QUESTION, STEPS, images=[WIDE]))
+    prm = PRM.from_pretrained(case.folder, mesh=case.mesh, dtype="bfloat16")
+    got = np.array(prm.score(QUESTION, STEPS, images=[WIDE]))
     assert 1e-5 < np.abs(got - want).max() < 0.05  # NaN fails
 
 
@@ -408,7 +411,7 @@ def test_visual_prm(released, mesh_of):
         text += "+<|im_end|>\n"
     ids = case.ids(text)
     assert all(ids[at + 1] == tokenizer.piece("+") for at in marks)
-    close(case.prm.score(QUESTION, [WIDE], STEPS), case.scores(ids, [WIDE], marks, ("+", "-")))
+    close(case.prm.score(QUESTION, STEPS, images=[WIDE]), case.scores(ids, [WIDE], marks, ("+", "-")))
 
 
 @pytest.fixture(scope="module")
@@ -434,7 +437,7 @@ def test_text_only_model_with_a_head_of_its_own(text_only):
         x = np.exp(x @ weights["score.2.weight"].T + weights["score.2.bias"])
         return x[:, 1] / x.sum(axis=1)
 
-    for got, steps in zip(case.prm.score_candidates(QUESTION, [], CANDIDATES[:4]), CANDIDATES[:4], strict=True):
+    for got, steps in zip(case.prm.score_candidates(QUESTION, CANDIDATES[:4], images=[]), CANDIDATES[:4], strict=True):
         close(got, expected(steps))
 
 
@@ -454,9 +457,9 @@ def literal_ids(case, question, step, images):
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_that_looks_like_a_token(case, text):
     others = [STEPS, [STEPS[0], "Its height is 5."]]
-    want = case.prm.score_candidates(QUESTION, [SQUARE], others)
+    want = case.prm.score_candidates(QUESTION, others, images=[SQUARE])
     first, hostile, whole, last = case.prm.score_candidates(
-        QUESTION, [SQUARE], [others[0], [STEPS[0], text, STEPS[2]], [text], others[1]]
+        QUESTION, [others[0], [STEPS[0], text, STEPS[2]], [text], others[1]], images=[SQUARE]
     )
     close(first, want[0])
     close(last, want[1])
@@ -467,7 +470,7 @@ def test_text_that_looks_like_a_token(case, text):
 @pytest.mark.parametrize("text", [t for t in HOSTILE if "<image>" not in t])
 def test_question_that_looks_like_a_token(case, text):
     want = case.scores(literal_ids(case, text, STEPS[0], case.shown(SQUARE)), [SQUARE])
-    close(case.prm.score(text, [SQUARE], STEPS[:1]), want)
+    close(case.prm.score(text, STEPS[:1], images=[SQUARE]), want)
 
 
 # What is refused, with one line each.
@@ -489,31 +492,35 @@ def quick(monkeypatch):
 def test_policy(released, tmp_path, mesh, quick):
     tokenizer = released.tokenizer(INTERNLM2, prm=False)
     folder = released.write("policy", released.config(INTERNLM2, tokenizer), tokenizer)
-    refused(str(folder), "'<prm>'", "not in the vocabulary", call=lambda: PRM.from_pretrained(folder, mesh))
+    refused(str(folder), "'<prm>'", "not in the vocabulary", call=lambda: PRM.from_pretrained(folder, mesh=mesh))
 
 
 def test_fewer_embeddings_than_tokens(released, mesh, quick):
     tokenizer = released.tokenizer(QWEN2)
     size = len(tokenizer)
     folder = released.write("few", released.config(QWEN2, tokenizer, vocab_size=size - 1), tokenizer)
-    refused(str(folder), f"{size} tokens", f"{size - 1} embeddings", call=lambda: PRM.from_pretrained(folder, mesh))
+    refused(
+        str(folder), f"{size} tokens", f"{size - 1} embeddings", call=lambda: PRM.from_pretrained(folder, mesh=mesh)
+    )
 
 
 def test_template_of_another_kind_of_model(folders, text_only, mesh, quick):
     refused(
         "has no score head",
         "'qwen_math_prm' is not for it",
-        call=lambda: PRM.from_pretrained(folders[INTERNLM2], mesh, template="qwen_math_prm"),
+        call=lambda: PRM.from_pretrained(folders[INTERNLM2], mesh=mesh, template="qwen_math_prm"),
     )
     refused(
         "has score head",
         "'mm_prm' is not for it",
-        call=lambda: PRM.from_pretrained(text_only.folder, mesh, template="mm_prm"),
+        call=lambda: PRM.from_pretrained(text_only.folder, mesh=mesh, template="mm_prm"),
     )
 
 
 def test_unknown_template(folders, mesh, quick):
-    refused("'mmprm'", "did you mean mm_prm", call=lambda: PRM.from_pretrained(folders[QWEN2], mesh, template="mmprm"))
+    refused(
+        "'mmprm'", "did you mean mm_prm", call=lambda: PRM.from_pretrained(folders[QWEN2], mesh=mesh, template="mmprm")
+    )
 
 
 def test_pickled_weights(released, tmp_path, folders, mesh):
@@ -526,18 +533,18 @@ def test_pickled_weights(released, tmp_path, folders, mesh):
     (folder / "config.json").write_bytes((folders[QWEN2] / "config.json").read_bytes())
     Tokenizer.load(folders[QWEN2]).save(folder)
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    refused(str(folder), "pickled weights (pytorch_model.bin", call=lambda: PRM.from_pretrained(folder, mesh))
+    refused(str(folder), "pickled weights (pytorch_model.bin", call=lambda: PRM.from_pretrained(folder, mesh=mesh))
     assert not (tmp_path / "ran").exists()
 
 
 def test_neither_folder_nor_hub_id(tmp_path, mesh):
     for name in (str(tmp_path / "missing"), "missing"):
-        refused(f"{name}: neither a folder nor a hub id", call=lambda name=name: PRM.from_pretrained(name, mesh))
+        refused(f"{name}: neither a folder nor a hub id", call=lambda name=name: PRM.from_pretrained(name, mesh=mesh))
 
 
 def test_a_bucket_without_what_reads_buckets(monkeypatch, mesh):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    refused("gs://bucket/model", "mmprm_jax[gcs]", call=lambda: PRM.from_pretrained("gs://bucket/model", mesh))
+    refused("gs://bucket/model", "mmprm_jax[gcs]", call=lambda: PRM.from_pretrained("gs://bucket/model", mesh=mesh))
 
 
 def test_hub_id_offline(tmp_path, monkeypatch, mesh):
@@ -545,15 +552,17 @@ def test_hub_id_offline(tmp_path, monkeypatch, mesh):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name in ("nobody/no-such-model", "nobody/no-such-model@main"):
-        refused("nobody/no-such-model: no such folder", "hub", call=lambda name=name: PRM.from_pretrained(name, mesh))
+        refused(
+            "nobody/no-such-model: no such folder", "hub", call=lambda name=name: PRM.from_pretrained(name, mesh=mesh)
+        )
 
 
 def test_images_that_cannot_be_taken(prm, text_only, tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     for name, words in {"text.png": "not a readable image", "none.png": "not found", ".": "not a readable"}.items():
         path = tmp_path / name
-        refused(str(path), words, call=lambda path=path: prm.score(QUESTION, [SQUARE, path], STEPS))
-    refused("reads text only", call=lambda: text_only.prm.score(QUESTION, [SQUARE], STEPS))
+        refused(str(path), words, call=lambda path=path: prm.score(QUESTION, STEPS, images=[SQUARE, path]))
+    refused("reads text only", call=lambda: text_only.prm.score(QUESTION, STEPS, images=[SQUARE]))
 
 
 def test_placeholders_that_do_not_fit(prm, text_only):
@@ -561,13 +570,13 @@ def test_placeholders_that_do_not_fit(prm, text_only):
         refused(
             f"{question.count('<image>')} <image> placeholders",
             f"{len(images)} images",
-            call=lambda question=question, images=images: prm.score(question, images, STEPS),
+            call=lambda question=question, images=images: prm.score(question, STEPS, images=images),
         )
-    refused("1 <image> placeholders", call=lambda: text_only.prm.score("<image>", [], STEPS))
+    refused("1 <image> placeholders", call=lambda: text_only.prm.score("<image>", STEPS, images=[]))
 
 
 def test_text_that_is_no_text(prm):
-    refused("cannot tokenise", call=lambda: prm.score(QUESTION, [], ["a lone surrogate: \ud800"]))
+    refused("cannot tokenise", call=lambda: prm.score(QUESTION, ["a lone surrogate: \ud800"], images=[]))
 
 
 # Files.
@@ -627,18 +636,18 @@ def calls(prm, known, monkeypatch):
     class Calls(list):
         stop_at = None
 
-    found, original = Calls(), prm.score_candidates
+    found, original = Calls(), PRM.score_candidates
 
-    def counted(question, images, candidates):
+    def counted(self, question, candidates, *, images):
         if len(found) == found.stop_at:
             raise KeyboardInterrupt
         found.append(candidates)
         key = repr((question, [image.name for image in images], candidates))
         if key not in known:
-            known[key] = original(question, images, candidates)
+            known[key] = original(self, question, candidates, images=images)
         return known[key]
 
-    monkeypatch.setattr(prm, "score_candidates", counted)
+    monkeypatch.setattr(PRM, "score_candidates", counted)
     return found
 
 
@@ -652,7 +661,7 @@ def test_score_file(prm, problems, tmp_path):
         assert set(found) == {"id", "scores", "model", "template"}
         assert (found["model"], found["template"]) == ("some/model", "mm_prm")
         images = [tmp_path / name for name in wanted["images"]]
-        assert found["scores"] == prm.score_candidates(QUESTION, images, wanted["candidates"])
+        assert found["scores"] == prm.score_candidates(QUESTION, wanted["candidates"], images=images)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["problems.jsonl", "scores.jsonl", "square.png"]
 
 
@@ -660,7 +669,7 @@ def test_a_solution_of_a_step_detection_benchmark(prm, problems, tmp_path):
     one = {"id": "one", "question": QUESTION, "images": ["square.png"], "steps": STEPS, "labels": [1] * len(STEPS)}
     score_file(prm, "m", problems([one]), tmp_path / "scores.jsonl")
     (found,) = rows_of(tmp_path / "scores.jsonl")
-    assert found["scores"] == prm.score_candidates(QUESTION, [tmp_path / "square.png"], [STEPS])
+    assert found["scores"] == prm.score_candidates(QUESTION, [STEPS], images=[tmp_path / "square.png"])
 
 
 @pytest.mark.parametrize(
@@ -670,7 +679,7 @@ def test_a_solution_of_a_step_detection_benchmark(prm, problems, tmp_path):
 def test_an_image_as_problems_have_it(prm, calls, problems, tmp_path, images):
     score_file(prm, "m", problems([{"id": 1, "question": QUESTION, "steps": STEPS, **images}]), tmp_path / "s.jsonl")
     (found,) = rows_of(tmp_path / "s.jsonl")
-    assert found["scores"] == prm.score_candidates(QUESTION, [tmp_path / "square.png"], [STEPS])
+    assert found["scores"] == prm.score_candidates(QUESTION, [STEPS], images=[tmp_path / "square.png"])
 
 
 def test_a_misspelt_image_is_told(prm, problems, tmp_path, caplog):
@@ -793,7 +802,7 @@ def test_command_line(cases, problems, tmp_path):
         images = [tmp_path / name for name in wanted["images"]]
         assert (found["id"], found["model"], found["template"]) == (wanted["id"], str(case.folder), "mm_prm_eval")
         for got, want in zip(
-            found["scores"], prm.score_candidates(QUESTION, images, wanted["candidates"]), strict=True
+            found["scores"], prm.score_candidates(QUESTION, wanted["candidates"], images=images), strict=True
         ):
             close(got, want, 1e-4)
 

@@ -138,7 +138,7 @@ def test_a_released_policy_from_sft_to_the_exported_prm(environment, simple, rel
         for x in scored:
             problem = by_id[x.candidate.problem_id]
             steps = [step_text(s) for s in x.candidate.segments]
-            found += prm.score(problem.question, [simple / problem.image], steps)
+            found += prm.score(problem.question, steps, images=[simple / problem.image])
             wanted += x.scores
     assert len(wanted) > 20 and np.std(wanted) > 1e-4
     np.testing.assert_allclose(found, wanted, atol=2e-5)

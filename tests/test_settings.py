@@ -206,7 +206,7 @@ def test_the_names_are_those_that_there_are():
     from mmprm_jax.training import optimizers, trainer
 
     assert settings.SEARCHES == tuple(omegaprm.SEARCHES)
-    assert settings.EXAMPLES == tuple(stages.EXAMPLES)
+    assert settings.EXAMPLES == tuple(stages.train_prm.EXAMPLES)
     assert settings.TEMPLATES == tuple(prompts.POLICY_TEMPLATES)
     assert settings.REMAT == tuple(layers.REMAT)
     assert settings.DTYPES == tuple(trainer.DTYPES) == tuple(optimizers.MOMENTS)

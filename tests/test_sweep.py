@@ -5,8 +5,9 @@ import types
 import numpy as np
 import pytest
 
-from mmprm_jax import records, sweep
+from mmprm_jax import records
 from mmprm_jax.records import Candidate, Problem, ScoredCandidate, UserError
+from mmprm_jax.stages import sweep
 
 
 def test_cells_are_all_combinations():

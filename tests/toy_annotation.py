@@ -18,7 +18,15 @@ PROBLEMS = 24
 
 
 class Numbers:
-    """A tokenizer: steps of three numbers, then an answer."""
+    """A language: steps of three numbers, then an answer. It is its own tokenizer."""
+
+    def __init__(self, cfg, image_token):
+        self.tokenizer, self._cfg, self._image_token = self, cfg, image_token
+
+    def prompt(self, question, prefix, tiles):
+        ids = [8 + int(n) % 30 for n in question.split()]
+        picture = [self._image_token] * (tiles * self._cfg.tokens_per_tile)
+        return [5, *picture, *ids, *(int(n) for step in prefix for n in re.findall(r"\d+", step))]
 
     def decode(self, tokens):
         tokens = [max(t, 5) for t in tokens if t != STOP]  # 4 would be an image token
@@ -89,13 +97,8 @@ def problems(count=PROBLEMS):
 
 def make_sampler(tiny, mesh, slots, verify, places=4000, least=32):
     from mmprm_jax.rollout.engine import Engine
-    from mmprm_jax.rollout.rollouts import LocalSampler, Policy
+    from mmprm_jax.rollout.rollouts import LocalSampler
     from mmprm_jax.rollout.sampling import Sampling
-
-    def prompt(problem, prefix, tiles):
-        ids = [8 + int(n) % 30 for n in problem.question.split()]
-        picture = [tiny.image_token] * (tiles * tiny.cfg.tokens_per_tile)
-        return [5, *picture, *ids, *(int(n) for step in prefix for n in re.findall(r"\d+", step))]
 
     def pixels(problem):
         rng = np.random.default_rng(int(problem.id[1:]))
@@ -109,7 +112,7 @@ def make_sampler(tiny, mesh, slots, verify, places=4000, least=32):
     )  # fmt: skip
     engine.strict = True
     sampling = Sampling(temperature=0.8, top_k=30, top_p=0.95, max_new_tokens=24, stop=(STOP,))
-    return LocalSampler(engine, Policy(Numbers(), prompt, pixels, sampling), 0, "annotate", verify)
+    return LocalSampler(engine, Numbers(tiny.cfg, tiny.image_token), pixels, sampling, 0, "annotate", verify)
 
 
 def config(**changes):
@@ -148,7 +151,7 @@ def main():
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         address, index, count = options.process
         jax.distributed.initialize(address, int(count), int(index))
-    from mmprm_jax import annotate
+    from mmprm_jax import annotation
     from mmprm_jax.answers.workers import Verifier
     from mmprm_jax.sharding import make_mesh
 
@@ -157,7 +160,7 @@ def main():
     mesh = make_mesh(shape, jax.local_devices() if alone else None)
     share = {"worker": jax.process_index(), "workers": jax.process_count()} if alone else {}
     with jax.set_mesh(mesh), Verifier(0) as verify:
-        verify = annotate.told_by_the_first(verify) if options.lockstep else verify
+        verify = annotation.told_by_the_first(verify) if options.lockstep else verify
         sampler = make_sampler(Tiny(mesh), mesh, options.slots, verify)
         writes = bool(alone) or jax.process_index() == 0
         folder, todo = epath.Path(options.folder), problems(options.problems)
@@ -174,8 +177,8 @@ def main():
             return collect()
 
         sampler.collect = first
-        failed = annotate.run(folder, todo, sampler, settings(), config(mode=options.mode), writes=writes, **share)
-        print("end", annotate.finish(folder, todo, failed, False), flush=True)
+        failed = annotation.run(folder, todo, sampler, settings(), config(mode=options.mode), writes=writes, **share)
+        print("end", annotation.finish(folder, todo, failed, False), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmprm_jax.bench import common, cost
-from mmprm_jax.fit import chips, jobs
+from mmprm_jax.bench import common
+from mmprm_jax.environment import versions
+from mmprm_jax.fit import chips, cost, jobs
 from mmprm_jax.models import build
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.released import named
@@ -99,7 +100,7 @@ def decode(
     return {
         "benchmark": "decode",
         "device": jax.devices()[0].device_kind,
-        "versions": common.versions(),
+        "versions": versions(),
         "settings": dict(
             model=model, groups=groups, samples=samples, prefix=prefix, new=new, steps=steps,
             layers=decoder.num_layers, dtype=dtype,
@@ -169,7 +170,7 @@ def train(
     return {
         "benchmark": "train",
         "device": kind,
-        "versions": common.versions(),
+        "versions": versions(),
         "settings": dataclasses.asdict(s),
         "parameters": work.parameters,
         "seconds_per_step": seconds,

@@ -23,7 +23,7 @@ from mmprm_jax.models import build
 from mmprm_jax.models.config import DecoderConfig, VisionConfig, VLMConfig
 from mmprm_jax.records import Problem, Tree
 from mmprm_jax.rollout.engine import Engine
-from mmprm_jax.rollout.rollouts import LocalSampler, Policy
+from mmprm_jax.rollout.rollouts import LocalSampler
 from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.search.omegaprm import Forest, grow
 from mmprm_jax.search.settings import Settings
@@ -45,7 +45,11 @@ SETTINGS = Settings(num_rollouts=ROLLOUTS, max_searches=8, rollout_budget=160, l
 
 
 class Numbers:
-    """Tokens to the text of steps and an answer, and back."""
+    """A language whose texts are numbers: tokens to the text of steps and an answer, and back."""
+
+    @property
+    def tokenizer(self) -> Numbers:
+        return self
 
     def decode(self, tokens: Sequence[int]) -> str:
         numbers = [max(t, FIRST) for t in tokens if t not in STOPS] or [FIRST]
@@ -53,8 +57,8 @@ class Numbers:
         done = "".join(f"<step>{' '.join(map(str, step))}</step>" for step in steps[:-1])
         return f"{done}<answer>{' '.join(map(str, steps[-1]))}</answer>"
 
-    def prompt(self, problem: Problem, prefix: tuple[str, ...], tiles: int) -> list[int]:
-        numbers = [int(n) for text in (problem.question, *prefix) for n in re.findall(r"\d+", text)]
+    def prompt(self, question: str, prefix: Sequence[str], tiles: int) -> list[int]:
+        numbers = [int(n) for text in (question, *prefix) for n in re.findall(r"\d+", text)]
         return [FIRST, *[IMAGE] * (tiles * CFG.tokens_per_tile), *numbers]
 
 
@@ -83,8 +87,8 @@ def _grow(some: Sequence[Problem], slots: int, in_flight: int) -> tuple[list[Tre
             engine = Engine(
                 graphdef, params, CFG, IMAGE, mesh, slots=slots, samples=ROLLOUTS, max_new=LONGEST, places=200_000
             )
-            numbers, sampling = Numbers(), Sampling(max_new_tokens=LONGEST, stop=STOPS)
-            sampler = LocalSampler(engine, Policy(numbers, numbers.prompt, _pixels, sampling), 0, "bench", _verify)
+            sampling = Sampling(max_new_tokens=LONGEST, stop=STOPS)
+            sampler = LocalSampler(engine, Numbers(), _pixels, sampling, 0, "bench", _verify)
             start = time.perf_counter()
             trees = dict(grow(enumerate(some), Forest(SETTINGS, in_flight), sampler))
             seconds = time.perf_counter() - start

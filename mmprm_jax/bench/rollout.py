@@ -17,7 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmprm_jax.bench import common, cost
+from mmprm_jax.bench import common
+from mmprm_jax.environment import versions
+from mmprm_jax.fit import compile, cost, jobs, report
 from mmprm_jax.models import build, hf
 from mmprm_jax.models.config import DecoderConfig, VisionConfig, VLMConfig
 from mmprm_jax.models.hf_config import NATIVE, TEXT_PRM
@@ -26,6 +28,7 @@ from mmprm_jax.records import UserError
 from mmprm_jax.rollout.engine import Engine, Group, Sample
 from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.sharding import make_mesh
+from mmprm_jax.spawn import Child
 
 QWEN2 = VLMConfig(
     vision=None,
@@ -275,7 +278,7 @@ def measure(case: Case, pairs: int) -> dict[str, Any]:
     """One case. The ratio is the median over ``pairs`` of neighbouring runs; the rates are those of the best runs."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
-        with common.Child(ours, case, folder) as left, common.Child(theirs, case, folder) as right:
+        with Child(ours, case, folder) as left, Child(theirs, case, folder) as right:
             agreement = _agreement(next(left), next(right))
             next(left)
             ways = next(right)
@@ -314,7 +317,7 @@ def run(names: Sequence[str] = (), pairs: int = 2, topologies: Sequence[str] = (
     chosen = [case for case in CASES if not names or case.name.startswith(tuple(names))]
     if not chosen:
         raise UserError(f"no case is called {', '.join(names)}; there are: {'; '.join(case.name for case in CASES)}")
-    if not {"torch", "transformers"} <= common.versions().keys():
+    if not {"torch", "transformers"} <= versions().keys():
         raise UserError("torch or transformers is missing: pip install 'mmprm_jax[bench]'")
     result: dict[str, Any] = {
         "benchmark": "rollout", "machine": common.machine(), "sampling": SAMPLING, "pairs": pairs, "cases": [],
@@ -330,8 +333,6 @@ def run(names: Sequence[str] = (), pairs: int = 2, topologies: Sequence[str] = (
         print(_row(result["cases"][-1]), flush=True)
     print("tokens/s: best run; ratio: median of neighbouring runs; FLOP/s by formula over those of a matrix product")
     for topology in topologies:
-        from mmprm_jax.fit import compile, jobs, report
-
         try:
             found = compile.measure(jobs.Settings(job="decode", topology=topology))
             print(report.describe(found), flush=True)

@@ -23,10 +23,12 @@ import numpy as np
 from mmprm_jax.bench import common
 from mmprm_jax.bench.rollout import IMAGE, MODELS, export
 from mmprm_jax.data import packing
+from mmprm_jax.environment import versions
 from mmprm_jax.models import build
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.records import UserError
 from mmprm_jax.sharding import make_mesh, put_rows
+from mmprm_jax.spawn import Child
 from mmprm_jax.training import losses, optimizers, trainer
 
 _TOLERANCE = 1e-4  # relative, of the first step's loss and gradient norm
@@ -218,11 +220,11 @@ def named(name: str) -> Case:
 
 def run(pairs: int, case: Case) -> dict[str, Any]:
     """Raises UserError when torch or transformers is missing, or the two do not train alike."""
-    if not {"torch", "transformers"} <= common.versions().keys():
+    if not {"torch", "transformers"} <= versions().keys():
         raise UserError("torch or transformers is missing: pip install 'mmprm_jax[bench]'")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
-        with common.Child(ours, case, folder) as left, common.Child(theirs, case, folder) as right:
+        with Child(ours, case, folder) as left, Child(theirs, case, folder) as right:
             agreement = _agreement(next(left), next(right))
             next(left)
             ways = next(right)

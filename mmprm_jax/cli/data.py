@@ -48,7 +48,7 @@ def prepare(args: argparse.Namespace) -> None:
 
     from mmprm_jax.data import prepare, sources
     from mmprm_jax.data.rewriter import Rewriter
-    from mmprm_jax.rollout.servers import reach
+    from mmprm_jax.servers import reach
 
     with checking_usage():
         source = sources.find(args.source)

@@ -79,7 +79,7 @@ def bon(args: argparse.Namespace) -> None:
     from etils import epath
 
     from mmprm_jax.evaluation import best_of_n, paper, statistics, stored
-    from mmprm_jax.evaluation.stage import selectors
+    from mmprm_jax.evaluation.figures import selectors
     from mmprm_jax.report.report import format_table
 
     found = stored.read(args.file)
@@ -245,7 +245,7 @@ def verify(args: argparse.Namespace) -> int:
         raise UsageError("a judge needs both --judge=http://host:8000/v1 and --judge-model=NAME")
 
     from mmprm_jax.answers import audit
-    from mmprm_jax.rollout.servers import reach
+    from mmprm_jax.servers import reach
 
     with checking_usage():
         audit.mode_of(args.mode)
@@ -275,7 +275,7 @@ def sweep(args: argparse.Namespace) -> None:
         raise UsageError("sweep: --grid is missing, e.g. --grid=train_prm.label=soft,hard")
 
     from mmprm_jax import config as configs
-    from mmprm_jax import sweep
+    from mmprm_jax.stages import sweep
 
     with checking_usage():
         grid = sweep.parse(args.grid)
@@ -301,12 +301,13 @@ def sweep(args: argparse.Namespace) -> None:
 )
 def guide(args: argparse.Namespace) -> None:
     from mmprm_jax.evaluation import guided
+    from mmprm_jax.stages import guide
 
     names = args.search.split(",")
     for name in names:
         if name not in guided.METHODS:
             raise UsageError(f"--search: {name!r} is no such search{nearest(name, guided.METHODS)}")
-    figures = guided.run(open_run(args), names)
+    figures = guide.run(open_run(args), names)
     _finish(figures, guided.format_table(figures), args.json, ())
 
 
@@ -337,8 +338,8 @@ def benchmark(args: argparse.Namespace) -> None:
     run = open_run(args)
 
     from mmprm_jax import processes
-    from mmprm_jax.evaluation import benchmark
     from mmprm_jax.report.report import format_table
+    from mmprm_jax.stages import benchmark
 
     figures = benchmark.run(run, args.file, args.scoring)
     if not processes.is_first():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from mmprm_jax.data import images, prompts
 from mmprm_jax.data.training_files import Encoded
@@ -21,8 +23,7 @@ from mmprm_jax.records import Problem, SFTExample, StepExample, UserError
 
 TileCount = Callable[[str | None], int]  # image file, None: no image -> its number of tiles
 Pixels = Callable[[Problem], np.ndarray | None]  # uint8 [tiles, H, W, 3] of a problem's image; None: it has none
-# (question, solution so far, visual tokens of each image) -> a prompt
-Build = Callable[[str, Sequence[str], Sequence[int]], list[Segment]]
+Picture = str | os.PathLike | Image.Image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,31 +31,27 @@ class Language:
     """What a policy and its PRM read and write: a tokenizer, the sizes of the model, prompts.
 
     Solutions are tuples of segments (``records``). ask: the policy's prompt, which ends where it goes on. respond: a
-    demonstration's response behind it. judge: a solution as the PRM reads it, with one score per segment. positive,
-    negative: the vocabulary entries whose logits are compared there. templates: the names of the policy's prompt and of
-    the PRM's, as a model folder keeps them.
+    demonstration's response behind it. prm: a solution as the PRM reads it, with one score per segment. policy: the
+    name of the policy's template.
     """
 
     tokenizer: Tokenizer
     cfg: VLMConfig
-    ask: Build
+    ask: prompts.Build
     respond: Callable[[str], list[Segment]]
-    judge: Build
-    positive: str = tok.YES
-    negative: str = tok.NO
-    templates: tuple[str, str] = (prompts.OWN, prompts.OWN)
+    prm: prompts.PRMTemplate
+    policy: str = prompts.OWN
 
     @classmethod
     def own(cls, tokenizer: Tokenizer, cfg: VLMConfig) -> Language:
         """Of a model of our own: the tags of steps are tokens, and ``<prm>`` stands behind each segment."""
         markers = tokenizer.own_markers
-        judge = prompts.own_prm(markers).build
         chat = prompts.policy_template("plain").build
 
         def ask(question: str, segments: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
             return chat(question, (), image_tokens) + [x for s in segments for x in prompts.marked(s, markers)]
 
-        return cls(tokenizer, cfg, ask, lambda response: prompts.marked(response, markers), judge)
+        return cls(tokenizer, cfg, ask, lambda response: prompts.marked(response, markers), prompts.own_prm(markers))
 
     @classmethod
     def released(cls, tokenizer: Tokenizer, cfg: VLMConfig, policy: str = "internvl", prm: str = "mm_prm") -> Language:
@@ -62,11 +59,8 @@ class Language:
         asked, judged = prompts.policy_template(policy), prompts.prm_template(prm)
         if judged.positive is None or judged.negative is None:
             raise UserError(f"the template {prm!r} is for a model with a score head; a policy has none")
-
-        return cls(
-            tokenizer, cfg, prompts.bare(asked.build), lambda response: [Segment(response)], judged.build,
-            judged.positive, judged.negative, (policy, prm),
-        )  # fmt: skip
+        ask = prompts.bare(asked.build)
+        return cls(tokenizer, cfg, ask, lambda response: [Segment(response)], judged, policy)
 
     @classmethod
     def stored(cls, tokenizer: Tokenizer, cfg: VLMConfig, config: Mapping[str, Any]) -> Language:
@@ -76,15 +70,29 @@ class Language:
             return cls.own(tokenizer, cfg)
         return cls.released(tokenizer, cfg, *named)
 
+    @classmethod
+    def of_prm(cls, tokenizer: Tokenizer, cfg: VLMConfig, template: str) -> Language:
+        """Of a PRM, by the name of its template, which may be for a score head. Raises UserError as ``released``."""
+        if template == prompts.OWN:
+            return cls.own(tokenizer, cfg)
+        return dataclasses.replace(cls.released(tokenizer, cfg), prm=prompts.prm_template(template))
+
+    @property
+    def templates(self) -> tuple[str, str]:
+        """The names of the policy's prompt and of the PRM's, as a model folder keeps them."""
+        return self.policy, self.prm.name
+
     @property
     def image_token(self) -> int:
         """The id of an image's visual tokens; -1 for a model that takes none."""
         return self.tokenizer.id(tok.IMAGE) if self.cfg.vision else -1
 
     @property
-    def classes(self) -> tuple[int, int]:
-        """The ids of ``positive`` and ``negative``."""
-        return self.tokenizer.piece(self.positive), self.tokenizer.piece(self.negative)
+    def classes(self) -> tuple[int, int] | None:
+        """The ids of the tokens for right and wrong; None: the PRM has a score head."""
+        if self.prm.positive is None or self.prm.negative is None:
+            return None
+        return self.tokenizer.piece(self.prm.positive), self.tokenizer.piece(self.prm.negative)
 
     def with_prm(self, kappa: bool = False) -> Language:
         """The PRM's: with the token ``<prm>``, and a head for the concentration of Beta-Binomial labels."""
@@ -95,16 +103,19 @@ class Language:
             self, tokenizer=tokenizer, cfg=dataclasses.replace(self.cfg, decoder=decoder, kappa=kappa)
         )
 
-    def _counts(self, tiles: int) -> list[int]:
-        return [tiles * self.cfg.tokens_per_tile] if tiles else []
+    def _counts(self, tiles: int | Sequence[int]) -> list[int]:
+        each = ([tiles] if tiles else []) if isinstance(tiles, int) else tiles
+        return [count * self.cfg.tokens_per_tile for count in each]
 
-    def prompt(self, question: str, segments: Sequence[str], tiles: int) -> list[int]:
-        """The ids of the policy's prompt; the image has so many tiles, 0: there is none."""
+    def prompt(self, question: str, segments: Sequence[str], tiles: int | Sequence[int]) -> list[int]:
+        """The ids of the policy's prompt. tiles: of each image; a number: of the only one, 0: there is none."""
         return self.tokenizer.encode_prompt(self.ask(question, segments, self._counts(tiles)))[0]
 
-    def solution(self, question: str, segments: Sequence[str], tiles: int) -> tuple[list[int], list[int]]:
-        """The ids of a solution as the PRM reads it, and where its scores stand."""
-        return self.tokenizer.encode_prompt(self.judge(question, segments, self._counts(tiles)))
+    def solution(
+        self, question: str, segments: Sequence[str], tiles: int | Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """The ids of a solution as the PRM reads it, and where its scores stand. tiles: as in ``prompt``."""
+        return self.tokenizer.encode_prompt(self.prm.build(question, segments, self._counts(tiles)))
 
     def demonstration(self, example: SFTExample, tiles: TileCount) -> Encoded:
         """Prompt, response, end of turn; ``response`` is True from the response on."""
@@ -155,7 +166,33 @@ def tile_count(folder: epath.PathLike, cfg: VLMConfig, max_tiles: int) -> TileCo
     return count
 
 
-def file_pixels(folder: epath.PathLike, cfg: VLMConfig, max_tiles: int) -> Pixels:
+def picture_tiles(
+    pictures: Sequence[Picture], cfg: VLMConfig, max_tiles: int, thumbnail: bool = True
+) -> list[np.ndarray]:
+    """The tiles of each picture, a file or a PIL image: uint8 [tiles, H, W, 3].
+
+    Raises UserError for a picture that cannot be read, and for any if the model takes none.
+    """
+    if isinstance(pictures, str | os.PathLike | Image.Image):
+        raise UserError("images must be a list of files or PIL images, not one of them")
+    if pictures and cfg.vision is None:
+        raise UserError("this model reads text only, but the problem has images")
+    found = []
+    for picture in pictures:
+        image = images.to_rgb(picture) if isinstance(picture, Image.Image) else images.open_image(picture)
+        found.append(images.tiles(image, max_tiles, cfg.tile, thumbnail))
+    return found
+
+
+def problem_text(problem: Problem | str, pictures: Sequence[Picture] | None) -> tuple[str, Sequence[Picture]]:
+    """The question, and the pictures that come with it: those given, or else the problem's own."""
+    if isinstance(problem, str):
+        return problem, pictures or ()
+    own = () if problem.image is None else (problem.image,)
+    return problem.question, own if pictures is None else pictures
+
+
+def file_pixels(folder: epath.PathLike, cfg: VLMConfig, max_tiles: int, thumbnail: bool = True) -> Pixels:
     """The tiles of a problem's image, which is relative to ``folder``; opened when they are needed.
 
     The function raises as that of ``tile_count``.
@@ -164,7 +201,7 @@ def file_pixels(folder: epath.PathLike, cfg: VLMConfig, max_tiles: int) -> Pixel
     def pixels(problem: Problem) -> np.ndarray | None:
         if problem.image is None:
             return None
-        return images.tiles(images.open_image(_image(folder, problem.image, cfg)), max_tiles, cfg.tile)
+        return images.tiles(images.open_image(_image(folder, problem.image, cfg)), max_tiles, cfg.tile, thumbnail)
 
     return pixels
 

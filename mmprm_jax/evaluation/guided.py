@@ -1,4 +1,4 @@
-"""Search guided by the PRM, one step at a time, compared with Best-of-N at equal tokens: ``mmprm guide``.
+"""Search guided by the PRM, one step at a time, compared with Best-of-N at equal tokens.
 
 - ``beam``: of all continuations by one step, the ``beams / width`` of the highest score go on, each with ``width``
   continuations (arXiv 2408.03314, section 5.2).
@@ -17,22 +17,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from mmprm_jax import io, manifest, records
 from mmprm_jax.data.prompts import final_answer
 from mmprm_jax.evaluation import best_of_n, statistics
-from mmprm_jax.evaluation.pieces import Pieces
-from mmprm_jax.manifest import Depth
-from mmprm_jax.metrics import progress
 from mmprm_jax.records import Problem, Request, Rollout, ScoredCandidate, UserError
-
-if TYPE_CHECKING:
-    from mmprm_jax.stages import Run
-
-CHUNK = 64  # problems searched together
 
 Segments = tuple[str, ...]
 # The value of each solution so far of each problem; higher is better.
@@ -160,52 +151,6 @@ def _best(problem: Problem, paths: Sequence[_Path], tokens: int) -> Guided:
         return Guided(problem.id, (), False, None, tokens)
     best = max(finished, key=lambda path: path.score)
     return Guided(problem.id, best.segments, best.correct, best.score, tokens)
-
-
-# ------------------------------------------------------------------------------------------------- a run
-
-
-def run(run: Run, names: Sequence[str]) -> dict[str, Any]:
-    """Searches the test problems with the named methods and compares each with Best-of-N; figures by name.
-
-    ``guided/<name>.jsonl`` keep what was found (``Guided``); an interrupted search goes on. Raises UserError if the
-    evaluation has not finished; Interrupted.
-    """
-    from mmprm_jax.evaluation import stage  # which needs what this module needs
-
-    c, figures = run.config.guided, run.figures("evaluate")
-    if figures is None:
-        raise UserError(f"{run.workdir}: its evaluation has not finished; run `mmprm evaluate` there first")
-    manifest.check(run, ["data", "sft", "train_prm", "evaluate"], Depth.ALL)
-    unknown = [name for name in names if name not in METHODS]
-    if unknown:
-        raise UserError(f"{unknown[0]}: no such search; there are {', '.join(METHODS)}")
-    methods = {name: METHODS[name](c.beams, c.width, c.ahead) for name in names}
-    problems, aggregator = run.problems("test"), figures["prm_selected"]
-    value = stage.values(run, aggregator)
-    run.folder("guided").mkdir(parents=True, exist_ok=True)
-    with stage.Policy(run) as policy:
-        for name, method in methods.items():
-            pieces = Pieces(run.folder("guided") / f"{name}.jsonl")
-            if pieces.path.exists():
-                continue
-            with pieces, progress(len(problems), name, "problem", len(pieces.done)) as bar:
-                left = [p for p in problems if p.id not in pieces.done]
-                for start in range(0, len(left), CHUNK):
-                    steps = policy.sampler(f"guided {name}", by_step=True)
-                    greedy = policy.sampler(f"guided {name} ahead", by_step=True, greedy=True)
-                    chunk = left[start : start + CHUNK]
-                    for found in search(chunk, method, steps, greedy, value, c.depth):
-                        pieces.add(found.problem_id, dataclasses.asdict(found))
-                    bar.update(len(chunk))
-                pieces.finish(records.from_dict(Guided, pieces.done[p.id]) for p in problems)
-    scored = stage.stored(run, "test")
-    for name in names:
-        io.check(run.folder("guided") / f"{name}.jsonl")
-    return {
-        name: compare(records.read_all(run.folder("guided") / f"{name}.jsonl", Guided), scored, aggregator)
-        for name in names
-    }
 
 
 def compare(found: Sequence[Guided], scored: Sequence[Sequence[ScoredCandidate]], aggregator: str) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
-from mmprm_jax.bench import common, cost
-from mmprm_jax.fit import chips, hlo, jobs
+from mmprm_jax.environment import versions
+from mmprm_jax.fit import chips, cost, hlo, jobs
 from mmprm_jax.records import UserError
+from mmprm_jax.spawn import Child
 
 # There is no TPU to ask for its neighbours, nor one to share, and nothing to log.
 OFFLINE = {
@@ -37,9 +38,9 @@ def measure(settings: jobs.Settings) -> dict[str, Any]:
     ``_compiled`` found. All of one chip. Raises UserError on unknown names, or when libtpu is missing.
     """
     settings, topology = jobs.resolve(settings)
-    if topology.chip.tpu and "libtpu" not in common.versions():
+    if topology.chip.tpu and "libtpu" not in versions():
         raise UserError("libtpu is missing: pip install 'mmprm_jax[tpu]'")
-    with common.Child(_work, settings, topology) as child:
+    with Child(_work, settings, topology) as child:
         return next(child)
 
 
@@ -78,7 +79,7 @@ def _work(settings: jobs.Settings, topology: chips.Topology) -> Iterator[dict[st
         "examples": job.examples,
         "fewest_bytes": job.fewest_bytes,
         "programs": programs,
-        "versions": common.versions(),
+        "versions": versions(),
     }
 
 

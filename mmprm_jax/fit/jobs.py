@@ -8,16 +8,14 @@ import math
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmprm_jax.bench import cost
 from mmprm_jax.evaluation import score
-from mmprm_jax.fit import chips
+from mmprm_jax.fit import chips, cost
 from mmprm_jax.models import build
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.released import named
@@ -116,6 +114,11 @@ def _place(mesh: Any, tree: Any, spec: Callable[[Any], P] = lambda x: x.sharding
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x))), tree)
 
 
+def _abstract(mesh: Any, tree: Any) -> Any:
+    """A ``device.Make`` that allocates nothing."""
+    return _place(mesh, tree, lambda x: x.spec)
+
+
 def _batch(mesh: Any, dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, fit_spec(shape, (BATCH,), mesh)))
 
@@ -175,9 +178,8 @@ def decode(s: Settings, cfg: VLMConfig, mesh: Any) -> Job:
     b = device.shards(mesh)
     layers = _place(mesh, jax.eval_shape(functools.partial(device.unstack, graphdef=graphdef), params))
     sizes = -(-s.slots // b), -(-s.prefixes // b)
-    with mock.patch.object(device, "_allocate", lambda _, tree: _place(mesh, tree, lambda x: x.spec)):
-        rows = device.new_rows(decoder, mesh, sizes[1], s.width, jnp.bfloat16)
-        state = device.new_state(decoder, mesh, *sizes, s.samples, s.columns, jnp.bfloat16)
+    rows = device.new_rows(decoder, mesh, sizes[1], s.width, jnp.bfloat16, make=_abstract)
+    state = device.new_state(decoder, mesh, *sizes, s.samples, s.columns, jnp.bfloat16, make=_abstract)
     numbers = functools.partial(_batch, mesh, jnp.int32, b)
     queue = {"order": numbers(sizes[1] * s.samples), "head": numbers(), "tail": numbers()}
     limit = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in ("most", "least", "free")}

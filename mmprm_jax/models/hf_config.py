@@ -69,6 +69,12 @@ def templates(config: Mapping[str, Any]) -> tuple[str, str]:
     return found["policy"], found["prm"]
 
 
+def tiling(config: Mapping[str, Any]) -> tuple[int, bool]:
+    """Tiles of one image at most, and whether the whole image follows several of them, as config.json says."""
+    most = config.get("max_dynamic_patch", 12) if config.get("dynamic_image_size", True) else 1
+    return most, bool(config.get("use_thumbnail", True))
+
+
 def from_hf_config(config: Mapping[str, Any]) -> VLMConfig:
     """The model's sizes from a config.json of InternVLChatModel, InternVLForConditionalGeneration or a text-only model.
 

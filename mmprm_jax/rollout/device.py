@@ -127,14 +127,19 @@ def _put_first(tree: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Array:
+class ArraySpec:
+    """An array that is to be made."""
+
     shape: tuple[int, ...]
     dtype: Any
     spec: P
 
 
-def _allocate(mesh: Any, tree: Any) -> Any:
-    """Zeros for a tree of ``_Array``."""
+Make = Callable[[Any, Any], Any]  # (mesh, tree of ArraySpec) -> the same tree of arrays, or of their shapes
+
+
+def zeros(mesh: Any, tree: Any) -> Any:
+    """Zeros for a tree of ``ArraySpec``."""
     # Of full rank, as programs return them: otherwise the second call would compile again.
     shardings = jax.tree.map(lambda x: NamedSharding(mesh, P(*x.spec, *(None,) * (len(x.shape) - len(x.spec)))), tree)
     return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree), out_shardings=shardings)()
@@ -144,14 +149,16 @@ def new_pool(cfg: DecoderConfig, mesh: Any, places: int, dtype: Any) -> State:
     """k, v [B, L, C, G, D] and the hidden states after the last norm [B, C, size] of known tokens."""
     b, spec = shards(mesh), P(BATCH, None, None, _heads(cfg)[2])
     shape = (b, cfg.num_layers, places, cfg.num_kv_heads, cfg.head_dim)
-    hidden = _Array((b, places, cfg.hidden_size), dtype, P(BATCH))
-    return _allocate(mesh, {"k": _Array(shape, dtype, spec), "v": _Array(shape, dtype, spec), "hidden": hidden})
+    hidden = ArraySpec((b, places, cfg.hidden_size), dtype, P(BATCH))
+    return zeros(mesh, {"k": ArraySpec(shape, dtype, spec), "v": ArraySpec(shape, dtype, spec), "hidden": hidden})
 
 
-def new_rows(cfg: DecoderConfig, mesh: Any, rows: int, width: int, dtype: Any) -> list[tuple[jax.Array, jax.Array]]:
+def new_rows(
+    cfg: DecoderConfig, mesh: Any, rows: int, width: int, dtype: Any, make: Make = zeros
+) -> list[tuple[jax.Array, jax.Array]]:
     """Keys and values of resident prefixes for each layer, [B, R, G, P, D]."""
-    x = _Array((shards(mesh), rows, cfg.num_kv_heads, width, cfg.head_dim), dtype, _heads(cfg))
-    return _allocate(mesh, [(x, x)] * cfg.num_layers)
+    x = ArraySpec((shards(mesh), rows, cfg.num_kv_heads, width, cfg.head_dim), dtype, _heads(cfg))
+    return make(mesh, [(x, x)] * cfg.num_layers)
 
 
 @functools.partial(jax.jit, static_argnames=("width",))
@@ -165,15 +172,17 @@ def resize(rows: Any, width: int) -> Any:
     return jax.tree.map(change, rows)
 
 
-def new_state(cfg: DecoderConfig, mesh: Any, slots: int, rows: int, samples: int, columns: int, dtype: Any) -> State:
+def new_state(
+    cfg: DecoderConfig, mesh: Any, slots: int, rows: int, samples: int, columns: int, dtype: Any, make: Make = zeros
+) -> State:
     """Slots, all free; the parameters of rows; the samples' tokens so far."""
     b, depth, vocab = shards(mesh), cfg.head_dim, cfg.vocab_size
 
-    def array(*shape: int, dtype: Any = jnp.int32) -> _Array:
-        return _Array((b, *shape), dtype, P(BATCH))
+    def array(*shape: int, dtype: Any = jnp.int32) -> ArraySpec:
+        return ArraySpec((b, *shape), dtype, P(BATCH))
 
-    def cache(*shape: int) -> _Array:
-        return _Array((b * slots, cfg.num_kv_heads, *shape), dtype, P(BATCH, _heads(cfg)[2]))
+    def cache(*shape: int) -> ArraySpec:
+        return ArraySpec((b * slots, cfg.num_kv_heads, *shape), dtype, P(BATCH, _heads(cfg)[2]))
 
     parameters = {name: array(rows, *value.shape, dtype=value.dtype) for name, value in Sampling().arrays().items()}
     tree = {
@@ -186,7 +195,7 @@ def new_state(cfg: DecoderConfig, mesh: Any, slots: int, rows: int, samples: int
             "last": array(slots),
             "alive": array(slots, dtype=bool),
         },
-        "seen": _Array((b, slots, vocab), bool, P(BATCH, *fit_spec((slots,), ("tensor",), mesh))),
+        "seen": ArraySpec((b, slots, vocab), bool, P(BATCH, *fit_spec((slots,), ("tensor",), mesh))),
         "row": {
             "length": array(rows),
             "key": array(rows, 2, dtype=jnp.uint32),
@@ -200,7 +209,7 @@ def new_state(cfg: DecoderConfig, mesh: Any, slots: int, rows: int, samples: int
             "count": array(rows, samples),  # tokens of a finished sample, 0 before
         },
     }
-    return _allocate(mesh, tree)
+    return make(mesh, tree)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))

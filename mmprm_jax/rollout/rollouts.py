@@ -14,12 +14,10 @@ import numpy as np
 from mmprm_jax import interruption
 from mmprm_jax.data.encode import Language, Pixels
 from mmprm_jax.data.prompts import final_answer, split_segments
-from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import Failure, Problem, Request, Rollout, UserError
+from mmprm_jax.records import Failure, Request, Rollout, UserError
 from mmprm_jax.rollout.engine import Engine, Group, Sample
 from mmprm_jax.rollout.sampling import Sampling
 
-Prompt = Callable[[Problem, tuple[str, ...], int], Sequence[int]]  # (problem, prefix, tiles) -> ids
 Verify = Callable[[Sequence[tuple[str | None, str]]], Sequence[bool]]  # (answer, gold) pairs
 
 
@@ -31,38 +29,28 @@ def request_key(seed: int, purpose: str, request: Request) -> np.ndarray:
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """What turns problems into tokens and tokens into text."""
-
-    tokenizer: Tokenizer
-    prompt: Prompt
-    pixels: Pixels
-    sampling: Sampling
-
-    @classmethod
-    def of(cls, language: Language, pixels: Pixels, sampling: Sampling) -> Policy:
-        """Of a policy that speaks ``language``."""
-
-        def prompt(problem: Problem, prefix: tuple[str, ...], tiles: int) -> list[int]:
-            return language.prompt(problem.question, prefix, tiles)
-
-        return cls(language.tokenizer, prompt, pixels, sampling)
-
-
 class LocalSampler:
     """Samples requests with an engine and verifies the final answers while the device goes on: a ``records.Sampler``.
 
-    ``seed`` and ``purpose`` name the random numbers.
+    language: asks, and reads the answers. pixels: opens a problem's image. seed, purpose: name the random numbers.
     """
 
-    def __init__(self, engine: Engine, policy: Policy, seed: int, purpose: str, verify: Verify):
-        self.engine, self.policy, self.verify = engine, policy, verify
-        self._seed, self._purpose = seed, purpose
+    def __init__(
+        self, engine: Engine, language: Language, pixels: Pixels, sampling: Sampling, seed: int, purpose: str,
+        verify: Verify,
+    ):  # fmt: skip
+        self.engine, self.language, self.verify = engine, language, verify
+        self.pixels, self.sampling, self._seed, self._purpose = pixels, sampling, seed, purpose
         self._requests: dict[int, Request] = {}
-        self._pixels: dict[str, np.ndarray | None] = {}
+        self._tiles: dict[str, np.ndarray | None] = {}
         self._failed: list[Any] = []
         self._numbers = itertools.count()
+
+    def variant(self, purpose: str, pixels: Pixels | None = None, **sampling: Any) -> LocalSampler:
+        """Another sampler on the same engine: other random numbers, images (None: the same) and ways to draw."""
+        changed = dataclasses.replace(self.sampling, **sampling)
+        pixels = pixels or self.pixels
+        return LocalSampler(self.engine, self.language, pixels, changed, self._seed, purpose, self.verify)
 
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -82,7 +70,7 @@ class LocalSampler:
 
     def release(self, problem_id: str) -> None:
         self.engine.release(problem_id)
-        self._pixels.pop(problem_id, None)
+        self._tiles.pop(problem_id, None)
 
     def solve(
         self, requests: Sequence[Request], update: Callable[[int], Any] = lambda n: None
@@ -112,12 +100,12 @@ class LocalSampler:
 
     def _group(self, number: int, request: Request) -> Group:
         problem = request.problem
-        if problem.id not in self._pixels:
-            self._pixels[problem.id] = self.policy.pixels(problem)
-        pixels = self._pixels[problem.id]
-        prefix = self.policy.prompt(problem, request.prefix, 0 if pixels is None else len(pixels))
+        if problem.id not in self._tiles:
+            self._tiles[problem.id] = self.pixels(problem)
+        pixels = self._tiles[problem.id]
+        prefix = self.language.prompt(problem.question, request.prefix, 0 if pixels is None else len(pixels))
         key = request_key(self._seed, self._purpose, request)
-        return Group(number, problem.id, tuple(prefix), pixels, key, request.n, self.policy.sampling)
+        return Group(number, problem.id, tuple(prefix), pixels, key, request.n, self.sampling)
 
     def _collect(self) -> list[tuple[Request, list[tuple[Rollout, float]] | Failure]]:
         """As ``collect``, with log-probabilities. Raises Interrupted."""
@@ -133,7 +121,7 @@ class LocalSampler:
         self, finished: list[tuple[Request, list[Sample]]]
     ) -> list[tuple[Request, list[tuple[Rollout, float]]]]:
         texts = [
-            [split_segments(self.policy.tokenizer.decode(sample.tokens)) for sample in samples]
+            [split_segments(self.language.tokenizer.decode(sample.tokens)) for sample in samples]
             for _, samples in finished
         ]
         pairs = [

@@ -94,11 +94,11 @@ def test_without_workers_errors_are_raised():
 
 
 def test_annotation_tells_how_many_are_unknown(monkeypatch):
-    from mmprm_jax import annotate
+    from mmprm_jax import annotation
 
     lines = []
-    monkeypatch.setattr(annotate.logging, "warning", lambda text, *args: lines.append(text % args))
-    with annotate.verifier(ConfigDict({"verify_workers": 0})) as verify:
+    monkeypatch.setattr(annotation.logging, "warning", lambda text, *args: lines.append(text % args))
+    with annotation.verifier(ConfigDict({"verify_workers": 0})) as verify:
         assert verify([("5", "5"), ("6", "5"), ("about half of all of them", "5")]) == [True, False, False]
     assert lines == ["1 of 3 answers could not be decided: counted as wrong"]
 

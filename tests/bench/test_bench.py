@@ -12,9 +12,11 @@ import pytest
 from conftest import TINY
 from flax import nnx
 
-from mmprm_jax.bench import accelerator, common, cost, rollout, train
+from mmprm_jax.bench import accelerator, common, rollout, train
+from mmprm_jax.fit import cost
 from mmprm_jax.models import build, hf_config
 from mmprm_jax.records import UserError
+from mmprm_jax.spawn import Child
 
 WIDE = dict(hidden_size=128, num_heads=4, intermediate_size=192)  # matrix products dominate
 
@@ -88,7 +90,7 @@ def count(first):
 
 
 def test_child():
-    with common.Child(count, 1) as child:
+    with Child(count, 1) as child:
         assert (next(child), next(child)) == (1, 2)
         with pytest.raises(UserError, match="three"):
             next(child)

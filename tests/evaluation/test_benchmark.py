@@ -3,16 +3,15 @@
 import json
 from pathlib import Path
 
-import jax
 import pytest
 from etils import epath
 
 from mmprm_jax import config as configs
 from mmprm_jax import io, records, stages
 from mmprm_jax.data import digits
-from mmprm_jax.evaluation import benchmark
 from mmprm_jax.records import Candidate, Problem, UserError
 from mmprm_jax.schema import from_config
+from mmprm_jax.stages import benchmark
 
 ROOT = Path(__file__).parents[2]
 CHOICES = {"mode": "mathvista", "options": ["12", "15"], "question_type": "multi_choice", "answer_type": "text"}
@@ -21,17 +20,16 @@ PROBLEMS = [Problem("1", "q", "15", source="mathvista"), Problem("2", "q", "0.3"
 
 
 @pytest.fixture
-def base(tmp_path, mesh):
+def base(tmp_path):
     """A run of the smoke configuration, of which only the data are there, and an evaluation that says so."""
     few = dict(train=2, dev=1, test=1, demonstrations=12, transcriptions=4, text_only=4)
     config = configs.load(f"{ROOT / 'configs' / 'digits.py'}:smoke", [f"--config.data.{k}={n}" for k, n in few.items()])
-    with jax.set_mesh(mesh):  # a run takes one in use; behind this, it is out of use
-        run = stages.Run(config, epath.Path(tmp_path / "run"), "")
-        digits.generate(run.data, from_config(digits.Settings, config.data, seed=0))
-        for name in ("dev_candidates.jsonl", "dev_scored.jsonl"):
-            records.write(run.folder("evaluate") / name, [])
-        io.write_json(run.folder("evaluate") / "done.json", {})
-        yield run
+    run = stages.Run(config, epath.Path(tmp_path / "run"))
+    digits.generate(run.data, from_config(digits.Settings, config.data, seed=0))
+    for name in ("dev_candidates.jsonl", "dev_scored.jsonl"):
+        records.write(run.folder("evaluate") / name, [])
+    io.write_json(run.folder("evaluate") / "done.json", {})
+    return run
 
 
 @pytest.fixture
@@ -55,31 +53,31 @@ def candidate(problem, answer, correct=False):
 
 def test_official_rules_decide(base, file):
     prepared(file, CHOICES, FLOAT)
-    run = benchmark.BenchmarkRun(base, file, "")
+    rules, run = benchmark.rules_of(file, PROBLEMS, ""), benchmark.run_of(base, file)
     for problem, answer, right in [
         ("1", "B", True), ("1", "(B) 15", True), ("1", "A", False), ("2", "0.26", True), ("2", "0.36", False),
         ("2", None, False),
     ]:  # fmt: skip
-        assert run.judged(candidate(problem, answer, not right)).correct == right, answer
-    assert sum(run.verdicts.values()) == 6 and run.verdicts["equal"] == 3
-    assert [run.category(p) for p in PROBLEMS] == ["mathvista", "c"]
-    assert run.problems("test") == PROBLEMS and len(run.problems("dev")) == 1
+        assert rules.judge(candidate(problem, answer, not right)).correct == right, answer
+    assert sum(rules.verdicts.values()) == 6 and rules.verdicts["equal"] == 3
+    assert [rules.category(p) for p in PROBLEMS] == ["mathvista", "c"]
+    assert len(run.problems("dev")) == 1 and run.record_files() == [file]
     assert run.folder("evaluate") == base.workdir / "benchmarks" / "mathvista-testmini"
     assert run.folder("train_prm") == base.folder("train_prm") and base.config.evaluate.calibration_problems
 
 
 def test_without_scoring_rows_the_verifier_decides(base, file):
     for scoring in ("", benchmark.VERIFIER):
-        run = benchmark.BenchmarkRun(base, file, scoring)
+        rules = benchmark.rules_of(file, PROBLEMS, scoring)
         for right in (False, True):
-            assert run.judged(candidate("1", "B", right)).correct == right
-        assert not run.verdicts
+            assert rules.judge(candidate("1", "B", right)).correct == right
+        assert not rules.verdicts
         prepared(file, CHOICES, FLOAT)  # and not if it is asked for
 
 
 def test_what_only_a_judge_could_tell_counts_as_wrong(base, file):
-    run = benchmark.BenchmarkRun(base, file, "mm_k12")
-    assert not run.judged(candidate("1", "15 (students)", True)).correct and run.verdicts == {"unknown": 1}
+    rules = benchmark.rules_of(file, PROBLEMS, "mm_k12")
+    assert not rules.judge(candidate("1", "15 (students)", True)).correct and rules.verdicts == {"unknown": 1}
 
 
 def test_scoring_rows_may_hold_any_text(base, file):
@@ -91,33 +89,38 @@ def test_scoring_rows_may_hold_any_text(base, file):
 
 
 def test_one_mode_for_all(base, file):
-    run = benchmark.BenchmarkRun(base, file, "olympiadbench")
-    assert run.judged(candidate("2", "\\frac{3}{10}")).correct and not run.judged(candidate("2", "0.4")).correct
+    rules = benchmark.rules_of(file, PROBLEMS, "olympiadbench")
+    assert rules.judge(candidate("2", "\\frac{3}{10}")).correct and not rules.judge(candidate("2", "0.4")).correct
 
 
 def test_what_is_wrong_is_said(base, file):
     with pytest.raises(UserError, match="--scoring: 'best' is not one of mathvista"):
-        benchmark.BenchmarkRun(base, file, "best")
+        benchmark.rules_of(file, PROBLEMS, "best")
     prepared(file, CHOICES)
     with pytest.raises(UserError, match="no scoring row for problem 2"):
-        benchmark.BenchmarkRun(base, file, "")
+        benchmark.rules_of(file, PROBLEMS, "")
     prepared(file, CHOICES, {"mode": "mathvisor"})
     with pytest.raises(UserError, match="no official scoring 'mathvisor'"):
-        benchmark.BenchmarkRun(base, file, "")
+        benchmark.rules_of(file, PROBLEMS, "")
     (file.parent / "prepare" / "testmini" / "benchmark.jsonl").write_text("{")
     with pytest.raises(UserError, match="damaged; run mmprm prepare again"):
-        benchmark.BenchmarkRun(base, file, "")
+        benchmark.rules_of(file, PROBLEMS, "")
     (base.folder("evaluate") / "done.json").unlink()
     with pytest.raises(UserError, match="its evaluation has not finished"):
         benchmark.run(base, file, benchmark.VERIFIER)
 
 
+def begin(base, file, scoring):
+    rules = benchmark.rules_of(file, records.read_problems(file), scoring)
+    benchmark.begin(base, file, rules.modes, benchmark.run_of(base, file).folder("evaluate"))
+
+
 def test_a_folder_of_other_problems_or_rules(base, file):
     prepared(file, CHOICES, FLOAT)
     for _ in range(2):
-        benchmark.BenchmarkRun(base, file, "").begin()
+        begin(base, file, "")
     with pytest.raises(UserError, match="of other problems, or by other rules"):
-        benchmark.BenchmarkRun(base, file, benchmark.VERIFIER).begin()
+        begin(base, file, benchmark.VERIFIER)
     records.write(file, PROBLEMS[:1])
     with pytest.raises(UserError, match="of other problems, or by other rules"):
-        benchmark.BenchmarkRun(base, file, "").begin()
+        begin(base, file, "")

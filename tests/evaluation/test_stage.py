@@ -18,10 +18,10 @@ import pytest
 from etils import epath
 
 from mmprm_jax.evaluation import pieces as pieces_module
-from mmprm_jax.evaluation import stage
 from mmprm_jax.evaluation.pieces import Pieces
 from mmprm_jax.interruption import Interrupted, handling
 from mmprm_jax.records import Candidate, Problem, Rollout, UserError
+from mmprm_jax.stages import evaluate
 
 ROOT = Path(__file__).parents[2]
 PROBLEMS = [Problem(f"p{i}", "q", str(i)) for i in range(6)]
@@ -57,14 +57,14 @@ def terminate():
 
 def candidates(path, policy):
     with handling():
-        return stage.candidates_of(Pieces(path), PROBLEMS, 2, policy.load, "sample")
+        return evaluate.candidates_of(Pieces(path), PROBLEMS, 2, policy.load, "sample")
 
 
 def steps(path, policy):
     groups = {p.id: [Candidate(p.id, ("a", "b", "c"), None, True, 0.0, 3)] for p in PROBLEMS}
     groups["p5"] = [Candidate("p5", (), None, False, 0.0, 1)]
     with handling():
-        return stage.step_values(Pieces(path), PROBLEMS, groups, 4, policy.load)
+        return evaluate.step_values(Pieces(path), PROBLEMS, groups, 4, policy.load)
 
 
 @pytest.mark.parametrize("make", [candidates, steps])
@@ -145,7 +145,7 @@ def test_scores_are_kept_chunk_by_chunk(tmp_path):
     for scorer in (first, second):
         with handling():
             try:
-                stage._score_file(Pieces(path), groups, lambda i: i, lambda s=scorer: s, 2)
+                evaluate._score_file(Pieces(path), groups, lambda i: i, lambda s=scorer: s, 2)
             except Interrupted as ended:
                 assert ended.code == 143 and scorer is first
     assert first.seen + second.seen == [(0, 1), (2, 3), (4, 5)]
@@ -207,7 +207,7 @@ def test_processes_score_the_chunks_of_one(tmp_path, monkeypatch, rows, seen):
             loaded.append(scorer)
             return scorer
 
-        stage._score_file(Pieces(path), groups, lambda problem: problem, load, rows)
+        evaluate._score_file(Pieces(path), groups, lambda problem: problem, load, rows)
 
     Processes(monkeypatch).run(*(lambda s=s: score(s) for s in scorers))
     assert [s.seen for s in scorers] == seen and len(loaded) == 2

@@ -15,9 +15,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmprm_jax.bench import common
 from mmprm_jax.fit import chips, compile, hlo, jobs, report
 from mmprm_jax.sharding import make_mesh
+from mmprm_jax.spawn import Child
 from mmprm_jax.training import trainer
 
 pytestmark = [
@@ -69,7 +69,7 @@ def known_programs():
 
 
 def test_known_programs():
-    with common.Child(known_programs) as child:
+    with Child(known_programs) as child:
         found = next(child)
     part = 1024 * 256 * 2  # bytes of a device
     for kind, sent in {
@@ -150,7 +150,7 @@ def trained(job):
 
 
 def test_sums_are_float32():
-    with common.Child(narrow_sums) as child:
+    with Child(narrow_sums) as child:
         found = next(child)
     assert found["sft", "float32"] and found["train_prm", "float32"]  # the text was understood
     assert not found["sft"] and not found["train_prm"], found

@@ -13,7 +13,7 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from mmprm_jax import annotate, config, convert, records
+from mmprm_jax import annotation, config, convert, records
 from mmprm_jax.data import digits, images
 from mmprm_jax.metrics import Metrics
 from mmprm_jax.metrics import read as read_metrics
@@ -108,7 +108,7 @@ def test_the_embedded_problem_set(bucket, tmp_path):
 
 
 def grow(folder, sampler, worker=0, workers=1):
-    return annotate.run(
+    return annotation.run(
         folder, toy.problems(12), sampler, toy.settings(), toy.config(in_flight=4, checkpoint_seconds=0.0),
         worker=worker, workers=workers,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def test_an_interrupted_annotation_of_two_processes_goes_on(bucket, tmp_path):
     grow(epath.Path(tmp_path / "again"), whole)
     assert answered < len(whole.answered)  # what was answered before was not asked again
     assert toy.files(folder) == toy.files(local)
-    assert annotate.finish(folder, toy.problems(12), {}, False)["trees"] == len(read_trees(folder)) == 12
+    assert annotation.finish(folder, toy.problems(12), {}, False)["trees"] == len(read_trees(folder)) == 12
     assert not [path for path in folder.glob("*.part*")]
 
 

@@ -17,7 +17,7 @@ from mmprm_jax.data.prompts import INTERNVL_SYSTEM, PAPER_TASK, split_segments
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Failure, Problem, Request, Rollout, UserError
 from mmprm_jax.rollout.engine import Engine, Sample
-from mmprm_jax.rollout.rollouts import LocalSampler, Policy, request_key
+from mmprm_jax.rollout.rollouts import LocalSampler, request_key
 from mmprm_jax.rollout.sampling import Sampling
 
 WORDS = ["user", "assistant", "how", "many", "so", *map(str, range(8))]
@@ -67,20 +67,17 @@ def test_different_requests_have_different_keys():
 # Prompts.
 
 
-def prompt_of(language):
-    return Policy.of(language, None, Sampling()).prompt
-
-
 def test_a_prompt_of_our_own(tokenizer, tiny):
-    prompt = prompt_of(Language.own(tokenizer, tiny.cfg))
+    prompt = Language.own(tokenizer, tiny.cfg).prompt
     for count in (0, 1, 3):
-        whole = prompt(PROBLEMS[0], STEPS, count)
+        whole = prompt(PROBLEMS[0].question, STEPS, count)
         image = f"<img>{'<IMG_CONTEXT>' * 4 * count}</img>\n" if count else ""
         start = tokenizer.encode(f"<|im_start|>user\n{image}how many<|im_end|>\n<|im_start|>assistant\n")
         assert whole == start + tokenizer.encode(STEPS[0]) + tokenizer.encode(STEPS[1])
         assert whole.count(tiny.image_token) == count * tiny.cfg.tokens_per_tile
         for j in range(3):
-            assert prompt(PROBLEMS[0], STEPS[:j], count) == whole[: len(start) + sum(map(len, [[0] * 4, [0] * 5][:j]))]
+            length = len(start) + sum(map(len, [[0] * 4, [0] * 5][:j]))
+            assert prompt(PROBLEMS[0].question, STEPS[:j], count) == whole[:length]
 
 
 def expected_text(name, steps, image):
@@ -99,12 +96,11 @@ def expected_text(name, steps, image):
 def test_template_prompt(golden, tiny, name, kind):
     """The text of a released policy's prompt with the first j steps; tags of steps are plain text in it."""
     tokenizer = Tokenizer.load(golden / "tokenizer" / kind)
-    prompt = prompt_of(Language.released(tokenizer, tiny.cfg, name))
-    problem = Problem("p", "What is 1+1?", "2", "p.png")
+    prompt = Language.released(tokenizer, tiny.cfg, name).prompt
     steps = ("Add 1 and 1.", " It is 2.\n")
     image_token = tokenizer.id("<IMG_CONTEXT>")
     for j, count in itertools.product(range(3), (0, 1, 2)):
-        ids = prompt(problem, tuple(f"<step>{step}</step>" for step in steps[:j]), count)
+        ids = prompt("What is 1+1?", tuple(f"<step>{step}</step>" for step in steps[:j]), count)
         assert ids.count(image_token) == 4 * count
         image = f"<img>{'<IMG_CONTEXT>' * 4 * count}</img>\n" if count else ""
         if kind == "qwen2":
@@ -199,8 +195,8 @@ def rig(tokenizer, tiny, folder):
         opened[problem.id] += 1
         return from_file(problem)
 
-    policy = Policy.of(Language.own(tokenizer, tiny.cfg), pixels, Sampling(0.7, max_new_tokens=9, stop=(2,)))
-    sampler = LocalSampler(engine, policy, 5, "search", verify)
+    sampling = Sampling(0.7, max_new_tokens=9, stop=(2,))
+    sampler = LocalSampler(engine, Language.own(tokenizer, tiny.cfg), pixels, sampling, 5, "search", verify)
     return sampler, engine, verify, opened
 
 
@@ -217,7 +213,7 @@ def test_collect(rig, tokenizer, tiny):
     sampler.submit(requests[4:])
     for group, request in zip(engine.submitted, requests, strict=True):
         count = 0 if request.problem.image is None else len(group.pixels)
-        assert group.prefix == tuple(sampler.policy.prompt(request.problem, request.prefix, count))
+        assert group.prefix == tuple(sampler.language.prompt(request.problem.question, request.prefix, count))
         assert (group.problem, group.n, group.sampling.temperature) == (request.problem.id, 4, 0.7)
         assert group.key.tolist() == request_key(5, "search", request).tolist()
         assert (group.pixels is None) == (request.problem.image is None)
@@ -287,11 +283,8 @@ def test_solve(rig, tokenizer):
 
 def test_with_an_engine(tokenizer, tiny, mesh, folder):
     """What comes back is what the tokens say, and does not depend on what is asked beside."""
-    policy = Policy.of(
-        Language.own(tokenizer, tiny.cfg),
-        file_pixels(folder, tiny.cfg, 1),
-        Sampling(max_new_tokens=8, stop=(tokenizer.id("</answer>"),), top_k=24),
-    )
+    language, pixels = Language.own(tokenizer, tiny.cfg), file_pixels(folder, tiny.cfg, 1)
+    sampling = Sampling(max_new_tokens=8, stop=(tokenizer.id("</answer>"),), top_k=24)
     params = tiny.place(mesh)
     # The words of the tokenizer, and tags rather often.
     head = np.array(tiny.params["decoder"]["lm_head"])
@@ -300,7 +293,7 @@ def test_with_an_engine(tokenizer, tiny, mesh, folder):
 
     settings = dict(slots=16, samples=4, max_new=8, places=1024, steps=5, least=64)
     engine = Engine(tiny.graphdef, params, tiny.cfg, tiny.image_token, mesh, **settings)
-    local = LocalSampler(engine, policy, 1, "test", Verify())
+    local = LocalSampler(engine, language, pixels, sampling, 1, "test", Verify())
     requests = requests_of(*PROBLEMS[:2], n=5)
     found = local.solve(requests)
     assert local.engine.counts.images == 1 and not local.engine.busy

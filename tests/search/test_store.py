@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from toy_annotation import Interrupted, files, made_up, problems
 
-from mmprm_jax import annotate, records
+from mmprm_jax import annotation, records
 from mmprm_jax.records import Failure, Node, Problem, Request, Rollout, Tree, UserError
 from mmprm_jax.search import store as store_module
 from mmprm_jax.search.store import Recalling, Store, checked_line, missing, read_checked, read_trees
@@ -59,7 +59,7 @@ def annotated(folder, order=lambda todo: todo[::-1], sampled=None, todo=PROBLEMS
 
 
 def finish(folder, todo=PROBLEMS, skip=False):
-    return annotate.finish(epath.Path(folder), todo, {}, skip)
+    return annotation.finish(epath.Path(folder), todo, {}, skip)
 
 
 def content(folder):

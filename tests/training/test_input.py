@@ -3,20 +3,21 @@
 import dataclasses
 import itertools
 import json
-import types
 
-import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from mmprm_jax import config as configs
-from mmprm_jax import records, settings, stages
+from mmprm_jax import convert, records, settings, stages
 from mmprm_jax.data import digits, images, training_files
 from mmprm_jax.data.packing import Sizes
 from mmprm_jax.data.training_files import Encoded, TrainingSet
+from mmprm_jax.models import build
 from mmprm_jax.records import UserError
 from mmprm_jax.schema import from_config
+from mmprm_jax.training import trainer
 from mmprm_jax.training.input import Batches, Tiles
 
 TILE, MAX_TILES = 8, 4
@@ -217,50 +218,51 @@ def test_a_position_in_other_batches(sets, change, words):
 
 
 @pytest.fixture
-def run(tmp_path, mesh):
+def run(tmp_path, mesh, monkeypatch):
     """A run of the smoke configuration with few data, before its training."""
     few = dict(train=2, dev=1, test=1, demonstrations=12, transcriptions=4, text_only=4)
     config = configs.load("configs/digits.py:smoke", [f"--config.data.{k}={n}" for k, n in few.items()])
-    with jax.set_mesh(mesh):  # a run takes one in use; behind this, it is out of use
-        run = stages.Run(config, tmp_path, "")
-        digits.generate(run.data, from_config(digits.Settings, config.data, seed=0))
-        yield run
+    monkeypatch.setattr(stages.run, "make_mesh", lambda _: mesh)
+    run = stages.Run(config, epath.Path(tmp_path))
+    digits.generate(run.data, from_config(digits.Settings, config.data, seed=0))
+    return run
 
 
 def test_missing_demonstrations_are_told_by_the_first_stage(run, tmp_path):
     folder = dataclasses.replace(run.config.data, folder=str(run.data))
-    run.config = dataclasses.replace(run.config, data=folder)
-    assert stages.data(run)["problems"]["train"] == 2
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, data=folder))
+    assert stages.STAGES["data"](run)["problems"]["train"] == 2
     (run.data / "sft.jsonl").unlink()
     with pytest.raises(UserError, match="sft.jsonl: no such file; sft.files names it"):
-        stages.data(run)
+        stages.STAGES["data"](run)
 
 
 def test_rows_that_processes_cannot_share(mesh_of, monkeypatch):
     config = settings.Config(sft=settings.SFT(batch_size=12), train_prm=settings.TrainPRM(batch_size=20))
-    run = types.SimpleNamespace(config=config, mesh=mesh_of(data=4, fsdp=2))
-    stages.check_rows(run, stages.TRAINING)  # one process puts all rows wherever it likes
+    mesh = mesh_of(data=4, fsdp=2)
+    stages.check_rows(config, mesh, stages.TRAINING)  # one process puts all rows wherever it likes
     monkeypatch.setattr(stages, "row_share", lambda _: (0, 2))
-    stages.check_rows(run, ())
+    stages.check_rows(config, mesh, ())
     with pytest.raises(UserError, match="sft.batch_size: 12 rows(.|\n)*train_prm.batch_size: 20 rows"):
-        stages.check_rows(run, stages.TRAINING)
+        stages.check_rows(config, mesh, stages.TRAINING)
 
 
 def test_a_stage_encodes_again_only_what_has_changed(run, monkeypatch):
     seen = []
-    monkeypatch.setattr(stages.trainer, "fit", lambda *a: seen.append(next(a[5])["example"]) or a[3])
-    monkeypatch.setattr(stages.build, "initialise", lambda *a: (None, {}))
-    monkeypatch.setattr(stages.convert, "write_folder", lambda *a: None)
+    monkeypatch.setattr(trainer, "fit", lambda *a: seen.append(next(a[5])["example"]) or a[3])
+    monkeypatch.setattr(build, "initialise", lambda *a: (None, {}))
+    monkeypatch.setattr(convert, "write_folder", lambda *a: None)
     times = []
     write = training_files.write
     monkeypatch.setattr(training_files, "write", lambda *a: times.append(1) or write(*a))
-    assert stages.sft(run)["examples"] == 20
-    stages.sft(run)
+    assert stages.STAGES["sft"](run)["examples"] == 20
+    stages.STAGES["sft"](run)
     assert len(times) == 1
     np.testing.assert_array_equal(*seen)
     path = run.data / "sft.jsonl"
     examples = records.read_all(path, records.SFTExample)
     records.write(path, examples[1:])
-    assert stages.sft(run)["examples"] == 19 and len(times) == 2
-    run.config = dataclasses.replace(run.config, sft=dataclasses.replace(run.config.sft, max_length=40))
-    assert stages.sft(run)["examples"] < 19 and len(times) == 3
+    assert stages.STAGES["sft"](run)["examples"] == 19 and len(times) == 2
+    shorter = dataclasses.replace(run.config.sft, max_length=40)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, sft=shorter))
+    assert stages.STAGES["sft"](run)["examples"] < 19 and len(times) == 3

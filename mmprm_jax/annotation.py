@@ -13,23 +13,25 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mmprm_jax import interruption, records
+from mmprm_jax import interruption, records, schema
 from mmprm_jax.answers.workers import Verifier
 from mmprm_jax.interruption import Interrupted
 from mmprm_jax.metrics import Metrics, progress
+from mmprm_jax.policy import Policy
 from mmprm_jax.processes import asked_to_end, is_first, wait_for_all
 from mmprm_jax.records import Failure, Problem, Sampler, Tree, UserError
 from mmprm_jax.rollout.remote import RemoteSampler
 from mmprm_jax.rollout.rollouts import LocalSampler, Verify
-from mmprm_jax.rollout.servers import reach
 from mmprm_jax.search.omegaprm import SEARCHES, grow
 from mmprm_jax.search.settings import Settings
 from mmprm_jax.search.store import Recalling, Store, each_tree, missing
+from mmprm_jax.servers import reach
 from mmprm_jax.settings import Annotate, Engine
 
 _SECONDS = 10.0  # between two rows of metrics
@@ -159,6 +161,31 @@ def finish(folder: epath.Path, problems: Sequence[Problem], failed: dict[int, st
         for path in folder.glob("*.part*"):
             path.unlink(missing_ok=True)
     return figures | {"failed": len(left_out)}
+
+
+def annotate(
+    policy: Policy, problems: Sequence[Problem], /, *, images: epath.PathLike = "", seed: int = 0,
+    verify: Verify | None = None, **settings: Any,
+) -> list[Tree]:  # fmt: skip
+    """A search tree for each problem, in memory; ``mmprm annotate`` keeps those of many problems safe on disk.
+
+    images: the folder that the problems' images are relative to. verify: says which answers are right, such as a
+    ``Verifier``; default: one in this process. settings: those of ``settings.Annotate``, such as num_rollouts,
+    max_searches, rollout_budget, max_new_tokens, temperature, mode. Raises UserError, also when a tree fails.
+    """
+    config = schema.given(Annotate, {"verify_workers": 0, **settings})
+    if config.servers or config.policy or config.lockstep:
+        raise UserError("annotate: servers, policy and lockstep are for `mmprm annotate`; give it another Policy")
+    forest = SEARCHES[config.mode](schema.from_config(Settings, config), config.in_flight)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(policy.mesh))
+        verify = verify or stack.enter_context(verifier(config))
+        sampler = policy.sampler(config, images, config.num_rollouts, seed, "annotate", verify)
+        found = dict(grow(enumerate(problems), forest, sampler))
+    for index, result in sorted(found.items()):
+        if isinstance(result, Failure):
+            raise UserError(f"problem {problems[index].id}: {result.reason}")
+    return [found[index] for index in range(len(problems))]
 
 
 @contextlib.contextmanager

@@ -26,11 +26,13 @@ from etils import epath
 
 from mmprm_jax import config as configs
 from mmprm_jax import io, manifest, records, stages
-from mmprm_jax.evaluation import best_of_n, stage, statistics
+from mmprm_jax.evaluation import best_of_n, statistics
 from mmprm_jax.manifest import Depth
 from mmprm_jax.processes import in_first
 from mmprm_jax.records import ScoredCandidate, UserError
 from mmprm_jax.settings import Config
+from mmprm_jax.stages import evaluate
+from mmprm_jax.stages.run import Run
 
 SEED = "seed"
 N = "N"  # candidates per problem: the paper's path diversity; every cell has all of them
@@ -87,19 +89,18 @@ def cells(grid: Grid) -> list[Cell]:
     return found
 
 
-class CellRun(stages.Run):
+def cell_run(base: Run, config: Config, workdir: epath.Path) -> Run:
     """A cell's stages: training and scores are its own, everything else is the run's that it belongs to."""
-
-    def __init__(self, base: stages.Run, config: Config, workdir: epath.Path):
-        super().__init__(config, workdir, configs.to_text(config))
-        self._base, self.root = base, base.root
-        self.data, self.sampled, self.controls = base.data, base.sampled, False
-
-    def folder(self, stage: str) -> epath.Path:
-        return (self.workdir if stage in ("train_prm", "evaluate") else self._base.workdir) / stage
+    own = {stage: workdir / stage for stage in ("train_prm", "evaluate")}
+    return Run(config, workdir, configs.to_text(config), base, own)
 
 
-def run(base: stages.Run, settings: Sequence[tuple[Cell, Config]], grid: Grid) -> str:
+def _evaluation(base: Run, run: Run) -> evaluate.Inputs:
+    """Of a cell: its PRM on what the run's policy sampled, without controls."""
+    return dataclasses.replace(evaluate.inputs_of(run), sampled=base.folder("evaluate"), controls=False)
+
+
+def run(base: Run, settings: Sequence[tuple[Cell, Config]], grid: Grid) -> str:
     """Trains and evaluates the cells that are missing, writes the tables and returns the Markdown.
 
     Raises UserError if the annotation has not finished, or a cell's folder belongs to other settings; Interrupted.
@@ -107,15 +108,15 @@ def run(base: stages.Run, settings: Sequence[tuple[Cell, Config]], grid: Grid) -
     if base.figures("annotate") is None:
         raise UserError(f"{base.workdir}: its annotation has not finished; run `mmprm annotate` there first")
     in_first(lambda: manifest.check(base, ["data", "sft", "annotate"], Depth.ALL))
-    base.controls, folder = False, base.workdir / "sweep"
-    runs = [CellRun(base, config, configs.guard_workdir(folder / cell.name, config)) for cell, config in settings]
+    folder = base.workdir / "sweep"
+    runs = [cell_run(base, config, configs.guard_workdir(folder / cell.name, config)) for cell, config in settings]
     base.folder("evaluate").mkdir(parents=True, exist_ok=True)
-    stage.sample(base)
-    for number, ((cell, _), cell_run) in enumerate(zip(settings, runs, strict=True), 1):
+    evaluate.sample(_evaluation(base, base))
+    for number, ((cell, _), own) in enumerate(zip(settings, runs, strict=True), 1):
         print(f"cell {number} of {len(runs)}: {cell.name}", flush=True)
-        for name in ("train_prm", "evaluate"):
-            stages.run_stage(cell_run, name)
-    results = [_result(cell, cell_run) for (cell, _), cell_run in zip(settings, runs, strict=True)]
+        stages.run_stage(own, "train_prm")
+        stages.run_stage(own, "evaluate", lambda run: evaluate.evaluate(_evaluation(base, run)))
+    results = [_result(cell, own) for (cell, _), own in zip(settings, runs, strict=True)]
     found = tables(grid, results)
     text = to_markdown(found)
     io.write_json(folder / "table.json", found)
@@ -138,12 +139,12 @@ class Result:
     random: np.ndarray
 
 
-def _result(cell: Cell, cell_run: CellRun) -> Result:
-    manifest.check(cell_run, ["train_prm", "evaluate"], Depth.RECORDS)
-    groups: dict[str, list[ScoredCandidate]] = {p.id: [] for p in cell_run.problems("test")}
-    for x in records.read(cell_run.folder("evaluate") / "test_scored.jsonl", ScoredCandidate):
+def _result(cell: Cell, run: Run) -> Result:
+    manifest.check(run, ["train_prm", "evaluate"], Depth.RECORDS)
+    groups: dict[str, list[ScoredCandidate]] = {p.id: [] for p in run.problems("test")}
+    for x in records.read(run.folder("evaluate") / "test_scored.jsonl", ScoredCandidate):
         groups[x.candidate.problem_id].append(x)
-    problems, selected = list(groups.values()), cell_run.figures("evaluate")["prm_selected"]
+    problems, selected = list(groups.values()), run.figures("evaluate")["prm_selected"]
     key = best_of_n.equivalent(problems)
     each = {n: best_of_n.per_problem(problems, n, key) for n in best_of_n.sizes(problems)}
     return Result(

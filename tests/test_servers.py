@@ -11,14 +11,14 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
-from mmprm_jax import annotate
+from mmprm_jax import annotation, servers
 from mmprm_jax.interruption import Interrupted, handling
 from mmprm_jax.records import Problem, Request, Rollout, UserError
-from mmprm_jax.rollout import remote, servers
+from mmprm_jax.rollout import remote
 from mmprm_jax.rollout.remote import RemoteSampler
 from mmprm_jax.rollout.sampling import Sampling
-from mmprm_jax.rollout.servers import reach
 from mmprm_jax.search.settings import Settings
+from mmprm_jax.servers import reach
 
 ABSENT = "http://127.0.0.1:9/v1"
 
@@ -47,7 +47,7 @@ def test_a_server_that_is_not_there_is_named(url, monkeypatch, told):
     monkeypatch.setattr(servers, "REACH", 1.0)
     config = ConfigDict({"servers": (url,)})
     with pytest.raises(UserError, match=f"no server can be reached .{url}: ConnectError") as caught:
-        annotate.remote(config, epath.Path("."), 0, Sampling()).__enter__()
+        annotation.remote(config, epath.Path("."), 0, Sampling()).__enter__()
     assert "\n" not in str(caught.value) and not told
 
 
@@ -126,7 +126,7 @@ def grow(folder, url, n):
     problems = [Problem(f"p{i}", "q", "1") for i in range(8)]
     with make(url) as sampler:
         answering = SilentFromNowOn(sampler, n)
-        annotate.run(epath.Path(folder), problems, answering, Settings(), ConfigDict(CONFIG))
+        annotation.run(epath.Path(folder), problems, answering, Settings(), ConfigDict(CONFIG))
 
 
 def test_asked_to_end_while_servers_say_nothing(silent, tmp_path):

@@ -1,0 +1,105 @@
+"""The stage ``train_prm``: trees to step labels, and a PRM trained on them from the policy's weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from mmprm_jax import convert, io, records, schema
+from mmprm_jax.data import encode
+from mmprm_jax.data.encode import Language
+from mmprm_jax.data.training_files import Encoded, TrainingSet
+from mmprm_jax.models import hf_config
+from mmprm_jax.models.tokenizer import Tokenizer
+from mmprm_jax.prm import PRM
+from mmprm_jax.processes import is_first, wait_for_all
+from mmprm_jax.records import StepExample, Tree, UserError
+from mmprm_jax.schema import from_config
+from mmprm_jax.search import labels, paper
+from mmprm_jax.search.store import each_tree
+from mmprm_jax.settings import TrainPRM
+from mmprm_jax.sharding import make_mesh
+from mmprm_jax.stages import training
+from mmprm_jax.training import losses
+
+EXAMPLES = {"default": labels.step_examples, "paper": paper.step_examples}  # paper: as the original does
+
+
+def train(
+    config: TrainPRM, job: training.Job, trees: epath.Path, images: epath.Path, language: Language,
+    start: Callable[[], convert.Start],
+) -> dict[str, Any]:  # fmt: skip
+    """Trains a PRM on the trees in the folder ``trees``. Returns the stage's figures.
+
+    images: the folder that the problems' images are relative to. language: the PRM's. start: makes what the training
+    begins with.
+    """
+    data = step_examples(config, job, trees, images, language)
+    loss = losses.prm_loss(config.label, config.threshold, *language.classes)
+    training.train(job, language, start(), loss, [data])
+    found = labels.histogram(records.read(job.folder / "examples.jsonl", StepExample))
+    return {"labels": found, "left_out": data.summary["left_out"]}
+
+
+def step_examples(
+    config: TrainPRM, job: training.Job, trees: epath.Path, images: epath.Path, language: Language
+) -> TrainingSet:
+    """The step examples of the trees, one tree in memory at a time; people can read them in ``examples.jsonl``."""
+    path = job.folder / "examples.jsonl"
+    chosen, labelled = from_config(labels.LabelSettings, config), EXAMPLES[config.mode]
+
+    def write() -> None:
+        found = (example for tree in each_tree(trees) for example in labelled(tree, chosen, job.seed))
+        if not records.write(path, found, noted=True):
+            raise UserError(
+                "train_prm: no tree has both right and wrong solutions; the policy is too weak or too strong"
+            )
+
+    def examples(tiles: encode.TileCount) -> Iterable[Encoded]:
+        write()
+        return (language.steps(e, tiles) for e in records.read(path, StepExample))
+
+    sources, made = sorted(trees.glob("trees-*.jsonl")), dataclasses.asdict(chosen)
+    encoded = training.training_set(
+        job, "steps", "prm", language, sources, images, examples, mode=config.mode, seed=job.seed, **made
+    )
+    if is_first():
+        if not path.exists():  # the encoded set alone was left
+            write()
+        io.check(path)
+    return encoded
+
+
+def train_prm(
+    policy: str | os.PathLike, trees: Sequence[Tree], folder: epath.PathLike, *, images: epath.PathLike = "",
+    seed: int = 0, mesh: Any = None, max_tiles: int | None = None, **settings: Any,
+) -> PRM:  # fmt: skip
+    """Trains a PRM on trees from a policy's weights, and leaves a model folder; an interrupted training goes on there.
+
+    policy: a model folder or hub id. images: the folder that the problems' images are relative to. mesh: default all
+    devices, parameters split over them. max_tiles: of one image; default the model's own number. settings: those of
+    ``settings.TrainPRM``, such as steps, batch_size, max_length, label, lora_rank. Raises UserError.
+    """
+    config, folder = schema.given(TrainPRM, settings), epath.Path(folder)
+    mesh = mesh or make_mesh({"fsdp": -1})
+    source, model = convert.inspect(policy)
+    most, _ = hf_config.tiling(model.config)
+    job = training.Job("train_prm", config, folder, max_tiles or most, seed, mesh)
+    language = Language.stored(Tokenizer.load(source), model.cfg, model.config).with_prm(config.needs_kappa)
+
+    def start() -> convert.Start:
+        return convert.warm_start(
+            policy, mesh, prm=True, kappa=language.cfg.kappa, seed=seed, **training.adapters(config)
+        )
+
+    with jax.set_mesh(mesh):
+        if is_first():
+            records.write(folder / "trees-000000.jsonl", trees)
+        wait_for_all("train_prm: trees")
+        train(config, job, folder, epath.Path(images), language, start)
+    return PRM.from_pretrained(folder, mesh=mesh, max_tiles=job.max_tiles)
