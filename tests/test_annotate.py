@@ -638,8 +638,11 @@ def wait_for(process, word):
     pytest.fail(f"ended before {word!r}: {process.communicate()[1]}")
 
 
+KILLS = int(os.environ.get("MMPRM_KILLS", "7"))
+
+
 @pytest.mark.slow
-def test_twenty_random_kills(uninterrupted, tmp_path, cache):
+def test_random_kills(uninterrupted, tmp_path, cache):
     process = program(tmp_path / "timed", cache)  # everything is compiled
     start, answers, end = (wait_for(process, word) for word in ("start", "answers", "end"))
     ended_well = process.wait() == 0 and toy.files(tmp_path / "timed") == uninterrupted
@@ -647,7 +650,7 @@ def test_twenty_random_kills(uninterrupted, tmp_path, cache):
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}, {answers - start:.1f} s until the first answers, {end - answers:.1f} s from there")
     rng, folder, states, processes = random.Random(seed), tmp_path / "killed", collections.Counter(), []
-    for kill in range(20):
+    for kill in range(KILLS):
         process = program(folder, cache)
         processes.append(process)
         shards = len(list(folder.glob("trees-*.jsonl")))
@@ -667,7 +670,7 @@ def test_twenty_random_kills(uninterrupted, tmp_path, cache):
         states["in flight"] += any(name.startswith("in_flight-") for name in names)
         states["shards"] += any(name.endswith(".jsonl") and name.startswith("trees-") for name in names)
         print(f"kill {kill}: after {delay:.2f} s, {sorted(names)}")
-    assert states["trees"] > 2 and states["in flight"] > 10, states
+    assert states["trees"] > KILLS // 8 and states["in flight"] > KILLS // 2, states
     ended(program(folder, cache))
     assert toy.files(folder) == uninterrupted
     assert not [path for path in folder.glob("*") if path.suffix in (".part", ".tmp")]
