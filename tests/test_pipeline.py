@@ -323,7 +323,7 @@ def test_eight_devices(environment, finished, tmp_path):
 
 @pytest.fixture(scope="session")
 def default_run(environment, tmp_path_factory):
-    """The README's first command: one seed; its table has three."""
+    """The README's first command."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
     code, out, err = run(environment, "pipeline", workdir, config=DEFAULT)
     assert code == 0, err
