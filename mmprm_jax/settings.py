@@ -26,7 +26,7 @@ CONTINUE = "continue"  # a template of servers only
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 LARGE = 10**15  # of counts that nothing is allocated for
-MOST_EXPRESSIONS = 10**6  # there are 1.6 million without a bracket, and drawing the last ones would take for ever
+MAX_EXPRESSIONS = 10**6  # there are 1.6 million without a bracket, and drawing the last ones would take for ever
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Digits(Section):
 
     def rules(self) -> Iterator[Found]:
         counts = (self.train, self.dev, self.test, self.demonstrations, self.transcriptions, self.text_only)
-        if sum(counts) > MOST_EXPRESSIONS:
-            yield "train", f"{sum(counts):,} expressions in all; there are at most {MOST_EXPRESSIONS:,} to draw"
+        if sum(counts) > MAX_EXPRESSIONS:
+            yield "train", f"{sum(counts):,} expressions in all; there are at most {MAX_EXPRESSIONS:,} to draw"
 
 
 @dataclasses.dataclass(frozen=True)

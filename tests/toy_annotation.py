@@ -160,7 +160,7 @@ def main():
     mesh = make_mesh(shape, jax.local_devices() if alone else None)
     share = {"worker": jax.process_index(), "workers": jax.process_count()} if alone else {}
     with jax.set_mesh(mesh), Verifier(0) as verify:
-        verify = annotation.told_by_the_first(verify) if options.lockstep else verify
+        verify = annotation.broadcast_verdicts(verify) if options.lockstep else verify
         sampler = make_sampler(Tiny(mesh), mesh, options.slots, verify)
         writes = bool(alone) or jax.process_index() == 0
         folder, todo = epath.Path(options.folder), problems(options.problems)

@@ -184,17 +184,17 @@ def test_no_search_starts_beyond_the_budget(budget):
 
 
 def test_answers_that_do_not_fit():
-    with pytest.raises(ValueError, match="problem p: asked for 16 rollouts, was sent 1"):
+    with pytest.raises(ValueError, match="problem p: 16 rollouts were requested, 1 came"):
         trees_of([PROBLEM], Settings(), FakeSampler(lambda request: (RIGHT,)))
     forest = Forest(Settings(num_rollouts=2), 1)
     forest.start(7, PROBLEM)
     ((index, request),) = forest.requests()
     assert (index, request) == (7, Request(PROBLEM, (), 2)) and forest.requests() == []
     for wrong in ((8, request), (7, dataclasses.replace(request, prefix=("a",)))):
-        with pytest.raises(ValueError, match="problem p: no answer is wanted"):
+        with pytest.raises(ValueError, match="problem p: an answer to no open request"):
             forest.answer(*wrong, (RIGHT,) * 2)
     forest.answer(7, request, (RIGHT,) * 2)
-    with pytest.raises(ValueError, match="problem p: no answer is wanted"):
+    with pytest.raises(ValueError, match="problem p: an answer to no open request"):
         forest.answer(7, request, (RIGHT,) * 2)
 
 
@@ -411,7 +411,7 @@ def test_a_tree_that_outgrows_its_arrays_fails_alone():
 
     problems = [Problem(name, "q", "1") for name in wrong]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(omegaprm, "MOST_SEGMENTS", 8)
+        patch.setattr(omegaprm, "MAX_SEGMENTS", 8)
         settings = Settings(num_rollouts=2, max_searches=1)
         found = trees_of(problems, settings, FakeSampler(sample), 2)
     assert [len(found[i].nodes) for i in (0, 2)] == [4, 4]
@@ -427,7 +427,7 @@ def test_the_longest_solutions_fit(settings, right):
 
     def sample(request):
         name = "".join(request.prefix[-1:])
-        wrong = roll(" ".join(f"{name}.{i}" for i in range(omegaprm.MOST_SEGMENTS)))
+        wrong = roll(" ".join(f"{name}.{i}" for i in range(omegaprm.MAX_SEGMENTS)))
         return (RIGHT, wrong) if right or not request.prefix else (roll("X"), roll("Y"))
 
     (found,) = trees_of([PROBLEM], settings, FakeSampler(sample))

@@ -13,7 +13,7 @@ from toy_annotation import Interrupted, files, made_up, problems
 from mmprm_jax import annotation, records
 from mmprm_jax.records import Failure, Node, Problem, Request, Rollout, Tree, UserError
 from mmprm_jax.search import store as store_module
-from mmprm_jax.search.store import Recalling, Store, checked_line, missing, read_checked, read_trees
+from mmprm_jax.search.store import CachedSampler, Store, checked_line, missing, read_checked, read_trees
 
 PROBLEMS = problems(7)
 SHARD = 3
@@ -21,7 +21,7 @@ SHARD = 3
 
 def open_store(folder, index=0, count=1, seconds=0.0, writes=True, todo=PROBLEMS):
     store = Store(epath.Path(folder), todo, SHARD, index, count, seconds, writes)
-    store.mend()
+    store.repair()
     return store
 
 
@@ -486,7 +486,7 @@ def test_creating_a_store_writes_nothing(tmp_path):
     before = content(tmp_path)
     store = Store(epath.Path(tmp_path), PROBLEMS, SHARD, 0, 1, 0.0)
     assert content(tmp_path) == before
-    store.mend()
+    store.repair()
     assert not path.read_bytes().endswith(b"torn") and (tmp_path / "trees-000006.jsonl").exists()
 
 
@@ -501,7 +501,7 @@ def test_failures_are_noted_and_given_up_on_demand(tmp_path):
     assert sorted(files(tmp_path)) == ["trees-000000.part", "trees-000003.jsonl"]
     again = open_store(tmp_path)
     assert again.todo == [1, 6] and again.done == 5 and not again.failed
-    store.give_up()
+    store.complete_without_failed()
     assert sorted(files(tmp_path)) == ["trees-000000.jsonl", "trees-000003.jsonl", "trees-000006.jsonl"]
     assert (tmp_path / "trees-000006.jsonl").read_bytes() == b""
     assert finish(tmp_path)["failed"] == 2
@@ -512,7 +512,7 @@ def test_only_shards_without_open_problems_are_given_up(tmp_path):
     store = open_store(tmp_path)
     store.add(0, Failure("no"))
     store.add(1, tree_of(PROBLEMS[1], []))
-    store.give_up()
+    store.complete_without_failed()
     assert sorted(files(tmp_path)) == ["trees-000000.part"]
 
 
@@ -590,7 +590,7 @@ def test_a_recalling_sampler_asks_for_what_is_not_known_only(tmp_path):
     first, second, third = requests_of(PROBLEMS[0])
     store = open_store(tmp_path)
     store.keep(first, made_up(first))
-    sampler = Recalling(Sampler(), store)
+    sampler = CachedSampler(Sampler(), store)
     sampler.submit([first])
     assert asked == []
     assert sampler.collect() == [(first, made_up(first))]
