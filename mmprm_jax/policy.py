@@ -92,9 +92,9 @@ class Policy:
         language = Language.stored(Tokenizer.load(folder), model.cfg, model.config)
         if template:
             language = Language.released(language.tokenizer, language.cfg, template)
-        most, thumbnail = hf_config.tiling(model.config)
+        default_tiles, thumbnail = hf_config.tiling(model.config)
         loaded = convert.load(path_or_id, mesh or convert.inference_mesh(model.cfg), dtype, revision)
-        return cls(language, loaded.params, loaded.mesh, max_tiles or most, thumbnail)
+        return cls(language, loaded.params, loaded.mesh, max_tiles or default_tiles, thumbnail)
 
     @functools.cached_property
     def graphdef(self) -> Any:

@@ -81,9 +81,9 @@ class PRM:
             check_fit(language)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
-        most, thumbnail = hf_config.tiling(model.config)
+        default_tiles, thumbnail = hf_config.tiling(model.config)
         loaded = convert.load(path_or_id, mesh or convert.inference_mesh(model.cfg), dtype, revision)
-        return cls(language, loaded.params, loaded.mesh, max_tiles or most, thumbnail, **batch)
+        return cls(language, loaded.params, loaded.mesh, max_tiles or default_tiles, thumbnail, **batch)
 
     @functools.cached_property
     def scorer(self) -> Scorer:

@@ -71,8 +71,8 @@ def templates(config: Mapping[str, Any]) -> tuple[str, str]:
 
 def tiling(config: Mapping[str, Any]) -> tuple[int, bool]:
     """Tiles of one image at most, and whether the whole image follows several of them, as config.json says."""
-    most = config.get("max_dynamic_patch", 12) if config.get("dynamic_image_size", True) else 1
-    return most, bool(config.get("use_thumbnail", True))
+    max_tiles = config.get("max_dynamic_patch", 12) if config.get("dynamic_image_size", True) else 1
+    return max_tiles, bool(config.get("use_thumbnail", True))
 
 
 def from_hf_config(config: Mapping[str, Any]) -> VLMConfig:

@@ -88,8 +88,8 @@ def train_prm(
     config, folder = schema.given(TrainPRM, settings), epath.Path(folder)
     mesh = mesh or make_mesh({"fsdp": -1})
     source, model = convert.inspect(policy)
-    most, _ = hf_config.tiling(model.config)
-    job = training.Job("train_prm", config, folder, max_tiles or most, seed, mesh)
+    default_tiles, _ = hf_config.tiling(model.config)
+    job = training.Job("train_prm", config, folder, max_tiles or default_tiles, seed, mesh)
     language = Language.stored(Tokenizer.load(source), model.cfg, model.config).with_prm(config.needs_kappa)
 
     def start() -> convert.Start:

@@ -86,9 +86,9 @@ def test_a_model_folder(bucket, golden, monkeypatch):
     written = []
     monkeypatch.setattr(convert, "save_params", lambda path, params: written.append((str(path), params)))
     params = {"w": np.zeros(2, np.float32)}
-    assert not convert.is_ours(bucket / "sft")
+    assert not convert.is_model_folder(bucket / "sft")
     convert.write_folder(bucket / "sft", convert.Loaded(source, model, params, None))
-    assert written == [("gs://bucket/run/sft/params", params)] and convert.is_ours("gs://bucket/run/sft")
+    assert written == [("gs://bucket/run/sft/params", params)] and convert.is_model_folder("gs://bucket/run/sft")
     folder, again = convert.inspect("gs://bucket/run/sft")
     assert again == model and (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
 

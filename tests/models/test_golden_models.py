@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mmprm_jax.models import build, hf
-from mmprm_jax.models.attention import places_of
+from mmprm_jax.models.attention import segment_positions
 from mmprm_jax.models.hf_config import decoder_kind, kind_of
 from mmprm_jax.models.hf_layout import layout
 from mmprm_jax.models.layers import attention, scan_layers
@@ -134,7 +134,7 @@ def test_language_model(case):
     def states(model, batch):
         first = model.embed(batch["tokens"], batch["pixels"])
         valid = batch["valid"]
-        rope = model.decoder.rope(places_of(valid)[0], valid.sum(axis=1))
+        rope = model.decoder.rope(segment_positions(valid)[0], valid.sum(axis=1))
         mask = jnp.tril(jnp.ones((valid.shape[1],) * 2, bool)) & valid[:, None, :]
 
         def body(layer, x, _):
