@@ -158,15 +158,15 @@ class Policy:
         if not problems:
             return []
 
-        groups, asked = [], collections.Counter[Any]()
+        groups, repeats = [], collections.Counter[Any]()
         for number, (item, own) in enumerate(zip(problems, pictures, strict=True)):
             problem, prefix = _read(item)
             tiles = encode.picture_tiles(
                 encode.problem_text(problem, own)[1], self.language.cfg, self.max_tiles, self.thumbnail
             )
             ids = self.language.prompt(problem.question, prefix, [len(t) for t in tiles])
-            request = Request(problem, prefix, n, repeat=asked[problem.id, prefix])
-            asked[problem.id, prefix] += 1
+            request = Request(problem, prefix, n, repeat=repeats[problem.id, prefix])
+            repeats[problem.id, prefix] += 1
             whole = np.concatenate(tiles) if tiles else None
             groups.append(Group(number, str(number), tuple(ids), whole, request_key(seed, "sample", request), n, draw))
 

@@ -116,10 +116,10 @@ def bon(args: argparse.Namespace) -> None:
 
 
 def _categories(path: str, key: str) -> dict[str, str]:
-    from mmprm_jax.evaluation.stored import each_row
+    from mmprm_jax.evaluation.stored import iter_rows
 
     found = {}
-    for where, row in each_row(path):
+    for where, row in iter_rows(path):
         if not isinstance(row, dict) or "id" not in row or key not in row:
             raise UserError(f"{path}, {where}: expected an object with id and {key}")
         found[str(row["id"])] = str(row[key])
@@ -129,7 +129,7 @@ def _categories(path: str, key: str) -> dict[str, str]:
 def _left_out(found: Any) -> str:
     from mmprm_jax.evaluation.stored import NEEDS
 
-    lines = ((name, "not every" if found.told[NEEDS[name]] else "no", NEEDS[name]) for name in found.without)
+    lines = ((name, "not every" if found.field_counts[NEEDS[name]] else "no", NEEDS[name]) for name in found.without)
     return "".join(f"\nleft out: {name} ({which} candidate has {need})" for name, which, need in lines)
 
 

@@ -75,8 +75,8 @@ def _mathvista_prompt(question: str, options: Sequence[str], unit: str, kind: st
     hint = _HINTS.get(key)
     if hint is None:
         raise UserError(f"answer_type {kind} with precision {precision} has no official prompt")
-    asked = f"Question: {question}" + (f" (Unit: {unit})" if unit else "") + listed_always(options)
-    return f"Hint: Please answer the question {'and ' if options else ''}{hint}\n{asked}".strip()
+    task = f"Question: {question}" + (f" (Unit: {unit})" if unit else "") + listed_always(options)
+    return f"Hint: Please answer the question {'and ' if options else ''}{hint}\n{task}".strip()
 
 
 def listed_always(options: Sequence[str]) -> str:
@@ -87,19 +87,19 @@ def listed_always(options: Sequence[str]) -> str:
 def mathvista(row: Mapping[str, Any], split: str) -> Item:
     """MathVista: the gold answer of a multiple choice is the choice's text."""
     options, answer = texts(row.get("choices"), "choices"), text(row, "answer")
-    kind, asked = text(row, "answer_type"), text(row, "question_type")
-    if asked == "multi_choice" and answer not in options:
+    kind, question_type = text(row, "answer_type"), text(row, "question_type")
+    if question_type == "multi_choice" and answer not in options:
         raise UserError(f"the answer {answer!r:.40} is none of the choices")
     precision = row.get("precision")
     if precision is not None and not (isinstance(precision, int | float) and abs(precision) <= 100):
-        raise UserError(f"precision is {precision!r:.40}, not a number of places")
+        raise UserError(f"precision is {precision!r:.40}, not a number of decimal places")
     precision, unit = None if precision is None else int(precision), optional(row, "unit")
     question = text(row, "origin_question", "question")
     prompt = optional(row, "query") or _mathvista_prompt(question, options, unit, kind, precision)
     bare = question + (f" (Unit: {unit})" if unit else "") + listed(options)
     return _item(
         identity(row, "pid", "id"), bare, answer, picture(row.get("image_path") or _image(row)), prompt, "mathvista",
-        options=options, precision=precision, answer_type=kind, question_type=asked, unit=unit,
+        options=options, precision=precision, answer_type=kind, question_type=question_type, unit=unit,
     )  # fmt: skip
 
 
@@ -115,8 +115,8 @@ def mathverse(row: Mapping[str, Any], split: str) -> Item:
     """MathVerse testmini; ``category`` in the scoring row is the problem's version. Vision Only has no question."""
     version, kind = text(row, "problem_version"), text(row, "question_type")
     given = optional(row, "question")
-    asked = optional(row, "question_for_eval") or given
-    found = _VERSE_CHOICE.findall(asked)
+    with_choices = optional(row, "question_for_eval") or given
+    found = _VERSE_CHOICE.findall(with_choices)
     choices = kind == "multi-choice" and [letter for letter, _ in found] == list(_LETTERS[: len(found)])
     options = tuple(option.strip() for _, option in found) if choices else ()
     prompt = text(row, "query_cot", "query_wo", empty=True) if row.get("query_cot") or row.get("query_wo") else given

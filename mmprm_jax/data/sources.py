@@ -82,8 +82,8 @@ def _written(question: str, solution: str) -> Callable[[Mapping[str, Any], str],
     """Rows of a question and a solution, text only; the names of their keys."""
 
     def parse(row: Mapping[str, Any], split: str) -> Item:
-        asked = re.sub(re.escape(PLACEHOLDER), "", text(row, question))
-        return _demonstration(identity(row, "id"), asked, text(row, solution), ())
+        question_text = re.sub(re.escape(PLACEHOLDER), "", text(row, question))
+        return _demonstration(identity(row, "id"), question_text, text(row, solution), ())
 
     return parse
 

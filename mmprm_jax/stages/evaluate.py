@@ -309,11 +309,11 @@ def values(inputs: Inputs, aggregator: str) -> Callable[[Any], list[list[float]]
     prm, combine = functools.cache(inputs.prm), aggregate.AGGREGATORS[aggregator]
 
     def value(found: Sequence[tuple[Problem, Sequence[tuple[str, ...]]]]) -> list[list[float]]:
-        asked = []
+        groups = []
         for problem, solutions in found:
             pixels = prm().pixels(inputs.data)(problem)
-            asked.append(prm().tokens(problem.question, solutions, [] if pixels is None else [pixels]))
-        return [[combine(np.array(s)) for s in group] for group in prm().scorer.score(asked)]
+            groups.append(prm().tokens(problem.question, solutions, [] if pixels is None else [pixels]))
+        return [[combine(np.array(s)) for s in group] for group in prm().scorer.score(groups)]
 
     return value
 
