@@ -114,7 +114,7 @@ class Policy:
         """An engine with these weights; its arguments are those of ``Engine``. Call it under ``jax.set_mesh``."""
         return Engine(
             self.graphdef, self.params, self.language.cfg, self.language.image_token, self.mesh,
-            slots=slots, samples=samples, max_new=max_new_tokens, places=cache_tokens,
+            slots=slots, samples=samples, max_new=max_new_tokens, cache_tokens=cache_tokens,
         )  # fmt: skip
 
     def sampler(

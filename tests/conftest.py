@@ -206,7 +206,7 @@ def generate_greedily(graphdef, params, cfg, image_token, mesh, batch, new):
         sampling = Sampling(temperature=0, max_new_tokens=new)
         groups.append(Group(i, str(i), prefix, np.asarray(pixels[:tiles]) if tiles else None, key, 1, sampling))
     with jax.set_mesh(mesh):
-        engine = Engine(graphdef, params, cfg, image_token, mesh, slots=4, samples=1, max_new=new, places=2000)
+        engine = Engine(graphdef, params, cfg, image_token, mesh, slots=4, samples=1, max_new=new, cache_tokens=2000)
         return np.array([samples[0].tokens for samples in engine.sample(groups)])
 
 

@@ -89,10 +89,10 @@ class Watched:
 def sampler_of(tiny, mesh_of):
     """``sampler_of(slots, …)``; programs are shared as all prefixes have the same width."""
 
-    def make(slots=64, mesh=None, places=4000, most=None):
+    def make(slots=64, mesh=None, cache_tokens=4000, most=None):
         mesh = mesh or mesh_of(data=1)
         with jax.set_mesh(mesh):
-            return Watched(toy.make_sampler(tiny, mesh, slots, toy_verify, places, least=128), most)
+            return Watched(toy.make_sampler(tiny, mesh, slots, toy_verify, cache_tokens, min_bucket=128), most)
 
     return make
 
@@ -145,7 +145,7 @@ def test_trees_in_flight_do_not_show(whole, tmp_path, sampler_of, mesh):
 
 
 def test_slots_and_a_small_cache_do_not_show(whole, tmp_path, sampler_of, mesh):
-    sampler = sampler_of(slots=1, places=180)
+    sampler = sampler_of(slots=1, cache_tokens=180)
     grown(tmp_path, sampler)
     assert sampler.engine.counts.occupancy > 0.99
     assert sampler.engine.counts.prefix_tokens > 1.2 * whole[2].engine.counts.prefix_tokens  # some were forgotten

@@ -95,7 +95,7 @@ def problems(count=PROBLEMS):
             for i in range(count)]  # fmt: skip
 
 
-def make_sampler(tiny, mesh, slots, verify, places=4000, least=32):
+def make_sampler(tiny, mesh, slots, verify, cache_tokens=4000, min_bucket=32):
     from mmprm_jax.rollout.engine import Engine
     from mmprm_jax.rollout.rollouts import LocalSampler
     from mmprm_jax.rollout.sampling import Sampling
@@ -108,7 +108,7 @@ def make_sampler(tiny, mesh, slots, verify, places=4000, least=32):
     params = {**tiny.params, "decoder": {**tiny.params["decoder"], "lm_head": head}}
     engine = Engine(
         tiny.graphdef, tiny.place(mesh, params), tiny.cfg, tiny.image_token, mesh, slots=slots, samples=4, max_new=24,
-        places=places, least=least,
+        cache_tokens=cache_tokens, min_bucket=min_bucket,
     )  # fmt: skip
     engine.strict = True
     sampling = Sampling(temperature=0.8, top_k=30, top_p=0.95, max_new_tokens=24, stop=(STOP,))

@@ -75,7 +75,7 @@ def decode(
     with jax.set_mesh(mesh):
         graphdef, params = random_params(cfg, mesh, jnp.dtype(dtype))
         engine = Engine(
-            graphdef, params, cfg, -1, mesh, slots=slots, samples=samples, max_new=new, places=groups * prefix,
+            graphdef, params, cfg, -1, mesh, slots=slots, samples=samples, max_new=new, cache_tokens=groups * prefix,
             rows=groups, steps=steps,
         )  # fmt: skip
         start = time.perf_counter()

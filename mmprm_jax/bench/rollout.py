@@ -172,7 +172,7 @@ def run_engine(case: Case, folder: Path) -> Iterator[Any]:
         export(cfg, params, mesh, folder)
         engine = Engine(
             graphdef, params, cfg, IMAGE, mesh, slots=case.groups * case.samples, samples=case.samples,
-            max_new=case.new, places=case.groups * case.prefix, rows=case.groups, steps=case.new,
+            max_new=case.new, cache_tokens=case.groups * case.prefix, rows=case.groups, steps=case.new,
         )  # fmt: skip
         yield _sample(engine, case, 0, 1, 1, Sampling(top_k=1, max_new_tokens=case.checked))[0][0]
         for seed in range(1, 1 << 30):

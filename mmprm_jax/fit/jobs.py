@@ -182,7 +182,7 @@ def decode(s: Settings, cfg: VLMConfig, mesh: Any) -> Job:
     state = device.new_state(decoder, mesh, *sizes, s.samples, s.columns, jnp.bfloat16, make=_abstract)
     numbers = functools.partial(_batch, mesh, jnp.int32, b)
     queue = {"order": numbers(sizes[1] * s.samples), "head": numbers(), "tail": numbers()}
-    limit = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in ("most", "least", "free")}
+    limit = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in ("steps", "min_steps", "free_slots")}
     args = (params, layers, rows, state, queue, limit)
     return Job(
         (Program("decode", device.decode, args, {"graphdef": graphdef, "used": len(state["own"][0])}, turn=True),),
