@@ -24,14 +24,14 @@ from mmprm_jax.answers.workers import Verifier
 from mmprm_jax.interruption import Interrupted
 from mmprm_jax.metrics import Metrics, progress
 from mmprm_jax.policy import Policy
-from mmprm_jax.processes import asked_to_end, is_first, wait_for_all
+from mmprm_jax.processes import is_first, stop_requested, wait_for_all
 from mmprm_jax.records import Failure, Problem, Sampler, Tree, UserError
 from mmprm_jax.rollout.remote import RemoteSampler
 from mmprm_jax.rollout.rollouts import LocalSampler, Verify
 from mmprm_jax.search.omegaprm import SEARCHES, grow
 from mmprm_jax.search.settings import Settings
 from mmprm_jax.search.store import CachedSampler, Store, iter_trees, missing
-from mmprm_jax.servers import reach
+from mmprm_jax.servers import check_reachable
 from mmprm_jax.settings import Annotate, Engine
 
 _SECONDS = 10.0  # between two rows of metrics
@@ -81,7 +81,7 @@ def _save_on_exit(store: Store) -> Iterator[None]:
         with interruption.saving():
             store.save()
         if isinstance(error, Interrupted):
-            error.said = f"annotate: stopped as asked, {store.done} trees and the answers to others are saved"
+            error.message = f"annotate: stopped as asked, {store.done} trees and the answers to others are saved"
         raise
 
 
@@ -109,7 +109,7 @@ def run(
             # Workers poll at steps of their own, which processes that ask together cannot.
             if workers > 1:
                 interruption.check(own=True)
-            elif asked_to_end(next(polls)):
+            elif stop_requested(next(polls)):
                 raise Interrupted
 
         todo = ((i, problems[i]) for i in store.todo)
@@ -200,7 +200,7 @@ def verifier(config: Engine) -> Iterator[Verifier]:
 @contextlib.contextmanager
 def remote(config: Annotate, folder: epath.Path, seed: int, sampling: Any) -> Iterator[RemoteSampler]:
     """A sampler of the servers that ``config`` names. Raises UserError when none of them can be reached."""
-    reach(config.servers)
+    check_reachable(config.servers)
     with (
         verifier(config) as verify,
         RemoteSampler(

@@ -22,7 +22,7 @@ def run() -> None:
     keep_memory()  # before the numeric libraries start threads
     faulthandler.enable()
     words = sys.argv[1:]
-    with interruption.handling("goes on from here" if cli.resumes(words) else "begins again", stays=True):
+    with interruption.handling("goes on from here" if cli.resumes(words) else "begins again", permanent=True):
         dispatch(words)
 
 

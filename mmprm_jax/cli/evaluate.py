@@ -245,11 +245,11 @@ def verify(args: argparse.Namespace) -> int:
         raise UsageError("a judge needs both --judge=http://host:8000/v1 and --judge-model=NAME")
 
     from mmprm_jax.answers import audit
-    from mmprm_jax.servers import reach
+    from mmprm_jax.servers import check_reachable
 
     with checking_usage():
         audit.mode_of(args.mode)
-    reach([args.judge] if args.judge else [])
+    check_reachable([args.judge] if args.judge else [])
     with contextlib.ExitStack() as stack:
         judge = stack.enter_context(audit.Judge(args.judge, args.judge_model)) if args.judge else None
         said, good = audit.verify_file(args.file, args.output, args.mode, args.jobs, judge)

@@ -19,7 +19,7 @@ from absl import logging
 
 from mmprm_jax import environment, interruption, manifest
 from mmprm_jax.manifest import Depth
-from mmprm_jax.processes import in_first, is_first, wait_for_all
+from mmprm_jax.processes import check_on_first, is_first, wait_for_all
 from mmprm_jax.records import UserError
 from mmprm_jax.report import report as report_page
 from mmprm_jax.schema import raise_for
@@ -119,7 +119,7 @@ def run_stage(run: Run, stage: str, make: Callable[[Run], Figures] | None = None
         done = stage != "report" and run.figures(stage) is not None
         wait_for_all(f"stage {stage}: begin")  # before one of them can be done with it
         if done:
-            in_first(lambda: manifest.check(run, [stage], Depth.SIZES))
+            check_on_first(lambda: manifest.check(run, [stage], Depth.SIZES))
             logging.info("%s: already done", stage)
             return
         interruption.check()
@@ -129,7 +129,7 @@ def run_stage(run: Run, stage: str, make: Callable[[Run], Figures] | None = None
         if unfinished:
             raise UserError(f"{stage}: the stage {unfinished[0]} has not finished; run `mmprm {unfinished[0]}` first")
         run.folder(stage).mkdir(parents=True, exist_ok=True)
-        in_first(lambda: manifest.begin(run, stage))
+        check_on_first(lambda: manifest.begin(run, stage))
         started = time.monotonic()
         figures = (make or STAGES[stage])(run)
         if is_first():

@@ -20,7 +20,7 @@ from mmprm_jax import io, manifest, records, stages
 from mmprm_jax.answers.official import MODES
 from mmprm_jax.data import training_files
 from mmprm_jax.manifest import Depth
-from mmprm_jax.processes import in_first, is_first, wait_for_all
+from mmprm_jax.processes import check_on_first, is_first, wait_for_all
 from mmprm_jax.records import Candidate, Problem, UserError
 from mmprm_jax.stages import evaluate
 from mmprm_jax.stages.run import Run
@@ -115,7 +115,7 @@ def run(base: Run, problems: str, scoring: str) -> Mapping[str, Any]:
     """Evaluates the file. Returns the figures of ``evaluate``, and ``scoring``. Raises UserError, Interrupted."""
     if base.figures("evaluate") is None:
         raise UserError(f"{base.workdir}: its evaluation has not finished; run `mmprm evaluate` there first")
-    in_first(lambda: manifest.check(base, ["data", "sft", "train_prm", "evaluate"], Depth.RECORDS))
+    check_on_first(lambda: manifest.check(base, ["data", "sft", "train_prm", "evaluate"], Depth.RECORDS))
     file = epath.Path(problems)
     test, other = records.read_problems(file), run_of(base, file)
     rules = rules_of(file, test, scoring)
