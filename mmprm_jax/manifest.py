@@ -42,7 +42,7 @@ READS: Mapping[str, tuple[str, ...]] = {
 }
 # In a stage's folder, but not what it hands on: state to go on from, logs, and images, which have their own list.
 _WORK = {DONE, BEGUN, io.SUMS, "checkpoints", "checkpoints_damaged", "input", "metrics.jsonl", "images"}
-_told: set[str] = set()  # work directories of which it has been said that they cannot be checked
+_warned: set[str] = set()  # work directories whose lack of checksums was logged
 Entries = dict[str, Entry]
 
 
@@ -55,7 +55,7 @@ class Depth(enum.Enum):
 
 
 class Run(Protocol):
-    """What is asked of a ``stages.Run``."""
+    """What is used of a ``stages.Run``."""
 
     config: Config
     workdir: epath.Path
@@ -122,9 +122,9 @@ def _manifest(folder: epath.Path, remedy: str) -> tuple[Entries, Entries] | None
     if done is None:
         return None
     if "manifest" not in done:
-        if os.fspath(folder.parent) not in _told:
+        if os.fspath(folder.parent) not in _warned:
             logging.warning("%s: of an older version, without checksums: its stage is taken as it is", folder / DONE)
-            _told.add(os.fspath(folder.parent))
+            _warned.add(os.fspath(folder.parent))
         return None
     found = done["manifest"]
     return _entries(found["files"]), _entries(found["made_of"])
@@ -243,7 +243,7 @@ def _list_images(run: Run, path: epath.Path) -> None:
     lines = []
     for image in dict.fromkeys(run.image_files()):
         if io.is_remote(image) or not os.path.isfile(image):
-            continue  # too slow to ask for; or told when it is opened
+            continue  # too slow to ask for; or found when it is opened
         digest = io.measure(image).sha256 if ours else None
         lines.append(json.dumps([_name(run, image), io.length(image), digest]) + "\n")
     io.write(path, "".join(lines))

@@ -255,7 +255,7 @@ def _score_line(prm: PRM, problems: epath.Path, number: int, line: str, made_by:
     try:
         row = json.loads(line)
         question, images, candidates = _parse(row)
-        if not images:  # else a misspelt key would be scored without its image, and nobody told
+        if not images:  # else a misspelt key would be scored without its image, and nobody notice
             for key in difflib.get_close_matches("images", set(row) - {"image", "images"}, cutoff=0.7):
                 records.warn_unknown(problems, "row", key, ("images", "image"))
         scores = prm.score_candidates(question, candidates, images=[problems.parent / name for name in images])

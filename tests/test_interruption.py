@@ -214,7 +214,7 @@ def test_workers_outlive_signals_to_the_group_and_die_with_their_parent(tmp_path
         time.sleep(0.05)
 
 
-def test_a_script_without_a_main_guard_is_told(tmp_path):
+def test_a_script_without_a_main_guard_is_reported(tmp_path):
     path = tmp_path / "script.py"
     path.write_text("from mmprm_jax.answers.workers import Verifier\nVerifier(1)([('1', '1')])\n")
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120)

@@ -167,7 +167,7 @@ def outcome(workdir, command, whole):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_told_or_the_same(states, tmp_path):
+def test_a_finished_run_is_reported_or_the_same(states, tmp_path):
     """`mmprm pipeline` on a finished run reads all but the weights; everything that it has is compared before."""
     whole, table = figures(states["finished"]), []
     for path, name in damage.each(states["finished"], tmp_path / "w", lambda p: p.parts[1:2] != ("checkpoints",)):
@@ -186,7 +186,7 @@ def test_a_finished_run_is_told_or_the_same(states, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("state", ["sft", "annotate", "train_prm", "scoring"])
-def test_an_unfinished_run_is_told_or_goes_on_to_the_same(states, tmp_path, state):
+def test_an_unfinished_run_is_reported_or_goes_on_to_the_same(states, tmp_path, state):
     """What the stage has so far, and what it is made from. Weights that are trained again are compared as numbers."""
     stage = "evaluate" if state == "scoring" else state
     kept = {stage, "config.json"} | ({"data"} if stage in ("sft", "evaluate") else set())

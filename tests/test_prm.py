@@ -682,7 +682,7 @@ def test_an_image_as_problems_have_it(prm, calls, problems, tmp_path, images):
     assert found["scores"] == prm.score_candidates(QUESTION, [STEPS], images=[tmp_path / "square.png"])
 
 
-def test_a_misspelt_image_is_told(prm, problems, tmp_path, caplog):
+def test_a_misspelt_image_is_reported(prm, problems, tmp_path, caplog):
     own = {"id": 1, "question": QUESTION, "candidates": [], "imgaes": ["square.png"], "level": 3}
     score_file(prm, "m", problems([own, own]), tmp_path / "s.jsonl")
     (told,) = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]

@@ -28,7 +28,7 @@ class StepDetectionExample:
     labels: tuple[int, ...]  # for each step 1: right, 0: neutral, -1: wrong; behind the first error -1, if not judged
     images: tuple[str, ...] = ()  # paths relative to the file of records
     first_error: int | None = None  # ProcessBench: index of the first wrong step, -1: none; None: every step was judged
-    final_correct: bool | None = None  # whether the final answer is right; None: not told
+    final_correct: bool | None = None  # whether the final answer is right; None: unknown
     category: str = ""  # the set that the problem is from (data_source; gsm8k, math, …)
     generator: str = ""  # the model that wrote the solution
     source: str = ""  # which benchmark

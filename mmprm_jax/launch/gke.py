@@ -95,7 +95,7 @@ class Cluster:
         return self.command("delete", f"jobsets.jobset.x-k8s.io/{self.job.name}")
 
     def read(self, argv: list[str]) -> dict[str, Any] | None:
-        """What kubectl answers; None if that could not be had."""
+        """What kubectl answers; None if it does not answer."""
         found = call(argv)
         if found.returncode:
             self.retries.note(f"no state of {self.job.name}: {last_line(found.stderr)}")

@@ -184,7 +184,7 @@ class Slice:
 
 
 def launch(options: argparse.Namespace, job: Job) -> None:
-    """Raises UserError: the command failed (its log is named), or the slice cannot be had."""
+    """Raises UserError: the command failed (its log is named), or the slice is not available."""
     jobs.template("tpu_worker.sh")
     jobs.require_bucket(job)
     config = job.config.partition(":")[0]

@@ -117,7 +117,7 @@ def find(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=at or revision, allow_patterns=[*_OTHER, "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"{name}: no such folder, and not to be had from the hub ({first})") from None
+        raise UserError(f"{name}: no such folder, and it could not be downloaded from the hub ({first})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

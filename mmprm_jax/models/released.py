@@ -54,7 +54,7 @@ NAMED: dict[str, tuple[VisionConfig, DecoderConfig]] = {
     "internvl2_5-2b": (VIT_300M, _internlm2(24, 2048, 8192, 16, 8)),
     "internvl2_5-4b": (VIT_300M, _qwen2(36, 2048, 11008, 16, 2)),
     "internvl2_5-8b": (VIT_300M, _internlm2(32, 4096, 14336, 32, 8)),
-    # Rotary settings of internlm2_5-20b-chat's card: the 26B's own config.json was not to be had.
+    # Rotary settings of internlm2_5-20b-chat's card: the 26B's own config.json was not available.
     "internvl2_5-26b": (
         VIT_6B,
         _internlm2(48, 6144, 16384, 48, 8, rope_theta=5e7, rope_scaling=RopeScaling("dynamic", 2.5, 32768)),

@@ -45,7 +45,7 @@ def _job(run: Run, name: str) -> training.Job:
 def _sft(run: Run) -> Figures:
     if not run.config.sft.steps:
         if not run.config.policy:
-            raise UserError("sft.steps is 0: name the policy that is left as it is, --config.policy=FOLDER_OR_HUB_ID")
+            raise UserError("sft.steps is 0: name the policy to use as it is, --config.policy=FOLDER_OR_HUB_ID")
         return {}
     language, job = models.language_of(run), _job(run, "sft")
     return sft.sft(run.config.sft, job, run.data, language, lambda: models.policy_start(run, language, job.mesh))

@@ -73,7 +73,7 @@ class Run:
         for split in digits.SPLITS:
             yield from (self.data / p.image for p in records.read(self.data / f"{split}.jsonl", Problem) if p.image)
         for path in (self.data / name for name in self._demonstrations()):
-            found = records.read(path, SFTExample) if path.exists() else ()  # told by the stage that needs it
+            found = records.read(path, SFTExample) if path.exists() else ()  # reported by the stage that needs it
             yield from (path.parent / x.image for x in found if x.image)
 
     def _demonstrations(self) -> Sequence[str]:

@@ -47,7 +47,7 @@ def test_an_answer_without_its_typesetting():
     assert [(response, answer(response)) for response, _ in BARE] == BARE
 
 
-def test_different_boxes_are_told():
+def test_different_boxes_are_reported():
     assert committed("\\boxed{1} \\boxed{2} \\boxed{1} \\boxed{3}").earlier == ("1", "2")
     assert committed("\\boxed{3} and so \\boxed{3}").earlier == ()
 

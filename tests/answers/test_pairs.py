@@ -68,7 +68,7 @@ OPEN = [
 ]  # fmt: skip
 
 
-def test_what_cannot_be_told_is_unknown():
+def test_what_cannot_be_decided_is_unknown():
     found = [(*pair, verdict) for pair in OPEN if (verdict := compare(*pair)).kind != "unknown"]
     assert found == []
 

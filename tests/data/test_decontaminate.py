@@ -101,7 +101,7 @@ def test_a_figure_of_another_shape_is_another_one():
     assert why(bench("a b c d", drawing(0)), "e f g h", drawing(0).resize((120, 180))) is None
 
 
-def test_an_exact_question_is_told_before_a_like_image():
+def test_an_exact_question_comes_before_a_near_image():
     known = [
         BenchmarkProblem("b", "image", question_fingerprint("a b c d"), image_fingerprint(encoded(drawing(0)))),
         BenchmarkProblem("b", "text", question_fingerprint(LONG), None),

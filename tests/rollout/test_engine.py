@@ -742,7 +742,7 @@ def test_slots_are_refilled(make):
 # Guards.
 
 
-def test_recompilation_is_told(make, groups, monkeypatch):
+def test_recompilation_is_reported(make, groups, monkeypatch):
     """A parameter of another type."""
     engine, told = make(), []
     monkeypatch.setattr(engine_module.logging, "warning", lambda text, *args: told.append(text % args))
