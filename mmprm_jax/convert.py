@@ -39,7 +39,7 @@ _TILING = ("max_dynamic_patch", "dynamic_image_size", "use_thumbnail")  # keys o
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model in memory. ``folder``: where its config.json and tokenizer are; None: it was made here, from nothing."""
+    """A model in memory. ``folder``: where its config.json and tokenizer are; None: it was made here, from scratch."""
 
     folder: Path | None
     model: hf.Description
@@ -81,7 +81,7 @@ def _open(path_or_id: str | os.PathLike, revision: str | None) -> hf.Checkpoint:
     return hf.open_checkpoint(path_or_id, revision)
 
 
-def from_nothing(cfg: VLMConfig, tokenizer: Tokenizer, params: Any, mesh: Any) -> Loaded:
+def from_scratch(cfg: VLMConfig, tokenizer: Tokenizer, params: Any, mesh: Any) -> Loaded:
     """A model of our own sizes, of parameters in float32, without what only training has (adapters, a head for kappa).
 
     Raises UserError when transformers has no class for it.

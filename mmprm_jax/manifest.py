@@ -179,7 +179,7 @@ def begin(run: Run, stage: str) -> None:
     check(run, needed, Depth.RECORDS if stage == "report" else Depth.ALL)
     if stage == "report":  # it is always made anew, of stages that have just been compared with each other
         return
-    _refuse_to_undermine(run, stage)
+    _check_later_stages(run, stage)
     path, made_of = run.folder(stage) / BEGUN, _made_of(run, needed)
     if path.exists():
         before = _entries(io.read_sealed(path, f"delete it if nothing changed, else {again(run, stage)}"))
@@ -189,7 +189,7 @@ def begin(run: Run, stage: str) -> None:
         io.write_sealed(path, {name: dataclasses.asdict(entry) for name, entry in made_of.items()})
 
 
-def _refuse_to_undermine(run: Run, stage: str) -> None:
+def _check_later_stages(run: Run, stage: str) -> None:
     for later in list(READS)[list(READS).index(stage) + 1 :]:
         for name in (DONE, BEGUN):
             path = run.folder(later) / name

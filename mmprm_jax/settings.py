@@ -58,7 +58,7 @@ class Data(Digits):
 
 @dataclasses.dataclass(frozen=True)
 class Vision(Section):
-    """The tower of a model that is trained from nothing."""
+    """The tower of a model that is trained from scratch."""
 
     image_size: int = setting(24, "pixels per side of an image tile", low=1)
     patch_size: int = setting(4, "pixels per side of a patch", low=1)
@@ -79,7 +79,7 @@ class Vision(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Decoder(Section):
-    """The decoder of a model that is trained from nothing."""
+    """The decoder of a model that is trained from scratch."""
 
     hidden_size: int = setting(64, "size of the residual stream", low=1)
     num_layers: int = setting(6, "layers", low=1)
@@ -99,7 +99,7 @@ class Decoder(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Model(Section):
-    """A model that is trained from nothing; of ``policy`` only ``remat`` counts."""
+    """A model that is trained from scratch; of ``policy`` only ``remat`` counts."""
 
     vision: Vision = Vision()
     decoder: Decoder = Decoder()

@@ -102,7 +102,7 @@ def some_models():
     for name in MODELS:
         model = hf.open_checkpoint(GOLDEN / "models" / name).model
         paths[name] = {
-            hf_config.kind_of(model.config),
+            hf_config.checkpoint_kind(model.config),
             hf_config.decoder_kind(model.config),
             f"tied {model.cfg.decoder.tied}",
         }
@@ -266,11 +266,13 @@ def release(folder, golden, tokenizer):
     folder.mkdir()
     configs = [json.loads(p.read_text()) for p in sorted((golden / "models").glob("*/config.json"))]
     config = next(
-        c for c in configs if hf_config.kind_of(c) == hf_config.CHAT and hf_config.decoder_kind(c) == "internlm2"
+        c
+        for c in configs
+        if hf_config.checkpoint_kind(c) == hf_config.CHAT and hf_config.decoder_kind(c) == "internlm2"
     )
     config["llm_config"] |= {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
     rng, tensors = np.random.default_rng(0), {}
-    groups = layout(hf_config.from_hf_config(config), hf_config.kind_of(config), hf_config.decoder_kind(config))
+    groups = layout(hf_config.from_hf_config(config), hf_config.checkpoint_kind(config), hf_config.decoder_kind(config))
     for key, shape, _ in (tensor for group in groups for tensor in group.tensors()):
         tensors[key] = (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

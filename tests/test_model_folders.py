@@ -1,4 +1,4 @@
-"""What training writes, from nothing or from a release: one kind of model folder, for us and for transformers.
+"""What training writes, from scratch or from a release: one kind of model folder, for us and for transformers.
 
 Scores of our own models are compared with the pipeline's own (``Language``, ``Scorer``), exports with ``transformers``
 itself (``pytest -m parity``).
@@ -55,7 +55,7 @@ def params_of(cfg, image_token, mesh):
 def trained(folder, language, mesh):
     """The folder that a training stage leaves (``stages.training.train``), with random weights. Returns these."""
     params = params_of(language.cfg, language.image_token, mesh)
-    loaded = convert.from_nothing(language.cfg, language.tokenizer, params, mesh)
+    loaded = convert.from_scratch(language.cfg, language.tokenizer, params, mesh)
     named = dict(zip(("policy", "prm"), language.templates, strict=True))
     config = {**loaded.model.config, hf_config.TEMPLATES: named, "max_dynamic_patch": MAX_TILES}
     loaded = dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, config=config))
@@ -176,7 +176,7 @@ def test_what_transformers_cannot_compute_is_refused():
             hf_native.describe(wrong, BPE, jnp.float32)
         assert "\n" not in str(told.value)
     with pytest.raises(UserError, match="model.tile_size is 16"):
-        convert.from_nothing(dataclasses.replace(cfg, tile_size=16), BPE, {}, None)
+        convert.from_scratch(dataclasses.replace(cfg, tile_size=16), BPE, {}, None)
 
 
 def test_large_weights_are_filed_in_several(monkeypatch, tmp_path, mesh):

@@ -54,7 +54,7 @@ def _settings(row: Row) -> Any:
     return settings_of(options, unit, precision)
 
 
-def mode_of(name: str) -> Callable[[Row], Verdict]:
+def find_mode(name: str) -> Callable[[Row], Verdict]:
     """The rules of a mode. Raises UserError for an unknown one."""
     if name == "default":
         return default
@@ -76,7 +76,7 @@ class _Line:
 
 def check(rows: list[Row | None], mode: str) -> list[Verdict | str]:
     """Runs in a worker: a verdict, or what is wrong with the row."""
-    rules, found = mode_of(mode), []
+    rules, found = find_mode(mode), []
     for row in rows:
         try:
             found.append(rules(row) if row is not None else "")
@@ -148,7 +148,7 @@ def verify_file(
         raise UserError(f"--output={output} is the file that is read")
     if jobs < 0:
         raise UserError(f"--jobs={jobs} is no number of processes")
-    mode_of(mode)
+    find_mode(mode)
     jobs = jobs or min(8, os.cpu_count() or 1)
     tally = _Tally()
     with contextlib.ExitStack() as stack:

@@ -248,7 +248,7 @@ def verify(args: argparse.Namespace) -> int:
     from mmprm_jax.servers import check_reachable
 
     with checking_usage():
-        audit.mode_of(args.mode)
+        audit.find_mode(args.mode)
     check_reachable([args.judge] if args.judge else [])
     with contextlib.ExitStack() as stack:
         judge = stack.enter_context(audit.Judge(args.judge, args.judge_model)) if args.judge else None

@@ -75,7 +75,7 @@ class Description:
 
 def describe(config: Mapping[str, Any], manifest: Manifest) -> Description:
     """Raises UserError when config.json is of an unknown kind."""
-    kind, decoder = hf_config.kind_of(config), hf_config.decoder_kind(config)
+    kind, decoder = hf_config.checkpoint_kind(config), hf_config.decoder_kind(config)
     cfg = hf_config.from_hf_config(config)
     keys = {key for file in manifest.files.values() for key in file["tensors"]}
     prefixed = any(key.startswith("model.language_model.") for key in keys)

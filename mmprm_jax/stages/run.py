@@ -80,14 +80,14 @@ class Run:
         return self.config.sft.files if self.config.sft.steps else ()
 
 
-def mesh_of(config: Config) -> Mesh:
+def run_mesh(config: Config) -> Mesh:
     """Over the devices of all processes."""
     return make_mesh(_shape(config))
 
 
-def own_mesh_of(config: Config) -> Mesh:
+def process_mesh(config: Config) -> Mesh:
     """Over the devices of this process."""
-    return mesh_of(config) if jax.process_count() == 1 else make_own_mesh(_shape(config))
+    return run_mesh(config) if jax.process_count() == 1 else make_own_mesh(_shape(config))
 
 
 def _shape(config: Config) -> dict[str, int]:

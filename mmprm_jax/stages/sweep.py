@@ -97,7 +97,7 @@ def cell_run(base: Run, config: Config, workdir: epath.Path) -> Run:
 
 def _evaluation(base: Run, run: Run) -> evaluate.Inputs:
     """Of a cell: its PRM on what the run's policy sampled, without controls."""
-    return dataclasses.replace(evaluate.inputs_of(run), sampled=base.folder("evaluate"), controls=False)
+    return dataclasses.replace(evaluate.make_inputs(run), sampled=base.folder("evaluate"), controls=False)
 
 
 def run(base: Run, settings: Sequence[tuple[Cell, Config]], grid: Grid) -> str:

@@ -65,13 +65,13 @@ def _kept_in_bfloat16(optimizer: optax.GradientTransformation) -> optax.Gradient
         old = cast(state["optimizer"], jnp.bfloat16, lambda x: x.astype(jnp.float32))
         updates, new = optimizer.update(grads, old, params)
         leaf, key = itertools.count(), jax.random.fold_in(jax.random.key(0), state["step"])
-        new = cast(new, jnp.float32, lambda x: round_at_random(x, jax.random.fold_in(key, next(leaf))))
+        new = cast(new, jnp.float32, lambda x: stochastic_round(x, jax.random.fold_in(key, next(leaf))))
         return updates, {"optimizer": new, "step": state["step"] + 1}
 
     return optax.GradientTransformation(init, update)
 
 
-def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     """float32 to one of its two neighbours in bfloat16, so that the mean is x; what bfloat16 holds stays as it is."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     # Adding less than one unit of the upper half carries into it as often as the lower half is large.

@@ -135,7 +135,7 @@ def test_an_interruption_does_not_promise_to_go_on():
 
 def test_unknown_modes_are_reported():
     with pytest.raises(UserError, match="--mode=nothing: no such mode; there are default, mathverse, mathvision, "):
-        audit.mode_of("nothing")
+        audit.find_mode("nothing")
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def terminate():
 
 def candidates(path, policy):
     with handling():
-        return evaluate.candidates_of(Pieces(path), PROBLEMS, 2, policy.load, "sample")
+        return evaluate.sample_candidates(Pieces(path), PROBLEMS, 2, policy.load, "sample")
 
 
 def steps(path, policy):

@@ -22,7 +22,9 @@ from mmprm_jax.records import UserError
 
 SLOW = pytest.mark.slow
 NATIVE_MODELS = [
-    m for m in MODELS if hf_config.kind_of(hf.read_json(GOLDEN / "models" / m / "config.json")) == hf_config.NATIVE
+    m
+    for m in MODELS
+    if hf_config.checkpoint_kind(hf.read_json(GOLDEN / "models" / m / "config.json")) == hf_config.NATIVE
 ]
 POLICY_TOKENIZERS = sorted(
     path.parent.name
@@ -107,7 +109,7 @@ def test_both_ways_of_naming_the_native_keys(golden, tmp_path, mesh, name):
 def random_checkpoint(folder, cfg, config, dtype=np.float32, shards=1, seed=0):
     """A checkpoint of random weights in the layout that its config.json asks for."""
     folder.mkdir()
-    groups = layout(cfg, hf_config.kind_of(config), hf_config.decoder_kind(config))
+    groups = layout(cfg, hf_config.checkpoint_kind(config), hf_config.decoder_kind(config))
     rng = np.random.default_rng(seed)
     tensors = [(key, shape) for group in groups for key, shape, _ in group.tensors()]
     sizes = np.cumsum([np.prod(shape, dtype=np.int64) for _, shape in tensors])
