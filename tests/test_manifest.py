@@ -40,7 +40,7 @@ def tiny_config(**data):
     return config.load(f"{ROOT / 'configs' / 'digits.py'}:smoke", ["--config.mesh=1,1,1", *overrides])
 
 
-class MadeUp(toy.MadeUp):
+class SeededSampler(toy.SeededSampler):
     """Answers that the run's tokenizer knows: right or wrong by chance, whatever the policy can do."""
 
     def collect(self):
@@ -52,11 +52,11 @@ class MadeUp(toy.MadeUp):
         ]  # fmt: skip
 
 
-def made_up_annotation(most=None):
+def made_up_annotation(limit=None):
     def stage(run):
         c, folder, problems = run.config.annotate, run.folder("annotate"), run.problems("train")
         settings = Settings(num_rollouts=4, max_searches=2, rollout_budget=12)
-        failed = annotation.run(folder, problems, MadeUp(most=most), settings, c)
+        failed = annotation.run(folder, problems, SeededSampler(limit=limit), settings, c)
         return annotation.finish(folder, problems, failed, False)
 
     return stage
@@ -141,7 +141,7 @@ def states(quick, tmp_path_factory):
 
     interrupted(workdir, manifest, "finish", stop_at("sft"))
     keep("sft")
-    interrupted(workdir, stages.STAGES, "annotate", made_up_annotation(most=12))
+    interrupted(workdir, stages.STAGES, "annotate", made_up_annotation(limit=12))
     keep("annotate")
     interrupted(workdir, manifest, "finish", stop_at("train_prm"))
     keep("train_prm")

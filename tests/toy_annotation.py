@@ -39,14 +39,14 @@ class Interrupted(BaseException):
     """Nothing catches it, as nothing catches kill -9."""
 
 
-class MadeUp:
+class SeededSampler:
     """A sampler without a model: an answer depends on its request only. One answer at a time, the newest first.
 
-    fails: request -> the reason why it cannot be answered, or None. most: it interrupts after so many answers.
+    fails: request -> the reason why it cannot be answered, or None. limit: it interrupts after so many answers.
     """
 
-    def __init__(self, fails=lambda request: None, most=None):
-        self._fails, self._most, self._open = fails, most, []
+    def __init__(self, fails=lambda request: None, limit=None):
+        self._fails, self._limit, self._open = fails, limit, []
         self.answered, self.released, self.rollouts, self.tokens = [], [], 0, 0
 
     def submit(self, requests):
@@ -58,14 +58,14 @@ class MadeUp:
 
         if not self._open:
             return []
-        if len(self.answered) == self._most:
+        if len(self.answered) == self._limit:
             raise Interrupted
         request = self._open.pop()
         self.answered.append(request)
         if reason := self._fails(request):
             return [(request, Failure(reason))]
         self.rollouts += request.n
-        rollouts = made_up(request)
+        rollouts = seeded_rollouts(request)
         self.tokens += sum(rollout.n_tokens for rollout in rollouts)
         return [(request, rollouts)]
 
@@ -73,7 +73,7 @@ class MadeUp:
         self.released.append(problem_id)
 
 
-def made_up(request):
+def seeded_rollouts(request):
     """Rollouts of few different steps, in texts that are hard to file."""
     from mmprm_jax.records import Rollout
 

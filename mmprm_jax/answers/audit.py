@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from mmprm_jax.answers.equivalence import compare, settings_of
+from mmprm_jax.answers.equivalence import compare, make_settings
 from mmprm_jax.answers.judge import Judge
 from mmprm_jax.answers.verdict import VERSION, Verdict, unknown
 from mmprm_jax.answers.workers import Pool
@@ -51,7 +51,7 @@ def _settings(row: Row) -> Any:
         raise ValueError('"unit" is a text')
     if isinstance(precision, bool) or not isinstance(precision, int | float | None):
         raise ValueError('"precision" is a number of decimals')
-    return settings_of(options, unit, precision)
+    return make_settings(options, unit, precision)
 
 
 def find_mode(name: str) -> Callable[[Row], Verdict]:

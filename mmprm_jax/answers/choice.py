@@ -77,7 +77,7 @@ def chosen(text: str) -> Chosen | None:
     return None
 
 
-def options_of(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+def parse_options(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """letter -> normalised text, without the letter before it."""
     if isinstance(options, Mapping):
         items = [(str(k).strip("(). ").upper(), v) for k, v in options.items()]

@@ -45,11 +45,11 @@ class Settings:
 NO_SETTINGS = Settings()
 
 
-def settings_of(options: Options | None = None, unit: str | None = None, precision: float | None = None) -> Settings:
+def make_settings(options: Options | None = None, unit: str | None = None, precision: float | None = None) -> Settings:
     """Raises ValueError for a precision that is no number of decimals."""
     if precision is not None and not (float(precision).is_integer() and 0 <= precision <= 40):
         raise ValueError(f"precision {precision!r} is no number of decimals")
-    found = choice.options_of(options) if options else {}
+    found = choice.parse_options(options) if options else {}
     return Settings(tuple(found.items()), normalise(unit or ""), None if precision is None else int(precision))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from mmprm_jax.answers import extract, numerals
 from mmprm_jax.answers import official_latex as latex
-from mmprm_jax.answers.equivalence import compare, settings_of
+from mmprm_jax.answers.equivalence import compare, make_settings
 from mmprm_jax.answers.official_olympiad import olympiadbench
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 
@@ -173,7 +173,7 @@ def mathverse(row: Mapping[str, Any]) -> Verdict:
     if row.get("question_type") == "multi-choice" or options:
         letter = _letter(_plain(found), options)
         if letter is None:
-            return compare(gold, found, settings_of(options))
+            return compare(gold, found, make_settings(options))
         return _same(letter, _letter(_plain(gold), options) or gold)
     return _compared_all(response, found, gold)
 

@@ -211,7 +211,7 @@ def _agreement(packed: dict[str, float], padded: dict[str, float]) -> float:
     return difference
 
 
-def named(name: str) -> Case:
+def find_case(name: str) -> Case:
     """The case of that name. Raises UserError."""
     if name not in CASES:
         raise UserError(f"no case is called {name}; there are: {', '.join(CASES)}")

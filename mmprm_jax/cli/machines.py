@@ -184,7 +184,7 @@ def bench_train(args: argparse.Namespace) -> None:
     from mmprm_jax.bench import train
 
     with checking_usage():
-        case = train.named(args.case)
+        case = train.find_case(args.case)
     result = train.run(args.pairs, case)
     print(train.describe(result))
     if args.json:

@@ -12,7 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmprm_jax.data.sources_base import Item, Picture, Source, identity, optional, picture, placed, text, texts
+from mmprm_jax.data.sources_base import (
+    Item,
+    Picture,
+    Source,
+    identity,
+    match_image_tags,
+    optional,
+    picture,
+    text,
+    texts,
+)
 from mmprm_jax.records import Problem, UserError
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -47,7 +57,7 @@ def _gold_letter(answer: str, options: Sequence[str]) -> None:
 
 
 def _item(id_: str, question: str, answer: str, pictures: tuple, prompt: str, mode: str, **scoring: Any) -> Item:
-    question = placed(question, min(len(pictures), 1))
+    question = match_image_tags(question, min(len(pictures), 1))
     needs = {key: value for key, value in scoring.items() if value not in (None, "", ())}
     return Item(Problem(id_, question, answer), pictures, {"prompt": prompt, "mode": mode, "gold": answer, **needs})
 
@@ -218,7 +228,7 @@ def visualprocessbench(row: Mapping[str, Any], split: str) -> Item:
 def _tags(question: str, images: int) -> str:
     """A question whose tags do not fit its images loses them: the images then stand in front."""
     try:
-        return placed(question, images)
+        return match_image_tags(question, images)
     except UserError:
         return question.replace("<image>", "").strip()
 

@@ -25,7 +25,7 @@ from mmprm_jax import interruption, records
 from mmprm_jax import io as files
 from mmprm_jax.data import decontaminate, images, sources, sources_files
 from mmprm_jax.data.rewriter import Rewriter
-from mmprm_jax.data.sources_base import Item, Picture, Refused, named
+from mmprm_jax.data.sources_base import Item, Picture, Refused, replace_fields
 from mmprm_jax.metrics import progress
 from mmprm_jax.records import Problem, SFTExample, UserError
 
@@ -231,7 +231,7 @@ def _select(
         try:
             if isinstance(row.record, Problem | SFTExample):
                 opened = pictures.merged(row.pictures)
-                record = named(row.record, image=None)
+                record = replace_fields(row.record, image=None)
             else:
                 opened = pictures.opened(row.pictures)
                 record = row.record
@@ -246,9 +246,9 @@ def _select(
                 continue
         paths = tuple(pictures.keep(*encoded) for encoded in opened)
         if isinstance(record, Problem | SFTExample):
-            record = named(record, image=paths[0] if paths else None)
+            record = replace_fields(record, image=paths[0] if paths else None)
         else:
-            record = named(record, images=paths)
+            record = replace_fields(record, images=paths)
         yield dataclasses.replace(row, record=record)
         kept += 1
         if kept == limit:

@@ -53,7 +53,7 @@ class Run:
 
     def figures(self, stage: str) -> Figures | None:
         """What a finished stage reported; None when it has not finished. Raises UserError if that is damaged."""
-        found = manifest.read_done(self.folder(stage), manifest.again(self, stage))
+        found = manifest.read_done(self.folder(stage), manifest.remedy_for(self, stage))
         return None if found is None else {key: value for key, value in found.items() if key != "manifest"}
 
     def problems(self, split: str) -> list[Problem]:

@@ -116,17 +116,17 @@ def grow(folder, sampler, worker=0, workers=1):
 
 def test_an_interrupted_annotation_of_two_processes_goes_on(bucket, tmp_path):
     local = epath.Path(tmp_path / "annotate")
-    grow(local, toy.MadeUp())
+    grow(local, toy.SeededSampler())
     folder, answered = bucket / "annotate", 0
     for worker in range(2):
         with pytest.raises(toy.Interrupted):
-            grow(folder, toy.MadeUp(most=20), worker, 2)
+            grow(folder, toy.SeededSampler(limit=20), worker, 2)
     assert [path for path in folder.glob("in_flight-*.part")]
     for worker in range(2):
-        sampler = toy.MadeUp()
+        sampler = toy.SeededSampler()
         assert grow(folder, sampler, worker, 2) == {}
         answered += len(sampler.answered)
-    whole = toy.MadeUp()
+    whole = toy.SeededSampler()
     grow(epath.Path(tmp_path / "again"), whole)
     assert answered < len(whole.answered)  # what was answered before was not asked again
     assert toy.files(folder) == toy.files(local)
