@@ -108,7 +108,7 @@ class _Watch:
         while not self._done:
             left = self._seconds_left()
             if left is not None and left <= 0:
-                self._exit_now(self.signal)
+                self._exit(self.signal)
             ready, _, _ = select.select([self._read], [], [], left)
             for number in os.read(self._read, 64) if ready else ():
                 if number in self._before:
@@ -119,7 +119,7 @@ class _Watch:
     def _receive(self, number: int) -> None:
         now = time.monotonic()
         if self._since and now - self._since > _SAME:
-            self._exit_now(number)
+            self._exit(number)
         if not self._since:
             self._since, self.signal = now, self.signal or number
             self.event.set()
@@ -138,7 +138,7 @@ class _Watch:
         until = max(self._since + grace, self._saved + CLOSING, self._polled + rounds * usual)
         return until - time.monotonic()
 
-    def _exit_now(self, number: int) -> None:
+    def _exit(self, number: int) -> None:
         self.report("ended as asked")
         os._exit(128 + number)
 

@@ -36,7 +36,7 @@ class Method:
 
     beams: int  # continuations of a problem that are scored in a round
     width: int  # continuations of each solution that goes on
-    apart: bool = False  # DVTS
+    independent: bool = False  # DVTS
     ahead: int = 0  # steps of the lookahead
 
     def __post_init__(self) -> None:
@@ -46,17 +46,17 @@ class Method:
     @property
     def searches(self) -> int:
         """That a problem has, independent of each other."""
-        return self.beams // self.width if self.apart else 1
+        return self.beams // self.width if self.independent else 1
 
     @property
     def kept(self) -> int:
         """Solutions of a search that go on."""
-        return 1 if self.apart else self.beams // self.width
+        return 1 if self.independent else self.beams // self.width
 
 
 METHODS: Mapping[str, Callable[[int, int, int], Method]] = {
     "beam": lambda beams, width, ahead: Method(beams, width),
-    "dvts": lambda beams, width, ahead: Method(beams, width, apart=True),
+    "dvts": lambda beams, width, ahead: Method(beams, width, independent=True),
     "lookahead": lambda beams, width, ahead: Method(beams, width, ahead=ahead),
 }
 

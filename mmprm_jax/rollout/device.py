@@ -40,18 +40,19 @@ _NONE = -1e30  # the score of what must not be attended to
 # On CPUs the order of a sum can depend on the number of rows: a sample would depend on how many others there are.
 # YNNPACK chooses its kernels by it, and Eigen splits the terms of a sum among threads where rows are few.
 _EXACT = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_multi_thread_eigen": False}}
-LEFT_OVER = 3  # oneDNN's kernels for AVX2 take six rows at a time; one to three that are left over are summed otherwise
-FEW_ROWS = 48  # and so are small products
+# oneDNN's kernels for AVX2 take six rows at a time; one to three that are left over are summed otherwise.
+MAX_REMAINDER = 3
+SMALL_PRODUCT = 48  # rows; products with fewer are summed otherwise, too
 
 
-def rows_matter(mesh: Any) -> bool:
+def rounding_depends_on_rows(mesh: Any) -> bool:
     """Whether the sums of a row of a matrix product can depend on the number of rows, even in a ``Program``."""
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def leaves_over(rows: int) -> bool:
-    """Whether the last rows of a product of so many are summed in another order where ``rows_matter``."""
-    return 0 < rows % 6 <= LEFT_OVER
+def has_remainder_rows(rows: int) -> bool:
+    """Whether the last rows of a product of so many are summed in another order where ``rounding_depends_on_rows``."""
+    return 0 < rows % 6 <= MAX_REMAINDER
 
 
 @functools.cache

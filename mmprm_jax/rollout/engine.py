@@ -29,7 +29,7 @@ from mmprm_jax.sharding import put_batch
 
 _CHUNK = 1024  # tokens; longer pieces of a prefix are computed one after the other, which bounds the attention's memory
 _ADMITTED = 16  # rows of one call
-_LEAST = 128  # tokens of one call at least; smaller ones, too, sum in another order
+_MIN_BATCH = 128  # tokens of one call at least; smaller ones, too, sum in another order
 _BATCH = 2048  # tokens of one call, about; larger matrix products may sum in another order
 
 
@@ -88,7 +88,7 @@ def bucket(size: int, minimum: int) -> int:
 def _batch(count: int, width: int) -> int:
     """Rows of ``width`` tokens that are computed together when there are ``count`` left: 1, 4 or 16, if they fit."""
     limit = max(1, _BATCH // width)
-    return min(limit, next((size for size in (1, 4) if count <= size and size * width >= _LEAST), 16))
+    return min(limit, next((size for size in (1, 4) if count <= size and size * width >= _MIN_BATCH), 16))
 
 
 @dataclasses.dataclass
@@ -141,12 +141,12 @@ class Engine:
         most. min_bucket: unit of padding, tokens.
         """
         b = device.shards(mesh)
-        self._rows_matter = device.rows_matter(mesh)
-        if self._rows_matter:
+        self._row_dependent = device.rounding_depends_on_rows(mesh)
+        if self._row_dependent:
             heads = cfg.decoder.num_heads // cfg.decoder.num_kv_heads
-            samples = next(m for m in itertools.count(samples) if not device.leaves_over(m * heads))
-            least_slots = max(-(-slots // b), device.FEW_ROWS)
-            slots = b * next(s for s in itertools.count(least_slots) if not device.leaves_over(s))
+            samples = next(m for m in itertools.count(samples) if not device.has_remainder_rows(m * heads))
+            min_slots = max(-(-slots // b), device.SMALL_PRODUCT)
+            slots = b * next(s for s in itertools.count(min_slots) if not device.has_remainder_rows(s))
         self._graphdef, self._params, self._cfg, self._mesh = graphdef, params, cfg, mesh
         self._image_token, self._shards, self._samples, self._max_new = image_token, b, samples, max_new
         self._slots = -(-slots // b)
@@ -397,15 +397,15 @@ class Engine:
     def _bucket(self, tokens: int) -> int:
         """The width of a row for so many tokens."""
         width = bucket(tokens, self._min_bucket)
-        if self._rows_matter and device.leaves_over(width) and width - tokens < device.LEFT_OVER:
+        if self._row_dependent and device.has_remainder_rows(width) and width - tokens < device.MAX_REMAINDER:
             return bucket(width + 1, self._min_bucket)  # those left over are padding
         return width
 
     def _tiles(self, count: int) -> int:
         """Tiles of one call of the tower for so many."""
-        if self._rows_matter:  # the products of the tower have some rows more or less for each tile
+        if self._row_dependent:  # the products of the tower have some rows more or less for each tile
             of_tile = self._cfg.tokens_per_tile
-            count = max(count + -(-device.LEFT_OVER // of_tile), -(-device.FEW_ROWS // of_tile))
+            count = max(count + -(-device.MAX_REMAINDER // of_tile), -(-device.SMALL_PRODUCT // of_tile))
         return bucket(count, 1)
 
     def _resize_rows(self, parts: list[_Part]) -> None:

@@ -206,10 +206,10 @@ def grow(
             ids.add(problem.id)
             growing[index] = problem
             forest.start(index, problem)
-        wanted = forest.requests()
-        open_requests.update((request, index) for index, request in wanted)
-        if wanted:
-            sampler.submit([request for _, request in wanted])
+        requests = forest.requests()
+        open_requests.update((request, index) for index, request in requests)
+        if requests:
+            sampler.submit([request for _, request in requests])
         ended = forest.finished()
         for index, result in ended:
             sampler.release(growing.pop(index).id)

@@ -114,7 +114,7 @@ def test_no_gradient_loses_addends(mesh_of, cfg, loss, devices, microbatches):
 def test_moments_in_bfloat16_follow_steady_gradients():
     """Rounded to the nearest, the second moments stop on their way down, and steps are 8 % too short."""
     plain = optax.scale_by_adam(b2=0.98)
-    kept = optimizers._kept_in_bfloat16(plain)
+    kept = optimizers._moments_in_bfloat16(plain)
     states, updates = {}, {}
     for optimizer in (plain, kept):
         states[optimizer] = optimizer.init(jnp.zeros(1000))
