@@ -48,7 +48,7 @@ def _plain(text: str) -> str:
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", "°", text.replace("\\%", "%").replace("\\$", ""))
     text = text.replace("（", "(").replace("）", ")").replace("\\pi", "π").replace("**", "").strip().strip("$").strip()
-    boxed = extract.committed(text) if text.startswith("\\boxed") else None
+    boxed = extract.marked_answer(text) if text.startswith("\\boxed") else None
     return boxed.text if boxed else re.sub(r"[.。]$", "", text).strip()
 
 
@@ -181,7 +181,7 @@ def mathverse(row: Mapping[str, Any]) -> Verdict:
 def _compared_all(response: str, found: str, gold: str) -> Verdict:
     """The last answer; of a response with several boxes all of them as well, which the judge sees."""
     verdict = _compared(found, gold)
-    committed = extract.committed(response)
+    committed = extract.marked_answer(response)
     if verdict or committed is None or not committed.earlier:
         return verdict
     return compare(gold, response)
