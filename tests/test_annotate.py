@@ -56,7 +56,7 @@ class Watched:
 
     def __init__(self, sampler, limit=None):
         self.sampler, self.engine, self.limit = sampler, sampler.engine, limit
-        self.asked, self.answered, self.drawn, keys = [], [], {}, {}
+        self.requested, self.answered, self.drawn, keys = [], [], {}, {}
         submit, step = self.engine.submit, self.engine.step
 
         def watched_submit(group):
@@ -71,7 +71,7 @@ class Watched:
         self.engine.submit, self.engine.step = watched_submit, watched_step
 
     def submit(self, requests):
-        self.asked += requests
+        self.requested += requests
         self.sampler.submit(requests)
 
     def collect(self):
@@ -184,7 +184,7 @@ def test_two_workers_give_the_files_of_one(whole, tmp_path, sampler_of, mesh):
     for worker in (0, 1):
         sampler = sampler_of()
         grown(tmp_path, sampler, worker=worker, workers=2)
-        shares.append({request.problem.id for request in sampler.asked})
+        shares.append({request.problem.id for request in sampler.requested})
     assert shares == [{"p0", "p1", "p2", "p3", "p4", "p10", "p11"}, {"p5", "p6", "p7", "p8", "p9"}]
     assert toy.files(tmp_path) == whole[1]
     assert finished(tmp_path) == whole[3]
@@ -197,8 +197,8 @@ def test_interrupted_the_trees_stay_the_same(whole, tmp_path, sampler_of, mesh):
     grown(tmp_path, second)
     assert toy.files(tmp_path) == whole[1]
     assert finished(tmp_path) == whole[3]
-    assert first.answered and not set(first.answered) & set(second.asked)
-    assert len(first.answered) + len(second.asked) == len(whole[2].asked)
+    assert first.answered and not set(first.answered) & set(second.requested)
+    assert len(first.answered) + len(second.requested) == len(whole[2].requested)
 
 
 # Without a model
