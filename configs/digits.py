@@ -1,4 +1,4 @@
-"""The embedded default: handwritten arithmetic, from nothing to a report on two CPU cores.
+"""The embedded default: handwritten arithmetic, from data to a report on two CPU cores.
 
 ``digits.py`` is the run that makes claims; ``digits.py:smoke`` walks the same path in a minute or two and makes none.
 Here is what differs from the defaults (``mmprm_jax/settings.py``); ``mmprm config --config=FILE`` prints every setting.

@@ -1,4 +1,4 @@
-"""A small model of your own on real problems, from nothing; ``--config.data.folder`` names them.
+"""A small model of your own on real problems, from scratch; ``--config.data.folder`` names them.
 
 The folder has {train,dev,test}.jsonl and sft.jsonl (``mmprm prepare``, ``mmprm split``); a tokenizer is made for it. A
 model of this size shows that the data go through all stages; it learns no mathematics. ``small.py:smoke`` is shorter.

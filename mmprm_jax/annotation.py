@@ -24,20 +24,20 @@ from mmprm_jax.answers.workers import Verifier
 from mmprm_jax.interruption import Interrupted
 from mmprm_jax.metrics import Metrics, progress
 from mmprm_jax.policy import Policy
-from mmprm_jax.processes import asked_to_end, is_first, wait_for_all
+from mmprm_jax.processes import is_first, stop_requested, wait_for_all
 from mmprm_jax.records import Failure, Problem, Sampler, Tree, UserError
 from mmprm_jax.rollout.remote import RemoteSampler
 from mmprm_jax.rollout.rollouts import LocalSampler, Verify
 from mmprm_jax.search.omegaprm import SEARCHES, grow
 from mmprm_jax.search.settings import Settings
-from mmprm_jax.search.store import Recalling, Store, each_tree, missing
-from mmprm_jax.servers import reach
+from mmprm_jax.search.store import CachedSampler, Store, iter_trees, missing
+from mmprm_jax.servers import check_reachable
 from mmprm_jax.settings import Annotate, Engine
 
 _SECONDS = 10.0  # between two rows of metrics
 
 
-def told_by_the_first(verify: Verify) -> Verify:
+def broadcast_verdicts(verify: Verify) -> Verify:
     """Verdicts of the first process, for all of them: a time-out could differ."""
 
     def verdicts(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
@@ -47,7 +47,7 @@ def told_by_the_first(verify: Verify) -> Verify:
     return verdicts
 
 
-class _Gauge:
+class _ThroughputMeter:
     """What the progress bar and the metrics show of a sampler."""
 
     def __init__(self, sampler: Sampler):
@@ -73,15 +73,15 @@ class _Gauge:
 
 
 @contextlib.contextmanager
-def _kept(store: Store) -> Iterator[None]:
-    """Saves what is in flight when the process is asked to end, or cannot go on."""
+def _save_on_exit(store: Store) -> Iterator[None]:
+    """Saves what is in flight when the process is interrupted or fails."""
     try:
         yield
     except (Interrupted, UserError) as error:
         with interruption.saving():
             store.save()
         if isinstance(error, Interrupted):
-            error.said = f"annotate: stopped as asked, {store.done} trees and the answers to others are saved"
+            error.message = f"annotate: stopped as asked, {store.done} trees and the answers to others are saved"
         raise
 
 
@@ -97,23 +97,23 @@ def run(
     store = Store(folder, problems, config.trees_per_shard, worker, workers, config.checkpoint_seconds, writes)
     if workers == 1:  # of several processes in lockstep, the first one must not go on before all have read
         wait_for_all("annotate: read")
-    store.mend()
+    store.repair()
     share, shown = store.done + len(store.todo), writes and worker == 0
     forest = SEARCHES[config.mode](settings, config.in_flight)
-    gauge, due = _Gauge(sampler), time.monotonic() + _SECONDS
+    meter, due = _ThroughputMeter(sampler), time.monotonic() + _SECONDS
     metrics = Metrics(folder, resume_step=store.done + 1, enabled=shown)
     polls = itertools.count()
-    with metrics, _kept(store), progress(share, "annotate", "tree", store.done, enabled=shown) as bar:
+    with metrics, _save_on_exit(store), progress(share, "annotate", "tree", store.done, enabled=shown) as bar:
 
         def poll() -> None:
             # Workers poll at steps of their own, which processes that ask together cannot.
             if workers > 1:
                 interruption.check(own=True)
-            elif asked_to_end(next(polls)):
+            elif stop_requested(next(polls)):
                 raise Interrupted
 
         todo = ((i, problems[i]) for i in store.todo)
-        for index, result in grow(todo, forest, Recalling(sampler, store, poll)):
+        for index, result in grow(todo, forest, CachedSampler(sampler, store, poll)):
             store.add(index, result)
             if isinstance(result, Failure):
                 logging.error("problem %s: %s", problems[index].id, result.reason)
@@ -121,13 +121,13 @@ def run(
                 bar.update()
             last = store.done + len(store.failed) == share
             if last or time.monotonic() >= due:
-                values, due = gauge.read(last), time.monotonic() + _SECONDS
+                values, due = meter.read(last), time.monotonic() + _SECONDS
                 metrics.write(store.done, **values)
                 bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in values.items()), refresh=False)
     if store.failed and writes:
         store.save()
         if config.skip_failed:
-            store.give_up()
+            store.complete_without_failed()
     return store.failed if writes else {}
 
 
@@ -147,7 +147,7 @@ def finish(folder: epath.Path, problems: Sequence[Problem], failed: dict[int, st
     figures = dict.fromkeys(("trees", "rollouts", "all_right", "all_wrong"), 0)
 
     def counted() -> Iterator[Tree]:
-        for tree in each_tree(folder):
+        for tree in iter_trees(folder):
             root = tree.nodes[0]
             figures["trees"] += 1
             figures["rollouts"] += sum(node.n for node in tree.nodes)
@@ -200,7 +200,7 @@ def verifier(config: Engine) -> Iterator[Verifier]:
 @contextlib.contextmanager
 def remote(config: Annotate, folder: epath.Path, seed: int, sampling: Any) -> Iterator[RemoteSampler]:
     """A sampler of the servers that ``config`` names. Raises UserError when none of them can be reached."""
-    reach(config.servers)
+    check_reachable(config.servers)
     with (
         verifier(config) as verify,
         RemoteSampler(
@@ -215,4 +215,4 @@ def remote(config: Annotate, folder: epath.Path, seed: int, sampling: Any) -> It
 def local(make: Any, config: Annotate) -> Iterator[LocalSampler]:
     """A sampler of our own engine; ``make(verify)`` builds it."""
     with verifier(config) as verify:
-        yield make(told_by_the_first(verify) if config.lockstep else verify)
+        yield make(broadcast_verdicts(verify) if config.lockstep else verify)

@@ -2,7 +2,7 @@
 
 A config file is Python that defines ``get_config(arg="")`` and returns an ``ml_collections.ConfigDict`` with what
 differs from the defaults of ``settings.Config``; it is run, so only run your own. Every mistake a user can make here is
-told in one line.
+reported in one line.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def _set(given: dict[str, Any], names: Sequence[str], value: Any) -> None:
     *groups, last = names
     for name in groups:
         given = given.setdefault(name, {})
-        if not isinstance(given, dict):  # a mistake of the file, which is told later
+        if not isinstance(given, dict):  # a mistake of the file, which is reported later
             return
     given[last] = value
 

@@ -39,7 +39,7 @@ _TILING = ("max_dynamic_patch", "dynamic_image_size", "use_thumbnail")  # keys o
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model in memory. ``folder``: where its config.json and tokenizer are; None: it was made here, from nothing."""
+    """A model in memory. ``folder``: where its config.json and tokenizer are; None: it was made here, from scratch."""
 
     folder: Path | None
     model: hf.Description
@@ -51,7 +51,7 @@ class Loaded:
         return jax.tree.leaves(self.params)[0].dtype
 
 
-def is_ours(path: str | os.PathLike) -> bool:
+def is_model_folder(path: str | os.PathLike) -> bool:
     """Whether ``path`` is a model folder that we wrote. Raises UserError for a bucket that cannot be read."""
     try:
         return (epath.Path(path) / "hf" / hf.MANIFEST).exists()
@@ -81,7 +81,7 @@ def _open(path_or_id: str | os.PathLike, revision: str | None) -> hf.Checkpoint:
     return hf.open_checkpoint(path_or_id, revision)
 
 
-def from_nothing(cfg: VLMConfig, tokenizer: Tokenizer, params: Any, mesh: Any) -> Loaded:
+def from_scratch(cfg: VLMConfig, tokenizer: Tokenizer, params: Any, mesh: Any) -> Loaded:
     """A model of our own sizes, of parameters in float32, without what only training has (adapters, a head for kappa).
 
     Raises UserError when transformers has no class for it.
@@ -121,7 +121,7 @@ def to_native(loaded: Loaded, tokenizer: Tokenizer) -> Loaded:
 
 def inspect(path_or_id: str | os.PathLike, revision: str | None = None) -> tuple[Path, hf.Description]:
     """The folder of config.json and tokenizer, and the model's description; weights are not read, but checked."""
-    if not is_ours(path_or_id):
+    if not is_model_folder(path_or_id):
         checkpoint = _open(path_or_id, revision)
         return checkpoint.folder, checkpoint.model
     folder = _local(os.fspath(epath.Path(path_or_id) / "hf"))
@@ -131,7 +131,7 @@ def inspect(path_or_id: str | os.PathLike, revision: str | None = None) -> tuple
 
 def load(path_or_id: str | os.PathLike, mesh: Any, dtype: Any = None, revision: str | None = None) -> Loaded:
     """A released checkpoint (folder or hub id) or a model folder of ours, on ``mesh``; dtype: as stored by default."""
-    if not is_ours(path_or_id):
+    if not is_model_folder(path_or_id):
         checkpoint = _open(path_or_id, revision)
         return Loaded(checkpoint.folder, checkpoint.model, hf.load_params(checkpoint, mesh, dtype), mesh)
     folder, model = inspect(path_or_id)
@@ -158,17 +158,17 @@ def convert(
     final = Path(target)
     if final.exists():
         raise UserError(f"{target}: exists already; choose another target or remove it")
-    ours = is_ours(source)
-    if ours and prm:
+    from_folder = is_model_folder(source)
+    if from_folder and prm:
         raise UserError("a PRM is made on the way from the released checkpoint: mmprm convert CHECKPOINT TARGET --prm")
-    if ours and dtype is not None and not layout:
+    if from_folder and dtype is not None and not layout:
         raise UserError("--dtype is for the way to Orbax; an export has the dtypes of the files that came in")
     loaded, tokenizer, note = load(source, mesh, dtype), None, ""
     if prm:
         loaded, tokenizer = add_prm(loaded)
     part = final.with_name(f"{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    if layout or ours:
+    if layout or from_folder:
         if layout:
             loaded, note = _native_files(loaded, tokenizer or Tokenizer.load(loaded.folder), part)
         else:

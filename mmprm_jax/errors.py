@@ -1,4 +1,4 @@
-"""What goes wrong in ways that a user can mend."""
+"""Errors that a user can fix, and the nearest name for a misspelt one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A failure the user can mend. Shown as one line, without a traceback."""
+    """A failure that the user can fix. Shown as one line, without a traceback."""
 
     exit_code = 1
 

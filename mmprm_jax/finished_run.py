@@ -51,7 +51,7 @@ class FinishedRun:
         folder = self._stage("annotate")
         for path in folder.glob("trees-*.jsonl"):
             manifest.check_file(path)
-        return store.each_tree(folder)
+        return store.iter_trees(folder)
 
     def examples(self) -> list[StepExample]:
         """The step labels that the PRM was trained on."""

@@ -1,7 +1,7 @@
 """Being asked to end: SIGINT (Ctrl-C), SIGTERM, and SIGHUP (a closed terminal); the one place for signals.
 
 A command runs in ``handling``. No handler raises: an exception inside of a library's callback is lost, or ends the
-process in a bad way. Instead loops poll, by ``check`` or ``asked``, where nothing can be lost, and end with
+process in a bad way. Instead loops poll, by ``check`` or ``requested``, where nothing can be lost, and end with
 ``Interrupted``; what they save, they save in ``saving``. Where nothing polls (imports, loading, compilation) a thread
 ends the process when ``GRACE`` is over: that loses no more than kill -9, as every file is written whole or not at all.
 A second signal ends the process at once.
@@ -32,13 +32,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(SystemExit):
-    """The work so far is saved. The exit code is that of the signal, ``said`` what to tell."""
+    """The work so far is saved. The exit code is that of the signal, ``message`` what is shown."""
 
     apart = False  # one of several processes leaves the others
 
-    def __init__(self, said: str = "stopped as asked") -> None:
+    def __init__(self, message: str = "stopped as asked") -> None:
         super().__init__(128 + (_watch.signal if _watch and _watch.signal else signal.SIGTERM))
-        self.said = said
+        self.message = message
         if _watch:
             _watch.leaving = True
 
@@ -46,10 +46,10 @@ class Interrupted(SystemExit):
 class _Watch:
     """Handlers for the signals, and the thread that they wake, whatever the main thread is doing."""
 
-    def __init__(self, again: str) -> None:
+    def __init__(self, outcome: str) -> None:
         self.signal, self.event = 0, threading.Event()
-        self.alone, self.leaving, self._tell_all = True, False, None
-        self._again, self._since, self._done, self._told = again, 0.0, False, False
+        self.alone, self.leaving, self._notify_all = True, False, None
+        self._outcome, self._since, self._done, self._reported = outcome, 0.0, False, False
         self._saves, self._saved = 0, 0.0
         self._polled, self._rounds = 0.0, collections.deque([0.0] * 4, maxlen=4)
         self._read, self._write = os.pipe()
@@ -57,7 +57,7 @@ class _Watch:
         self._fd_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         # nohup, and a shell's background job, begin with signals ignored: SIGHUP stays so
         taken = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-        self._before = {n: signal.signal(n, self._note) for n in taken}
+        self._before = {n: signal.signal(n, self._handle) for n in taken}
         threading.Thread(target=self._run, name="signals", daemon=True).start()
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class _Watch:
         self._done = True
         os.write(self._write, b"\0")  # the thread ends, and closes the pipe
 
-    def _note(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         """The handler: the next poll knows. It takes no lock, which the main thread may hold."""
         self.signal = self.signal or number
 
@@ -76,8 +76,8 @@ class _Watch:
         libc = ctypes.CDLL(None)
         libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
         of_jax = libc.signal(signal.SIGTERM, None)
-        signal.signal(signal.SIGTERM, self._note)
-        self._tell_all = ctypes.CFUNCTYPE(None, ctypes.c_int)(of_jax) if of_jax else None
+        signal.signal(signal.SIGTERM, self._handle)
+        self._notify_all = ctypes.CFUNCTYPE(None, ctypes.c_int)(of_jax) if of_jax else None
         self.alone = False
 
     def poll(self) -> None:
@@ -95,38 +95,38 @@ class _Watch:
             self._saved = time.monotonic()
             self._saves -= 1
 
-    def tell(self, said: str) -> None:
+    def report(self, message: str) -> None:
         """Writes the one line, without the locks of ``sys.stderr``: the main thread may hold them."""
-        if self._told:
+        if self._reported:
             return
-        self._told = True
+        self._reported = True
         begin = "\n" if os.isatty(2) else ""  # behind a progress bar
         with contextlib.suppress(OSError):
-            os.write(2, f"{begin}mmprm: {said}; the same command {self._again}\n".encode())
+            os.write(2, f"{begin}mmprm: {message}; the same command {self._outcome}\n".encode())
 
     def _run(self) -> None:
         while not self._done:
-            left = self._left()
+            left = self._seconds_left()
             if left is not None and left <= 0:
-                self._end(self.signal)
+                self._exit(self.signal)
             ready, _, _ = select.select([self._read], [], [], left)
             for number in os.read(self._read, 64) if ready else ():
                 if number in self._before:
-                    self._take(number)
+                    self._receive(number)
         os.close(self._read)
         os.close(self._write)
 
-    def _take(self, number: int) -> None:
+    def _receive(self, number: int) -> None:
         now = time.monotonic()
         if self._since and now - self._since > _SAME:
-            self._end(number)
+            self._exit(number)
         if not self._since:
             self._since, self.signal = now, self.signal or number
             self.event.set()
-            if self._tell_all:
-                self._tell_all(signal.SIGTERM)
+            if self._notify_all:
+                self._notify_all(signal.SIGTERM)
 
-    def _left(self) -> float | None:
+    def _seconds_left(self) -> float | None:
         """Seconds until the process is ended; None: nobody asked. Saving takes as long as it takes."""
         if not self._since:
             return None
@@ -138,8 +138,8 @@ class _Watch:
         until = max(self._since + grace, self._saved + CLOSING, self._polled + rounds * usual)
         return until - time.monotonic()
 
-    def _end(self, number: int) -> None:
-        self.tell("ended as asked")
+    def _exit(self, number: int) -> None:
+        self.report("ended as asked")
         os._exit(128 + number)
 
 
@@ -147,33 +147,33 @@ _watch: _Watch | None = None
 
 
 @contextlib.contextmanager
-def handling(again: str = "goes on from here", *, stays: bool = False) -> Iterator[None]:
-    """In it signals are polled for; Interrupted is told in one line. Outermost, and in the main thread, or nothing.
+def handling(outcome: str = "goes on from here", *, permanent: bool = False) -> Iterator[None]:
+    """In it signals are polled for; Interrupted is shown as one line. Outermost, and in the main thread, or nothing.
 
-    again: what the same command does. stays: to the end of the process, which is about to come.
+    outcome: what the same command does, run again. permanent: to the end of the process, which is about to come.
     """
     global _watch
     if _watch or threading.current_thread() is not threading.main_thread():
         yield
         return
-    watch = _watch = _Watch(again)
-    if stays:  # the last thing before Python takes the handlers away: everything is done, the exit code stays
+    watch = _watch = _Watch(outcome)
+    if permanent:  # the last thing before Python takes the handlers away: everything is done, the exit code stays
         atexit.register(lambda: [signal.signal(n, signal.SIG_IGN) for n in SIGNALS])
     try:
         yield
-    except Interrupted as asked:
-        watch.tell(asked.said)
-        if asked.apart and stays:  # JAX would wait for the others, with Python's lock held
+    except Interrupted as interrupted:
+        watch.report(interrupted.message)
+        if interrupted.apart and permanent:  # JAX would wait for the others, with Python's lock held
             sys.stdout.flush()
-            os._exit(asked.code)
+            os._exit(interrupted.code)
         raise
     finally:
-        if not stays:
+        if not permanent:
             _watch = None
             watch.close()
 
 
-def asked() -> bool:
+def requested() -> bool:
     """Whether to end: a loop that asks ends soon after, with ``Interrupted``. Threads other than the main one: no."""
     if _watch is None or threading.current_thread() is not threading.main_thread():
         return False
@@ -183,7 +183,7 @@ def asked() -> bool:
 
 def check(own: bool = False) -> None:
     """Raises Interrupted when asked to end; of several processes only where the work is this one's ``own``."""
-    if asked() and (own or _watch.alone):
+    if requested() and (own or _watch.alone):
         error = Interrupted()
         error.apart = not _watch.alone
         raise error
@@ -203,7 +203,7 @@ def saving() -> contextlib.AbstractContextManager[None]:
     return _watch.saving() if _watch else contextlib.nullcontext()
 
 
-def agree() -> None:
-    """From now on this is one of several processes: ``processes.asked_to_end`` says when they end together."""
+def coordinate() -> None:
+    """From now on this is one of several processes: ``processes.stop_requested`` says when they end together."""
     if _watch:
         _watch.join()

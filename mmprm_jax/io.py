@@ -90,20 +90,20 @@ def write_sealed(path: epath.PathLike, values: Mapping[str, Any], lasting: bool 
     write_json(path, {**values, _SEAL: seal_of(values)}, lasting)
 
 
-def read_sealed(path: epath.PathLike, again: str, unsealed: bool = False) -> dict[str, Any]:
+def read_sealed(path: epath.PathLike, remedy: str, unsealed: bool = False) -> dict[str, Any]:
     """The object that ``write_sealed`` wrote. Raises UserError in one line if it is any other.
 
-    again: what to do then, for the message. unsealed: a file without a checksum is taken as it is.
+    remedy: what to do then, for the message. unsealed: a file without a checksum is taken as it is.
     """
     try:
         found = json.loads(epath.Path(path).read_bytes())
         if not isinstance(found, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, not JSON ({' '.join(str(error).split())}); {again}") from None
+        raise UserError(f"{path}: damaged, not JSON ({' '.join(str(error).split())}); {remedy}") from None
     seal = found.pop(_SEAL, None)
     if seal != seal_of(found) and not (unsealed and seal is None):
-        raise UserError(f"{path}: damaged, its content does not fit its seal; {again}")
+        raise UserError(f"{path}: damaged, its content does not fit its seal; {remedy}")
     return found
 
 
@@ -197,11 +197,11 @@ def check(path: epath.PathLike) -> None:
                             path.name)  # fmt: skip
             _unnoted.add(os.fspath(path.parent))
         return
-    again = "delete it, the same command goes on with {} as it is"
+    remedy = "delete it, the same command goes on with {} as it is"
     try:
-        entry = Entry(**read_sealed(note, again.format(path.name)))
+        entry = Entry(**read_sealed(note, remedy.format(path.name)))
     except TypeError:
-        raise UserError(f"{note}: damaged; {again.format(path.name)}") from None
+        raise UserError(f"{note}: damaged; {remedy.format(path.name)}") from None
     if found := difference(path, entry):
         raise UserError(f"{path}: damaged, {found}; delete it, the same command makes it again")
 

@@ -22,15 +22,15 @@ def run() -> None:
     keep_memory()  # before the numeric libraries start threads
     faulthandler.enable()
     words = sys.argv[1:]
-    with interruption.handling("goes on from here" if cli.resumes(words) else "begins again", stays=True):
+    with interruption.handling("goes on from here" if cli.resumes(words) else "begins again", permanent=True):
         dispatch(words)
 
 
 def dispatch(words: Sequence[str]) -> None:
     """Runs a command line, without ``mmprm``. Always raises SystemExit."""
-    told = logging.StreamHandler()
-    told.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
-    logging.getLogger().addHandler(told)  # absl's messages arrive there as well
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+    logging.getLogger().addHandler(handler)  # absl's messages arrive there as well
     words = list(words)
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]

@@ -42,7 +42,7 @@ READS: Mapping[str, tuple[str, ...]] = {
 }
 # In a stage's folder, but not what it hands on: state to go on from, logs, and images, which have their own list.
 _WORK = {DONE, BEGUN, io.SUMS, "checkpoints", "checkpoints_damaged", "input", "metrics.jsonl", "images"}
-_told: set[str] = set()  # work directories of which it has been said that they cannot be checked
+_warned: set[str] = set()  # work directories whose lack of checksums was logged
 Entries = dict[str, Entry]
 
 
@@ -55,7 +55,7 @@ class Depth(enum.Enum):
 
 
 class Run(Protocol):
-    """What is asked of a ``stages.Run``."""
+    """What is used of a ``stages.Run``."""
 
     config: Config
     workdir: epath.Path
@@ -75,18 +75,18 @@ def reads(run: Run, stage: str) -> list[str]:
     return list(READS[stage])
 
 
-def read_done(folder: epath.Path, again: str) -> dict[str, Any] | None:
+def read_done(folder: epath.Path, remedy: str) -> dict[str, Any] | None:
     """The content of a stage's ``done.json``; None when it has not finished. Raises UserError when it is damaged."""
     path = folder / DONE
     if not path.exists():
         return None
-    found = io.read_sealed(path, again, unsealed=True)
+    found = io.read_sealed(path, remedy, unsealed=True)
     if "manifest" not in found:
         return found
-    return io.read_sealed(path, again)
+    return io.read_sealed(path, remedy)
 
 
-def again(run: Run, stage: str) -> str:
+def remedy_for(run: Run, stage: str) -> str:
     """What to do when something of a stage is damaged, for messages."""
     folder = run.folder(stage)
     if folder == run.root / stage:
@@ -103,7 +103,7 @@ def check(run: Run, stages: Sequence[str], depth: Depth) -> None:
     Stages that have not finished are left out, and those of older versions, which noted nothing, are with a warning.
     """
     for stage in stages:
-        remedy, folder = again(run, stage), run.folder(stage)
+        remedy, folder = remedy_for(run, stage), run.folder(stage)
         found = _manifest(folder, remedy)
         if found is None:
             continue
@@ -122,9 +122,9 @@ def _manifest(folder: epath.Path, remedy: str) -> tuple[Entries, Entries] | None
     if done is None:
         return None
     if "manifest" not in done:
-        if os.fspath(folder.parent) not in _told:
+        if os.fspath(folder.parent) not in _warned:
             logging.warning("%s: of an older version, without checksums: its stage is taken as it is", folder / DONE)
-            _told.add(os.fspath(folder.parent))
+            _warned.add(os.fspath(folder.parent))
         return None
     found = done["manifest"]
     return _entries(found["files"]), _entries(found["made_of"])
@@ -179,27 +179,27 @@ def begin(run: Run, stage: str) -> None:
     check(run, needed, Depth.RECORDS if stage == "report" else Depth.ALL)
     if stage == "report":  # it is always made anew, of stages that have just been compared with each other
         return
-    _refuse_to_undermine(run, stage)
+    _check_later_stages(run, stage)
     path, made_of = run.folder(stage) / BEGUN, _made_of(run, needed)
     if path.exists():
-        before = _entries(io.read_sealed(path, f"delete it if nothing changed, else {again(run, stage)}"))
+        before = _entries(io.read_sealed(path, f"delete it if nothing changed, else {remedy_for(run, stage)}"))
         for name, entry in before.items():
-            _compare(_located(run, name), entry, True, f"than when {stage} began", again(run, stage))
+            _compare(_located(run, name), entry, True, f"than when {stage} began", remedy_for(run, stage))
     else:
         io.write_sealed(path, {name: dataclasses.asdict(entry) for name, entry in made_of.items()})
 
 
-def _refuse_to_undermine(run: Run, stage: str) -> None:
+def _check_later_stages(run: Run, stage: str) -> None:
     for later in list(READS)[list(READS).index(stage) + 1 :]:
         for name in (DONE, BEGUN):
             path = run.folder(later) / name
             if later == "report" or not path.exists():
                 continue
-            found = io.read_sealed(path, again(run, later), unsealed=True)
+            found = io.read_sealed(path, remedy_for(run, later), unsealed=True)
             made_of = found.get("manifest", {}).get("made_of", {}) if name == DONE else found
             if any(_located(run, x).is_relative_to(run.folder(stage)) for x in made_of):
                 raise UserError(
-                    f"{run.folder(stage) / DONE}: gone, and {later} was made from {stage}; {again(run, stage)}"
+                    f"{run.folder(stage) / DONE}: gone, and {later} was made from {stage}; {remedy_for(run, stage)}"
                 )
 
 
@@ -210,7 +210,7 @@ def finish(run: Run, stage: str, figures: Mapping[str, Any]) -> None:
         _list_images(run, folder / IMAGES)
     begun = folder / BEGUN
     if begun.exists():
-        made_of = _entries(io.read_sealed(begun, again(run, stage)))
+        made_of = _entries(io.read_sealed(begun, remedy_for(run, stage)))
     else:
         made_of = _made_of(run, reads(run, stage))
     manifest = {"files": _files(folder), "made_of": made_of}
@@ -224,7 +224,7 @@ def _made_of(run: Run, stages: Sequence[str]) -> Entries:
     found: Entries = {}
     for stage in stages:
         folder = run.folder(stage)
-        of_stage = _manifest(folder, again(run, stage))
+        of_stage = _manifest(folder, remedy_for(run, stage))
         found |= {_name(run, folder / name): entry for name, entry in (of_stage[0] if of_stage else {}).items()}
     return found | {_name(run, path): io.measure(path) for path in run.record_files()}
 
@@ -243,7 +243,7 @@ def _list_images(run: Run, path: epath.Path) -> None:
     lines = []
     for image in dict.fromkeys(run.image_files()):
         if io.is_remote(image) or not os.path.isfile(image):
-            continue  # too slow to ask for; or told when it is opened
+            continue  # too slow to ask for; or found when it is opened
         digest = io.measure(image).sha256 if ours else None
         lines.append(json.dumps([_name(run, image), io.length(image), digest]) + "\n")
     io.write(path, "".join(lines))

@@ -92,9 +92,9 @@ class Policy:
         language = Language.stored(Tokenizer.load(folder), model.cfg, model.config)
         if template:
             language = Language.released(language.tokenizer, language.cfg, template)
-        most, thumbnail = hf_config.tiling(model.config)
+        default_tiles, thumbnail = hf_config.tiling(model.config)
         loaded = convert.load(path_or_id, mesh or convert.inference_mesh(model.cfg), dtype, revision)
-        return cls(language, loaded.params, loaded.mesh, max_tiles or most, thumbnail)
+        return cls(language, loaded.params, loaded.mesh, max_tiles or default_tiles, thumbnail)
 
     @functools.cached_property
     def graphdef(self) -> Any:
@@ -114,7 +114,7 @@ class Policy:
         """An engine with these weights; its arguments are those of ``Engine``. Call it under ``jax.set_mesh``."""
         return Engine(
             self.graphdef, self.params, self.language.cfg, self.language.image_token, self.mesh,
-            slots=slots, samples=samples, max_new=max_new_tokens, places=cache_tokens,
+            slots=slots, samples=samples, max_new=max_new_tokens, cache_tokens=cache_tokens,
         )  # fmt: skip
 
     def sampler(
@@ -158,15 +158,15 @@ class Policy:
         if not problems:
             return []
 
-        groups, asked = [], collections.Counter[Any]()
+        groups, repeats = [], collections.Counter[Any]()
         for number, (item, own) in enumerate(zip(problems, pictures, strict=True)):
             problem, prefix = _read(item)
             tiles = encode.picture_tiles(
                 encode.problem_text(problem, own)[1], self.language.cfg, self.max_tiles, self.thumbnail
             )
             ids = self.language.prompt(problem.question, prefix, [len(t) for t in tiles])
-            request = Request(problem, prefix, n, repeat=asked[problem.id, prefix])
-            asked[problem.id, prefix] += 1
+            request = Request(problem, prefix, n, repeat=repeats[problem.id, prefix])
+            repeats[problem.id, prefix] += 1
             whole = np.concatenate(tiles) if tiles else None
             groups.append(Group(number, str(number), tuple(ids), whole, request_key(seed, "sample", request), n, draw))
 

@@ -81,9 +81,9 @@ class PRM:
             check_fit(language)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
-        most, thumbnail = hf_config.tiling(model.config)
+        default_tiles, thumbnail = hf_config.tiling(model.config)
         loaded = convert.load(path_or_id, mesh or convert.inference_mesh(model.cfg), dtype, revision)
-        return cls(language, loaded.params, loaded.mesh, max_tiles or most, thumbnail, **batch)
+        return cls(language, loaded.params, loaded.mesh, max_tiles or default_tiles, thumbnail, **batch)
 
     @functools.cached_property
     def scorer(self) -> Scorer:
@@ -255,7 +255,7 @@ def _score_line(prm: PRM, problems: epath.Path, number: int, line: str, made_by:
     try:
         row = json.loads(line)
         question, images, candidates = _parse(row)
-        if not images:  # else a misspelt key would be scored without its image, and nobody told
+        if not images:  # else a misspelt key would be scored without its image, and nobody notice
             for key in difflib.get_close_matches("images", set(row) - {"image", "images"}, cutoff=0.7):
                 records.warn_unknown(problems, "row", key, ("images", "image"))
         scores = prm.score_candidates(question, candidates, images=[problems.parent / name for name in images])

@@ -20,22 +20,25 @@ _waits: Counter[str] = Counter()  # a barrier's name serves once
 T = TypeVar("T")
 
 
-def meet() -> bool:
-    """Meets the other processes, which the environment, or a pod, names; is this the first one? Raises UserError."""
+def connect() -> bool:
+    """Connects to the other processes, which the environment, or a pod, names. Returns whether this is the first one.
+
+    Raises UserError.
+    """
     count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
     try:
         jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed: the processes did not find each other ({error})") from None
     if jax.process_count() > 1:
-        interruption.agree()
+        interruption.coordinate()
     return is_first()
 
 
-def asked_to_end(step: int) -> bool:
+def stop_requested(step: int) -> bool:
     """Whether to end behind ``step``. Several processes agree: every one asks for every step, in order."""
-    asked = interruption.asked()
-    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else asked
+    requested = interruption.requested()
+    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else requested
 
 
 def is_first() -> bool:
@@ -56,7 +59,7 @@ def any_process(value: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(value))))
 
 
-def in_first(check: Callable[[], None]) -> None:
+def check_on_first(check: Callable[[], None]) -> None:
     """Runs a check in the first process. Raises its UserError there, and one that says so in all others."""
     error = None
     if is_first():

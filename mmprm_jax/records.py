@@ -227,8 +227,8 @@ def from_dict(cls: type[Record], row: dict[str, Any], unknown: Callable[[type, s
     """Builds a record from its JSON object.
 
     Whole numbers are taken as ids, numbers as answers, a list of one image as the image, null as the default where
-    there is one. ``unknown`` is told of every key that the record does not have; None: such a key is an error. Raises
-    ValueError naming missing and unknown keys, and wrong types.
+    there is one. ``unknown`` is called with every key that the record does not have; None: such a key is an error.
+    Raises ValueError naming missing and unknown keys, and wrong types.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if "images" in row and "images" not in fields and "image" in fields:
@@ -254,14 +254,14 @@ def from_dict(cls: type[Record], row: dict[str, Any], unknown: Callable[[type, s
     return cls(**values)
 
 
-_told: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 
 
 def warn_unknown(path: epath.PathLike, kind: str, key: str, known: Iterable[str]) -> None:
     """Warns, once for each file and key, that a key is none of a record's; names the one that may have been meant."""
-    if (os.fspath(path), key) in _told:
+    if (os.fspath(path), key) in _warned:
         return
-    _told.add((os.fspath(path), key))
+    _warned.add((os.fspath(path), key))
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.7)
     meant = f"; did you mean {near[0]!r}?" if near else ""
     logging.warning("%s: the key %.80r is none of a %s's and is not used%s", path, key, kind, meant)
@@ -327,6 +327,6 @@ def read_problems(path: epath.PathLike) -> list[Problem]:
     problems, seen = read_all(path, Problem), set()
     for problem in problems:
         if problem.id in seen:
-            raise UserError(f"{path}: the id {problem.id!r} is there twice; solutions are told apart by it")
+            raise UserError(f"{path}: the id {problem.id!r} is there twice; solutions are matched to problems by it")
         seen.add(problem.id)
     return problems

@@ -1,4 +1,4 @@
-"""Whether servers are there at all, told before any work is lost on one that is not."""
+"""Checks that servers can be reached, before any work is lost on one that cannot."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ REACH = 20.0  # seconds in which one of the servers must be reached
 _ABSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
 
 
-def reach(urls: Sequence[str]) -> None:
+def check_reachable(urls: Sequence[str]) -> None:
     """Raises UserError when none of the servers takes a connection within REACH; warns of the others. Interrupted."""
     if not urls:
         return
     reasons: dict[str, str | None] = dict.fromkeys(urls)  # None: not known yet; "": reached
     until = time.monotonic() + REACH
     for url in reasons:  # a look-up of a name cannot be interrupted: no thread that the process waits for
-        threading.Thread(target=_try, args=(url, reasons, until), daemon=True).start()
+        threading.Thread(target=_probe, args=(url, reasons, until), daemon=True).start()
     while time.monotonic() < until and ("" not in reasons.values() or None in reasons.values()):
         interruption.sleep(0.05)
     absent = "; ".join(f"{url}: {reason or 'no answer'}" for url, reason in reasons.items() if reason != "")
@@ -33,7 +33,7 @@ def reach(urls: Sequence[str]) -> None:
         logging.warning("cannot be reached, the others go on: %s", absent)
 
 
-def _try(url: str, reasons: dict[str, str | None], until: float) -> None:
+def _probe(url: str, reasons: dict[str, str | None], until: float) -> None:
     while reasons[url] != "" and time.monotonic() < until:
         try:
             httpx2.get(url, timeout=httpx2.Timeout(1.0, connect=5.0))
@@ -41,5 +41,6 @@ def _try(url: str, reasons: dict[str, str | None], until: float) -> None:
         except _ABSENT as error:
             reasons[url] = f"{type(error).__name__} {error}"
             time.sleep(0.5)
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError):  # it took the connection; or the address is told later
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError):
+            # It took the connection; a wrong address is reported later.
             reasons[url] = ""

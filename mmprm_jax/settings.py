@@ -1,7 +1,7 @@
 """Every setting of a run: name, type, default, meaning and what is allowed. Config files say only what differs.
 
 ``Config`` is the whole; a stage's section is made of the parts that its components take (``Sampling``, ``Search``,
-``Trainer``, ``Labels``, ...). Nothing heavy is imported here: a wrong setting is told at once. That the names listed
+``Trainer``, ``Labels``, ...). Nothing heavy is imported here: wrong settings are found at once. That the names listed
 here are those that there are is tested.
 """
 
@@ -26,7 +26,7 @@ CONTINUE = "continue"  # a template of servers only
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 LARGE = 10**15  # of counts that nothing is allocated for
-MOST_EXPRESSIONS = 10**6  # there are 1.6 million without a bracket, and drawing the last ones would take for ever
+MAX_EXPRESSIONS = 10**6  # there are 1.6 million without a bracket, and drawing the last ones would take for ever
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Digits(Section):
     demonstrations: int = setting(6000, "images with a (partly wrong) solution", low=1)
     transcriptions: int = setting(4000, "images to read, without a solution", low=0)
     text_only: int = setting(8000, "arithmetic posed as text", low=0)
-    habit: float = setting(0.5, "how often a wrong habit is followed where it applies", low=0, high=1)
+    habit: float = setting(0.5, "probability that a wrong habit is followed where it applies", low=0, high=1)
     bracket: float = setting(0.7, "probability that an expression has a bracket", low=0, high=1)
 
     def rules(self) -> Iterator[Found]:
         counts = (self.train, self.dev, self.test, self.demonstrations, self.transcriptions, self.text_only)
-        if sum(counts) > MOST_EXPRESSIONS:
-            yield "train", f"{sum(counts):,} expressions in all; there are at most {MOST_EXPRESSIONS:,} to draw"
+        if sum(counts) > MAX_EXPRESSIONS:
+            yield "train", f"{sum(counts):,} expressions in all; there are at most {MAX_EXPRESSIONS:,} to draw"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +58,17 @@ class Data(Digits):
 
 @dataclasses.dataclass(frozen=True)
 class Vision(Section):
-    """The tower of a model that is trained from nothing."""
+    """The tower of a model that is trained from scratch."""
 
     image_size: int = setting(24, "pixels per side of an image tile", low=1)
     patch_size: int = setting(4, "pixels per side of a patch", low=1)
-    hidden_size: int = setting(64, "units", low=1)
+    hidden_size: int = setting(64, "size of the residual stream", low=1)
     num_layers: int = setting(2, "layers", low=1)
     num_heads: int = setting(4, "attention heads", low=1)
-    intermediate_size: int = setting(128, "units inside of the MLPs", low=1)
-    layer_norm_eps: float = setting(1e-6, "added to variances", above=0)
-    layer_scale_init: float = setting(1.0, "what the branches' scales begin with")
-    drop_path: float = setting(0.0, "training: how often the last layer's branches are left out", low=0, high=0.99)
+    intermediate_size: int = setting(128, "hidden units of the MLPs", low=1)
+    layer_norm_eps: float = setting(1e-6, "epsilon of the norms", above=0)
+    layer_scale_init: float = setting(1.0, "initial scale of the residual branches")
+    drop_path: float = setting(0.0, "stochastic depth: rate of the last layer's branches", low=0, high=0.99)
 
     def rules(self) -> Iterator[Found]:
         if self.num_heads > 0 and self.hidden_size % self.num_heads:
@@ -79,15 +79,15 @@ class Vision(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Decoder(Section):
-    """The decoder of a model that is trained from nothing."""
+    """The decoder of a model that is trained from scratch."""
 
-    hidden_size: int = setting(64, "units", low=1)
+    hidden_size: int = setting(64, "size of the residual stream", low=1)
     num_layers: int = setting(6, "layers", low=1)
     num_heads: int = setting(4, "attention heads", low=1)
-    num_kv_heads: int = setting(2, "heads of keys and values", low=1)
-    head_dim: int = setting(16, "units of a head", low=2)
-    intermediate_size: int = setting(128, "units inside of the MLPs", low=1)
-    rms_norm_eps: float = setting(1e-5, "added to mean squares", above=0)
+    num_kv_heads: int = setting(2, "key/value heads", low=1)
+    head_dim: int = setting(16, "size of a head", low=2)
+    intermediate_size: int = setting(128, "hidden units of the MLPs", low=1)
+    rms_norm_eps: float = setting(1e-5, "epsilon of the norms", above=0)
     rope_theta: float = setting(1e4, "base of the rotary positions", above=0)
 
     def rules(self) -> Iterator[Found]:
@@ -99,12 +99,12 @@ class Decoder(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Model(Section):
-    """A model that is trained from nothing; of ``policy`` only ``remat`` counts."""
+    """A model that is trained from scratch; of ``policy`` only ``remat`` counts."""
 
     vision: Vision = Vision()
     decoder: Decoder = Decoder()
-    downsample: int = setting(2, "this many patches per side become one visual token", low=1)
-    remat: str = setting("none", "what the backward pass computes once more", choices=REMAT)
+    downsample: int = setting(2, "pixel shuffle: so many patches per side become one visual token", low=1)
+    remat: str = setting("none", "rematerialisation: what the backward pass recomputes", choices=REMAT)
 
     def rules(self) -> Iterator[Found]:
         patches = self.vision.image_size // max(1, self.vision.patch_size)
@@ -117,11 +117,11 @@ class Optimizer(Section):
     """How gradients become updates."""
 
     name: str = setting("adamw", "the optimizer", choices=OPTIMIZERS)
-    learning_rate: float = setting(1e-3, "the peak", above=0)
-    warmup: float = setting(0.05, "fraction of the steps in which the learning rate rises", low=0, high=1)
-    weight_decay: float = setting(0.01, "of matrices, times the learning rate", low=0)
-    clip: float = setting(1.0, "largest global norm of a gradient", above=0)
-    moments: str = setting("float32", "how adamw's and muon's are kept between steps", choices=DTYPES)
+    learning_rate: float = setting(1e-3, "peak of the learning rate", above=0)
+    warmup: float = setting(0.05, "share of the steps in which the learning rate rises", low=0, high=1)
+    weight_decay: float = setting(0.01, "of matrices, scaled by the learning rate", low=0)
+    clip: float = setting(1.0, "global norm to which gradients are clipped", above=0)
+    moments: str = setting("float32", "dtype of the moments of adamw and muon between steps", choices=DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +131,12 @@ class Trainer(Section):
     steps: int = setting(1000, "updates", low=0)
     batch_size: int = setting(64, "rows of a step, over all processes", low=1)
     optimizer: Optimizer = Optimizer()
-    microbatches: int = setting(1, "parts of a step's rows that follow one another on the devices", low=1)
+    microbatches: int = setting(1, "gradient accumulation: parts of a batch, one after another", low=1)
     dtype: str = setting("float32", "of forward and backward passes; weights and sums are float32", choices=DTYPES)
-    freeze: tuple[str, ...] = setting((), "parts of the model that stay as they are: first parts of parameter paths")
+    freeze: tuple[str, ...] = setting((), "frozen parts of the model: first parts of parameter paths")
     checkpoint_every: int = setting(100, "steps between two checkpoints", low=1)
-    keep: int = setting(2, "newest checkpoints on disk", low=1)
-    keep_best: int = setting(0, "and those of the lowest loss", low=0)
+    keep: int = setting(2, "newest checkpoints kept on disk", low=1)
+    keep_best: int = setting(0, "checkpoints of the lowest loss kept beside them", low=0)
     log_every: int = setting(10, "steps between two rows of metrics.jsonl", low=1)
 
     def rules(self) -> Iterator[Found]:
@@ -156,8 +156,8 @@ class Training(Trainer):
     max_length: int = setting(1024, "tokens of a row; longer examples are left out", low=2)
     row_examples: int = setting(1, "examples packed into a row at most; 1: no packing", low=1)
     row_tiles: int = setting(1, "image tiles of a row at most", low=0)
-    lora_rank: int = setting(0, "of adapters beside the decoder's matrices, which stay as they are; 0: none", low=0)
-    lora_alpha: float = setting(16.0, "what adapters add is scaled by this over their rank", above=0)
+    lora_rank: int = setting(0, "rank of LoRA adapters of the decoder, whose matrices are frozen; 0: none", low=0)
+    lora_alpha: float = setting(16.0, "LoRA: the adapters' output is scaled by alpha / rank", above=0)
 
     def freezable(self) -> tuple[str, ...]:
         """The first parts of the names that ``freeze`` may hold."""
@@ -177,7 +177,7 @@ class SFT(Training):
     """Supervised fine-tuning of the policy; ``steps`` 0 leaves it as it is."""
 
     files: tuple[str, ...] = setting(("sft.jsonl",), "demonstrations in the data's folder")
-    weights: tuple[float, ...] = setting((), "share of each file in the training; empty: as they are long", above=0)
+    weights: tuple[float, ...] = setting((), "sampling weight of each file; empty: by its length", above=0)
 
     def rules(self) -> Iterator[Found]:
         yield from super().rules()
@@ -205,7 +205,7 @@ class TrainPRM(Labels, Training):
 
     mode: str = setting("default", "paper: one label per node, all steps of a right rollout right", choices=EXAMPLES)
     label: str = setting("soft", "k / n; hard: is k / n above the threshold; beta_binomial: k of n", choices=LABELS)
-    threshold: float = setting(0.0, "of hard labels", low=0, high=1)
+    threshold: float = setting(0.0, "of hard labels, on k / n", low=0, high=1)
 
     @property
     def needs_kappa(self) -> bool:
@@ -226,11 +226,11 @@ class TrainPRM(Labels, Training):
 class Sampling(Section):
     """How tokens are drawn. Repetition penalty, temperature, top-k, top-p, min-p apply in this order."""
 
-    temperature: float = setting(1.0, "of the distribution; 0: the most likely token", low=0)
+    temperature: float = setting(1.0, "of the softmax; 0: greedy", low=0)
     top_k: int = setting(0, "only the k most likely tokens; 0: all", low=0)
     top_p: float = setting(1.0, "the smallest set of tokens with this share of what top_k left", above=0, high=1)
     min_p: float = setting(0.0, "tokens at least this likely relative to the most likely one", low=0, high=1)
-    repetition_penalty: float = setting(1.0, "divides positive logits of tokens that were there", above=0)
+    repetition_penalty: float = setting(1.0, "divides positive logits of tokens seen before", above=0)
     max_new_tokens: int = setting(128, "tokens of a sample at most", low=1)
 
 
@@ -238,14 +238,14 @@ class Sampling(Section):
 class Search(Section):
     """The constants of the tree search; defaults: the paper's."""
 
-    num_rollouts: int = setting(16, "per estimated prefix", low=2)
+    num_rollouts: int = setting(16, "rollouts per estimated prefix", low=2)
     max_searches: int = setting(200, "binary searches per tree", low=0, high=LARGE)
-    rollout_budget: int = setting(1000, "no search starts once this many are used", low=0, high=LARGE)
-    c_puct: float = setting(0.125, "weight of exploration", low=0)
+    rollout_budget: int = setting(1000, "no search starts once this many rollouts are used", low=0, high=LARGE)
+    c_puct: float = setting(0.125, "weight of the exploration term", low=0)
     alpha: float = setting(0.5, "prefers rollouts from prefixes that are mostly right", above=0)
     beta: float = setting(0.9, "prefers short rollouts", above=0)
     length_scale: float = setting(500.0, "of beta, in sampled tokens; in words in mode paper", above=0)
-    right_solutions: int = setting(0, "of so many right ones per tree every prefix is estimated, at last", low=0)
+    right_solutions: int = setting(0, "right solutions per tree whose every prefix is estimated at the end", low=0)
     flat_solutions: int = setting(4, "mode flat: solutions per problem whose every prefix is estimated", low=1)
 
 
@@ -266,14 +266,14 @@ class Annotate(Engine, Sampling, Search):
     mode: str = setting("default", "paper: the original's search, quirks included; flat: none", choices=SEARCHES)
     policy: str = setting("", "another checkpoint, or the model's name on the servers; empty: this run's policy")
     template: str = setting(
-        "", "how a released one is asked; empty: internvl, or continue on servers", choices=("", *TEMPLATES, CONTINUE)
+        "", "prompts of a released policy; empty: internvl, or continue on servers", choices=("", *TEMPLATES, CONTINUE)
     )
     servers: tuple[str, ...] = setting((), "addresses of OpenAI-compatible servers; empty: our own engine")
-    concurrency: int = setting(64, "requests under way at each server", low=1)
+    concurrency: int = setting(64, "open requests at each server", low=1)
     lockstep: bool = setting(False, "several processes: one model over all their devices, not one in each")
-    in_flight: int = setting(512, "trees that grow at a time", low=1)
-    trees_per_shard: int = setting(50, "trees of a file", low=1)
-    checkpoint_seconds: float = setting(30.0, "between two saves of the trees in flight", low=0)
+    in_flight: int = setting(512, "trees that grow at the same time", low=1)
+    trees_per_shard: int = setting(50, "trees per file", low=1)
+    checkpoint_seconds: float = setting(30.0, "seconds between two saves of the trees in flight", low=0)
     skip_failed: bool = setting(False, "go on without problems whose tree failed")
 
     def rules(self) -> Iterator[Found]:
@@ -301,9 +301,9 @@ class Evaluate(Engine, Sampling):
     """Candidates of dev and test problems, their scores and figures."""
 
     n: int = setting(16, "candidates per problem", low=1)
-    score_rows: int = setting(256, "solutions that the PRM scores at a time, about", low=1)
+    score_rows: int = setting(256, "solutions that the PRM scores at a time, roughly", low=1)
     calibration_problems: int = setting(100, "test problems of which one solution is estimated step by step", low=0)
-    calibration_rollouts: int = setting(16, "per step", low=1)
+    calibration_rollouts: int = setting(16, "rollouts per step", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +312,7 @@ class Guided(Section):
 
     beams: int = setting(16, "continuations of a problem that are scored in a round", low=1)
     width: int = setting(4, "continuations of each solution that goes on", low=1)
-    ahead: int = setting(1, "steps of the look ahead", low=0)
+    ahead: int = setting(1, "lookahead steps", low=0)
     depth: int = setting(16, "steps of a solution at most", low=1)
 
     def rules(self) -> Iterator[Found]:
@@ -324,12 +324,10 @@ class Guided(Section):
 class Config(Section):
     """All settings of a run."""
 
-    seed: int = setting(0, "of everything that is drawn", low=0, high=2**32 - 1)
-    mesh: tuple[int, ...] = setting(
-        (-1, 1, 1), "devices along data, fsdp, tensor; -1: all that the others leave", low=-1
-    )
+    seed: int = setting(0, "of all random numbers", low=0, high=2**32 - 1)
+    mesh: tuple[int, ...] = setting((-1, 1, 1), "devices along data, fsdp, tensor; -1: all remaining devices", low=-1)
     policy: str = setting("", "a released or converted checkpoint to begin with: folder or hub id; empty: none")
-    max_tiles: int = setting(1, "of one image, in all stages", low=1, high=256)
+    max_tiles: int = setting(1, "tiles per image, in all stages", low=1, high=256)
     data: Data = Data()
     model: Model = Model()
     sft: SFT = SFT()
@@ -342,4 +340,4 @@ class Config(Section):
         if len(self.mesh) != 3 or 0 in self.mesh or self.mesh.count(-1) > 1:
             yield "mesh", f"{self.mesh} must be three sizes (data, fsdp, tensor) above 0, one of which may be -1"
         if self.sft.steps == 0 and not (self.policy or self.annotate.policy):
-            yield "sft.steps", "0: name the policy that is left as it is, --config.policy=FOLDER_OR_HUB_ID"
+            yield "sft.steps", "0: name the policy to use as it is, --config.policy=FOLDER_OR_HUB_ID"

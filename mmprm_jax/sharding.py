@@ -52,7 +52,7 @@ RULES: tuple[tuple[str | P, ...], ...] = (
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of ``devices`` (default: all). ``shape`` has the size of each axis; at most one is -1: what is left."""
+    """A mesh of ``devices`` (default: all); ``shape``: the size of each axis, -1 (one only): all remaining devices."""
     sizes = [int(shape.get(axis, 1)) for axis in AXES]
     devices = jax.devices() if devices is None else devices
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
@@ -67,8 +67,8 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 def make_own_mesh(shape: Mapping[str, int]) -> Mesh:
     """The mesh of this process's devices alone, for work that processes share without talking to each other.
 
-    Its axis ``tensor`` is that of ``shape``, ``fsdp`` the largest part of it that fits, ``data`` what is left. Raises
-    UserError if ``tensor`` does not fit.
+    Its axis ``tensor`` is that of ``shape``, ``fsdp`` the largest part of it that fits, ``data`` the remaining devices.
+    Raises UserError if ``tensor`` does not fit.
     """
     devices = jax.local_devices()
     tensor = len(devices) if shape["tensor"] == -1 else shape["tensor"]

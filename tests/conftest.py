@@ -102,7 +102,7 @@ def some_models():
     for name in MODELS:
         model = hf.open_checkpoint(GOLDEN / "models" / name).model
         paths[name] = {
-            hf_config.kind_of(model.config),
+            hf_config.checkpoint_kind(model.config),
             hf_config.decoder_kind(model.config),
             f"tied {model.cfg.decoder.tied}",
         }
@@ -206,7 +206,7 @@ def generate_greedily(graphdef, params, cfg, image_token, mesh, batch, new):
         sampling = Sampling(temperature=0, max_new_tokens=new)
         groups.append(Group(i, str(i), prefix, np.asarray(pixels[:tiles]) if tiles else None, key, 1, sampling))
     with jax.set_mesh(mesh):
-        engine = Engine(graphdef, params, cfg, image_token, mesh, slots=4, samples=1, max_new=new, places=2000)
+        engine = Engine(graphdef, params, cfg, image_token, mesh, slots=4, samples=1, max_new=new, cache_tokens=2000)
         return np.array([samples[0].tokens for samples in engine.sample(groups)])
 
 
@@ -266,11 +266,13 @@ def release(folder, golden, tokenizer):
     folder.mkdir()
     configs = [json.loads(p.read_text()) for p in sorted((golden / "models").glob("*/config.json"))]
     config = next(
-        c for c in configs if hf_config.kind_of(c) == hf_config.CHAT and hf_config.decoder_kind(c) == "internlm2"
+        c
+        for c in configs
+        if hf_config.checkpoint_kind(c) == hf_config.CHAT and hf_config.decoder_kind(c) == "internlm2"
     )
     config["llm_config"] |= {"vocab_size": len(tokenizer), "max_position_embeddings": 4096}
     rng, tensors = np.random.default_rng(0), {}
-    groups = layout(hf_config.from_hf_config(config), hf_config.kind_of(config), hf_config.decoder_kind(config))
+    groups = layout(hf_config.from_hf_config(config), hf_config.checkpoint_kind(config), hf_config.decoder_kind(config))
     for key, shape, _ in (tensor for group in groups for tensor in group.tensors()):
         tensors[key] = (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

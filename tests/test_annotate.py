@@ -54,9 +54,9 @@ def finished(folder, failed=None, problems=PROBLEMS, skip=False):
 class Watched:
     """A sampler that tells what was asked, and what its engine drew: random key of a request -> token ids."""
 
-    def __init__(self, sampler, most=None):
-        self.sampler, self.engine, self.most = sampler, sampler.engine, most
-        self.asked, self.answered, self.drawn, keys = [], [], {}, {}
+    def __init__(self, sampler, limit=None):
+        self.sampler, self.engine, self.limit = sampler, sampler.engine, limit
+        self.requested, self.answered, self.drawn, keys = [], [], {}, {}
         submit, step = self.engine.submit, self.engine.step
 
         def watched_submit(group):
@@ -71,11 +71,11 @@ class Watched:
         self.engine.submit, self.engine.step = watched_submit, watched_step
 
     def submit(self, requests):
-        self.asked += requests
+        self.requested += requests
         self.sampler.submit(requests)
 
     def collect(self):
-        if self.most is not None and len(self.answered) >= self.most:
+        if self.limit is not None and len(self.answered) >= self.limit:
             raise toy.Interrupted
         answers = self.sampler.collect()
         self.answered += [request for request, _ in answers]
@@ -89,10 +89,10 @@ class Watched:
 def sampler_of(tiny, mesh_of):
     """``sampler_of(slots, …)``; programs are shared as all prefixes have the same width."""
 
-    def make(slots=64, mesh=None, places=4000, most=None):
+    def make(slots=64, mesh=None, cache_tokens=4000, limit=None):
         mesh = mesh or mesh_of(data=1)
         with jax.set_mesh(mesh):
-            return Watched(toy.make_sampler(tiny, mesh, slots, toy_verify, places, least=128), most)
+            return Watched(toy.make_sampler(tiny, mesh, slots, toy_verify, cache_tokens, min_bucket=128), limit)
 
     return make
 
@@ -145,7 +145,7 @@ def test_trees_in_flight_do_not_show(whole, tmp_path, sampler_of, mesh):
 
 
 def test_slots_and_a_small_cache_do_not_show(whole, tmp_path, sampler_of, mesh):
-    sampler = sampler_of(slots=1, places=180)
+    sampler = sampler_of(slots=1, cache_tokens=180)
     grown(tmp_path, sampler)
     assert sampler.engine.counts.occupancy > 0.99
     assert sampler.engine.counts.prefix_tokens > 1.2 * whole[2].engine.counts.prefix_tokens  # some were forgotten
@@ -184,35 +184,35 @@ def test_two_workers_give_the_files_of_one(whole, tmp_path, sampler_of, mesh):
     for worker in (0, 1):
         sampler = sampler_of()
         grown(tmp_path, sampler, worker=worker, workers=2)
-        shares.append({request.problem.id for request in sampler.asked})
+        shares.append({request.problem.id for request in sampler.requested})
     assert shares == [{"p0", "p1", "p2", "p3", "p4", "p10", "p11"}, {"p5", "p6", "p7", "p8", "p9"}]
     assert toy.files(tmp_path) == whole[1]
     assert finished(tmp_path) == whole[3]
 
 
 def test_interrupted_the_trees_stay_the_same(whole, tmp_path, sampler_of, mesh):
-    first, second = sampler_of(most=100), sampler_of()
+    first, second = sampler_of(limit=100), sampler_of()
     with pytest.raises(toy.Interrupted):
         grown(tmp_path, first)
     grown(tmp_path, second)
     assert toy.files(tmp_path) == whole[1]
     assert finished(tmp_path) == whole[3]
-    assert first.answered and not set(first.answered) & set(second.asked)
-    assert len(first.answered) + len(second.asked) == len(whole[2].asked)
+    assert first.answered and not set(first.answered) & set(second.requested)
+    assert len(first.answered) + len(second.requested) == len(whole[2].requested)
 
 
 # Without a model
 
 
 @pytest.fixture(scope="module")
-def made_up(tmp_path_factory):
-    folder, sampler = tmp_path_factory.mktemp("made_up"), toy.MadeUp()
+def reference_run(tmp_path_factory):
+    folder, sampler = tmp_path_factory.mktemp("reference_run"), toy.SeededSampler()
     grown(folder, sampler)
     return folder, toy.files(folder), sampler, finished(folder)
 
 
-def test_made_up_trees_are_not_trivial(made_up):
-    folder, _, sampler, figures = made_up
+def test_made_up_trees_are_not_trivial(reference_run):
+    folder, _, sampler, figures = reference_run
     assert sum(len(tree.searches) for tree in read_trees(epath.Path(folder))) > 12
     assert len(set(sampler.answered)) == len(sampler.answered) > 60
     assert sorted(sampler.released) == sorted(p.id for p in PROBLEMS)
@@ -221,130 +221,130 @@ def test_made_up_trees_are_not_trivial(made_up):
 
 @pytest.mark.parametrize("mode", ["default", "paper", "flat"])
 def test_interrupted_after_any_number_of_answers(tmp_path, mode):
-    sampler = toy.MadeUp()
+    sampler = toy.SeededSampler()
     grown(tmp_path / "whole", sampler, mode=mode)
     finished(tmp_path / "whole")
     count = len(sampler.answered)
-    for most in range(0, count, max(1, count // 12)):
-        folder, first, second = tmp_path / f"{most}", toy.MadeUp(most=most), toy.MadeUp()
+    for limit in range(0, count, max(1, count // 12)):
+        folder, first, second = tmp_path / f"{limit}", toy.SeededSampler(limit=limit), toy.SeededSampler()
         with pytest.raises(toy.Interrupted):
             grown(folder, first, mode=mode)
-        grown(folder, second, mode=mode, in_flight=(1, 8, 32)[most % 3])
+        grown(folder, second, mode=mode, in_flight=(1, 8, 32)[limit % 3])
         finished(folder)
         assert toy.files(folder) == toy.files(tmp_path / "whole")
-        assert len(first.answered) == most
+        assert len(first.answered) == limit
         assert collections.Counter(first.answered + second.answered) == collections.Counter(sampler.answered)
 
 
-def test_interrupted_every_few_answers(made_up, tmp_path):
+def test_interrupted_every_few_answers(reference_run, tmp_path):
     answered = []
     for attempt in range(1000):
-        sampler = toy.MadeUp(most=3 + attempt % 4)
+        sampler = toy.SeededSampler(limit=3 + attempt % 4)
         try:
             grown(tmp_path, sampler, worker=attempt % 2, workers=2)
         except toy.Interrupted:
-            assert len(sampler.answered) == sampler._most
+            assert len(sampler.answered) == sampler._limit
         answered += sampler.answered
-        if len(answered) == len(made_up[2].answered):
+        if len(answered) == len(reference_run[2].answered):
             break
     for worker in (0, 1):
-        assert not grown(tmp_path, toy.MadeUp(most=0), worker=worker, workers=2)
+        assert not grown(tmp_path, toy.SeededSampler(limit=0), worker=worker, workers=2)
     finished(tmp_path)
-    assert toy.files(tmp_path) == made_up[1]
-    assert collections.Counter(answered) == collections.Counter(made_up[2].answered) and attempt > 20
+    assert toy.files(tmp_path) == reference_run[1]
+    assert collections.Counter(answered) == collections.Counter(reference_run[2].answered) and attempt > 20
 
 
-@pytest.mark.parametrize("most", [0, 1, 30])
-def test_asked_to_end_it_loses_no_answer(made_up, tmp_path, most, capfd):
+@pytest.mark.parametrize("limit", [0, 1, 30])
+def test_asked_to_end_it_loses_no_answer(reference_run, tmp_path, limit, capfd):
     """SIGTERM, long before answers in flight are saved anyway."""
 
-    class Asked(toy.MadeUp):
+    class Asked(toy.SeededSampler):
         def collect(self):
-            if len(self.answered) == most:
+            if len(self.answered) == limit:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().collect()
 
-    first, second = Asked(), toy.MadeUp()
+    first, second = Asked(), toy.SeededSampler()
     with pytest.raises(Interrupted) as ended, handling():
         grown(tmp_path, first, checkpoint_seconds=1e9)
-    assert ended.value.code == 143 and len(first.answered) == most + 1
+    assert ended.value.code == 143 and len(first.answered) == limit + 1
     assert "annotate: stopped as asked" in capfd.readouterr().err
     grown(tmp_path, second, checkpoint_seconds=1e9)
     finished(tmp_path)
-    assert toy.files(tmp_path) == made_up[1]
-    assert collections.Counter(first.answered + second.answered) == collections.Counter(made_up[2].answered)
+    assert toy.files(tmp_path) == reference_run[1]
+    assert collections.Counter(first.answered + second.answered) == collections.Counter(reference_run[2].answered)
 
 
-def test_without_checkpoints_only_finished_trees_stay(made_up, tmp_path):
-    first, second = toy.MadeUp(most=54), toy.MadeUp()
+def test_without_checkpoints_only_finished_trees_stay(reference_run, tmp_path):
+    first, second = toy.SeededSampler(limit=54), toy.SeededSampler()
     with pytest.raises(toy.Interrupted):
         grown(tmp_path, first, checkpoint_seconds=1e9, in_flight=8)
     grown(tmp_path, second)
-    assert toy.files(tmp_path) == made_up[1]
+    assert toy.files(tmp_path) == reference_run[1]
     again, before = set(first.answered) & set(second.answered), {request.problem.id for request in first.answered}
     unfinished = {request.problem.id for request in again}
     assert 0 < len(unfinished) < len(before)
     assert again == {request for request in first.answered if request.problem.id in unfinished}
 
 
-def test_interrupted_between_the_last_tree_of_a_shard_and_its_file(made_up, tmp_path, monkeypatch):
+def test_interrupted_between_the_last_tree_of_a_shard_and_its_file(reference_run, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise toy.Interrupted
 
     with monkeypatch.context() as patch, pytest.raises(toy.Interrupted):
         patch.setattr("mmprm_jax.search.store.io.write", interrupt)
-        grown(tmp_path, toy.MadeUp(), checkpoint_seconds=1e9)
+        grown(tmp_path, toy.SeededSampler(), checkpoint_seconds=1e9)
     assert not list(tmp_path.glob("trees-*.jsonl"))
-    grown(tmp_path, toy.MadeUp())
+    grown(tmp_path, toy.SeededSampler())
     finished(tmp_path)
-    assert toy.files(tmp_path) == made_up[1]
+    assert toy.files(tmp_path) == reference_run[1]
 
 
-def test_a_second_run_does_nothing(made_up, tmp_path):
-    grown(tmp_path, toy.MadeUp())
+def test_a_second_run_does_nothing(reference_run, tmp_path):
+    grown(tmp_path, toy.SeededSampler())
     finished(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file() and not p.name.startswith("events.")}
-    sampler = toy.MadeUp(most=0)
+    sampler = toy.SeededSampler(limit=0)
     assert grown(tmp_path, sampler) == {}
-    assert finished(tmp_path) == made_up[3]
+    assert finished(tmp_path) == reference_run[3]
     assert not sampler.answered
     assert {n: (tmp_path / n).read_bytes() for n in before} == before
 
 
-def test_processes_that_only_read_grow_the_same_trees_and_write_nothing(made_up, tmp_path):
+def test_processes_that_only_read_grow_the_same_trees_and_write_nothing(reference_run, tmp_path):
     with pytest.raises(toy.Interrupted):
-        grown(tmp_path, toy.MadeUp(most=40))
+        grown(tmp_path, toy.SeededSampler(limit=40))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    writer, reader = toy.MadeUp(), toy.MadeUp()
+    writer, reader = toy.SeededSampler(), toy.SeededSampler()
     grown(tmp_path, reader, writes=False)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     grown(tmp_path, writer)
     assert writer.answered == reader.answered
-    assert toy.files(tmp_path) == made_up[1]
+    assert toy.files(tmp_path) == reference_run[1]
 
 
 def test_all_processes_of_a_worker_read_before_one_writes(tmp_path, monkeypatch):
     """Otherwise what the first one mends, or finishes from saved answers, makes the others do something else."""
     with pytest.raises(toy.Interrupted):
-        grown(tmp_path, toy.MadeUp(most=40))
+        grown(tmp_path, toy.SeededSampler(limit=40))
     (part, *_) = tmp_path.glob("trees-*.part")
     part.write_bytes(part.read_bytes() + b"torn")
     before, seen = toy.files(tmp_path), []
     monkeypatch.setattr(annotation, "wait_for_all", lambda name: seen.append(toy.files(tmp_path) == before))
-    grown(tmp_path, toy.MadeUp())
+    grown(tmp_path, toy.SeededSampler())
     assert seen == [True]
-    grown(tmp_path, toy.MadeUp(), worker=1, workers=2)
+    grown(tmp_path, toy.SeededSampler(), worker=1, workers=2)
     assert seen == [True]  # shares have nothing to do with each other
 
 
-def test_processes_wait_for_each_other_before_they_exchange_figures(made_up, monkeypatch):
+def test_processes_wait_for_each_other_before_they_exchange_figures(reference_run, monkeypatch):
     """Shares take hours, and not the same; a collective operation gives up after half a minute."""
     calls, gather = [], annotation.multihost_utils.process_allgather
     monkeypatch.setattr(annotation, "wait_for_all", lambda name: calls.append("wait"))
     monkeypatch.setattr(
         annotation.multihost_utils, "process_allgather", lambda x: (calls.append("gather"), gather(x))[1]
     )
-    finished(made_up[0])
+    finished(reference_run[0])
     assert calls == ["wait", "gather"]
 
 
@@ -363,8 +363,8 @@ def without(files, *ids):
     }
 
 
-def test_a_failing_tree_costs_itself_only(made_up, tmp_path):
-    sampler = toy.MadeUp(fails_of("p3", "p11"))
+def test_a_failing_tree_costs_itself_only(reference_run, tmp_path):
+    sampler = toy.SeededSampler(fails_of("p3", "p11"))
     failed = grown(tmp_path, sampler, checkpoint_seconds=1e9)
     assert failed == {3: "p3.png: no such file", 11: "p11.png: no such file"}
     assert sorted(sampler.released) == sorted(p.id for p in PROBLEMS)
@@ -375,39 +375,39 @@ def test_a_failing_tree_costs_itself_only(made_up, tmp_path):
     assert "the same command tries these again" in message and "--config.annotate.skip_failed=true" in message
     kept = toy.files(tmp_path)
     assert sorted(kept) == ["trees-000000.part", "trees-000005.jsonl", "trees-000010.part"]
-    assert kept["trees-000005.jsonl"] == made_up[1]["trees-000005.jsonl"]
+    assert kept["trees-000005.jsonl"] == reference_run[1]["trees-000005.jsonl"]
 
-    again = toy.MadeUp()  # now it works
+    again = toy.SeededSampler()  # now it works
     assert grown(tmp_path, again) == {}
     assert {request.problem.id for request in again.answered} == {"p3", "p11"}
     assert not set(again.answered) & {r for r in sampler.answered if len(r.prefix) == 0}  # what was answered stays
-    assert finished(tmp_path) == made_up[3]
-    assert toy.files(tmp_path) == made_up[1]
+    assert finished(tmp_path) == reference_run[3]
+    assert toy.files(tmp_path) == reference_run[1]
     assert (tmp_path / "failed.jsonl").read_bytes() == b""
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["at once", "in a second run"])
 @pytest.mark.parametrize("ids", [("p3",), ("p11", "p3"), ("p10", "p11")])
-def test_problems_that_failed_are_skipped_on_demand(made_up, tmp_path, ids, at_once):
+def test_problems_that_failed_are_skipped_on_demand(reference_run, tmp_path, ids, at_once):
     if not at_once:
-        assert len(grown(tmp_path, toy.MadeUp(fails_of(*ids)))) == len(ids)
-    failed = grown(tmp_path, toy.MadeUp(fails_of(*ids, depth=0)), skip_failed=True)
+        assert len(grown(tmp_path, toy.SeededSampler(fails_of(*ids)))) == len(ids)
+    failed = grown(tmp_path, toy.SeededSampler(fails_of(*ids, depth=0)), skip_failed=True)
     figures = finished(tmp_path, failed, skip=True)
     assert figures["failed"] == len(ids) and figures["trees"] == 12 - len(ids)
-    assert toy.files(tmp_path) == without(made_up[1], *ids)
+    assert toy.files(tmp_path) == without(reference_run[1], *ids)
     assert [p.id for p in records.read(tmp_path / "failed.jsonl", Problem)] == sorted(ids, key=lambda x: int(x[1:]))
-    sampler = toy.MadeUp(most=0)
+    sampler = toy.SeededSampler(limit=0)
     assert grown(tmp_path, sampler, skip_failed=True) == {}  # for good
     assert finished(tmp_path, skip=True) == figures
 
 
 def test_of_several_processes_of_a_worker_one_reports_a_failure(tmp_path):
     """finish adds up the failures of all processes."""
-    assert grown(tmp_path, toy.MadeUp(fails_of("p3")), writes=False) == {}
+    assert grown(tmp_path, toy.SeededSampler(fails_of("p3")), writes=False) == {}
 
 
-def test_trees_of_other_problems_are_refused(made_up):
-    folder = epath.Path(made_up[0])
+def test_trees_of_other_problems_are_refused(reference_run):
+    folder = epath.Path(reference_run[0])
     other = [Problem("other", "?", "1"), *PROBLEMS[1:]]
     with pytest.raises(UserError, match="p0; use another --workdir"):
         annotation.finish(folder, other, {}, False)
@@ -429,7 +429,7 @@ def test_metrics_and_progress_of_an_engine(whole):
 def test_progress_and_metrics(tmp_path, monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(annotation.time, "monotonic", lambda: now[0])
-    sampler = toy.MadeUp(fails_of("p11"))
+    sampler = toy.SeededSampler(fails_of("p11"))
     collect = sampler.collect
 
     def slow():
@@ -446,7 +446,7 @@ def test_progress_and_metrics(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "11/12" in error and "rollouts_per_second" in error and "tokens_per_second" in error
     now[0] = 0.0
-    grown(tmp_path, toy.MadeUp())
+    grown(tmp_path, toy.SeededSampler())
     assert [row["step"] for row in read_metrics(tmp_path)] == [row["step"] for row in rows] + [12]
 
 

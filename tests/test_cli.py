@@ -16,6 +16,8 @@ from mmprm_jax.errors import UsageError, UserError
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs" / "digits.py")
 RUN = [f"--config={DIGITS}", "--workdir=w"]
+FOLDERS = ("mmprm_jax", "configs", "launch", "findings", "tests")
+READMES = [ROOT / "README.md", *(path for name in FOLDERS for path in sorted((ROOT / name).rglob("README.md")))]
 
 
 def told(*words):
@@ -192,8 +194,8 @@ def lines_of_code(text):
                 yield words[:end]
 
 
-def test_the_commands_of_the_readme_are_commands():
-    found = list(lines_of_code((ROOT / "README.md").read_text()))
+def test_the_commands_of_the_readmes_are_commands():
+    found = [words for path in READMES for words in lines_of_code(path.read_text())]
     assert len(found) > 25 and {"pipeline", "prepare", "launch", "fit"} <= {words[0] for words in found}
     for words in found:
         command, args = parse(words)
@@ -202,7 +204,7 @@ def test_the_commands_of_the_readme_are_commands():
 
 
 def test_the_commands_between_words_have_the_options_that_they_are_said_to_have():
-    texts = [(ROOT / "README.md").read_text(), *(path.read_text() for path in (ROOT / "configs").glob("*.py"))]
+    texts = [path.read_text() for path in (*READMES, *(ROOT / "configs").glob("*.py"))]
     found = 0
     for quoted in (x for text in texts for x in re.findall(r"`+mmprm\s([^`]+)`+", text)):
         words = shlex.split(quoted.replace("[", " ").replace("]", " ").replace(" | ", " "))
@@ -213,6 +215,31 @@ def test_the_commands_between_words_have_the_options_that_they_are_said_to_have(
         commands._split(command, words[len(command.name.split()) :])  # raises for an unknown option
         found += 1
     assert found > 15
+
+
+def anchors(path):
+    """The anchors of a page: its headings in lower case, with hyphens for spaces and without other signs."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_links_of_the_readmes_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        if link.startswith("https://"):
+            continue
+        target, _, anchor = link.partition("#")
+        found = (path.parent / target).resolve() if target else path
+        assert found.exists(), link
+        assert not anchor or anchor in anchors(found), link
+
+
+def test_the_readme_is_short_and_leads_to_all_others():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 250
+    links = {(ROOT / link.partition("#")[0]).resolve() for link in re.findall(r"\]\(([^)]+)\)", text)}
+    data = ROOT / "tests" / "golden"  # its folders describe themselves
+    assert {path for path in READMES[1:] if data not in path.parents} <= links
 
 
 def test_version(mmprm_here):

@@ -28,7 +28,7 @@ while True:
     except BaseException: pass
 """,
     "saves": """
-while not interruption.asked(): time.sleep(0.01)
+while not interruption.requested(): time.sleep(0.01)
 with interruption.saving(): time.sleep(interruption.GRACE + 2)
 print("saved", flush=True)
 raise interruption.Interrupted
@@ -42,7 +42,7 @@ SCRIPT = """
 import sys, threading, time
 from mmprm_jax import interruption
 interruption.GRACE, interruption.CLOSING = 2.0, 1.0
-with interruption.handling(stays=True):
+with interruption.handling(permanent=True):
     print("ready", flush=True)
     exec(sys.argv[1])
 """
@@ -90,7 +90,7 @@ def test_nohup_stays_ignored_and_its_commands_go_on():
 def test_a_second_signal_ends_it_at_once_but_not_the_same_one_sent_twice():
     """``timeout`` sends its signal to the process and to the group."""
     code = """
-while not interruption.asked(): time.sleep(0.01)
+while not interruption.requested(): time.sleep(0.01)
 print("asked", flush=True)
 with interruption.saving(): time.sleep({})
 raise interruption.Interrupted("saved all")
@@ -110,7 +110,7 @@ def test_long_rounds_are_waited_for():
     """A step of a large model takes longer than the grace, and is not lost."""
     code = """
 print("go", flush=True)
-while not (interruption.asked() or interruption.asked()): time.sleep(3)
+while not (interruption.requested() or interruption.requested()): time.sleep(3)
 raise interruption.Interrupted("saved all")
 """
     process = start(SCRIPT, code)
@@ -139,7 +139,7 @@ def test_handlers_are_put_back():
         os.kill(os.getpid(), signal.SIGINT)
         interruption.check()
     assert caught.value.code == 130 and [signal.getsignal(n) for n in SIGNALS] == before
-    assert signal.set_wakeup_fd(-1) == -1 and not interruption.asked()
+    assert signal.set_wakeup_fd(-1) == -1 and not interruption.requested()
 
 
 # ------------------------------------------------------------------------------------------------- worker processes
@@ -214,7 +214,7 @@ def test_workers_outlive_signals_to_the_group_and_die_with_their_parent(tmp_path
         time.sleep(0.05)
 
 
-def test_a_script_without_a_main_guard_is_told(tmp_path):
+def test_a_script_without_a_main_guard_is_reported(tmp_path):
     path = tmp_path / "script.py"
     path.write_text("from mmprm_jax.answers.workers import Verifier\nVerifier(1)([('1', '1')])\n")
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120)
@@ -228,15 +228,15 @@ def test_a_script_without_a_main_guard_is_told(tmp_path):
 PAIR = """
 import os, sys, time
 from mmprm_jax import interruption
-with interruption.handling(stays=True):
+with interruption.handling(permanent=True):
     import jax
     jax.config.update("jax_platforms", "cpu")
     from mmprm_jax import processes
-    processes.meet()
+    processes.connect()
     print("ready", flush=True)
     for step in range(1, 10**6):
         time.sleep(0.05)
-        if sys.argv[1] == "together" and processes.asked_to_end(step):
+        if sys.argv[1] == "together" and processes.stop_requested(step):
             print(f"ended behind {step}", flush=True)
             raise interruption.Interrupted
         if sys.argv[1] == "own":

@@ -260,7 +260,7 @@ def test_commands_that_are_given_a_file_of_a_run(run):
     io.write_json(run.folder("report") / "metrics.json", {})
     manifest.finish(run, "report", {})
     for path, read in (
-        (run.folder("evaluate") / "trees-000000.jsonl", lambda path: list(stored.each_row(path))),
+        (run.folder("evaluate") / "trees-000000.jsonl", lambda path: list(stored.iter_rows(path))),
         (run.folder("report") / "metrics.json", lambda path: summarise([run.workdir])),
     ):
         path.write_text("{}")

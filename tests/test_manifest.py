@@ -40,7 +40,7 @@ def tiny_config(**data):
     return config.load(f"{ROOT / 'configs' / 'digits.py'}:smoke", ["--config.mesh=1,1,1", *overrides])
 
 
-class MadeUp(toy.MadeUp):
+class SeededSampler(toy.SeededSampler):
     """Answers that the run's tokenizer knows: right or wrong by chance, whatever the policy can do."""
 
     def collect(self):
@@ -52,11 +52,11 @@ class MadeUp(toy.MadeUp):
         ]  # fmt: skip
 
 
-def made_up_annotation(most=None):
+def made_up_annotation(limit=None):
     def stage(run):
         c, folder, problems = run.config.annotate, run.folder("annotate"), run.problems("train")
         settings = Settings(num_rollouts=4, max_searches=2, rollout_budget=12)
-        failed = annotation.run(folder, problems, MadeUp(most=most), settings, c)
+        failed = annotation.run(folder, problems, SeededSampler(limit=limit), settings, c)
         return annotation.finish(folder, problems, failed, False)
 
     return stage
@@ -141,7 +141,7 @@ def states(quick, tmp_path_factory):
 
     interrupted(workdir, manifest, "finish", stop_at("sft"))
     keep("sft")
-    interrupted(workdir, stages.STAGES, "annotate", made_up_annotation(most=12))
+    interrupted(workdir, stages.STAGES, "annotate", made_up_annotation(limit=12))
     keep("annotate")
     interrupted(workdir, manifest, "finish", stop_at("train_prm"))
     keep("train_prm")
@@ -167,7 +167,7 @@ def outcome(workdir, command, whole):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_told_or_the_same(states, tmp_path):
+def test_a_finished_run_is_reported_or_the_same(states, tmp_path):
     """`mmprm pipeline` on a finished run reads all but the weights; everything that it has is compared before."""
     whole, table = figures(states["finished"]), []
     for path, name in damage.each(states["finished"], tmp_path / "w", lambda p: p.parts[1:2] != ("checkpoints",)):
@@ -186,7 +186,7 @@ def test_a_finished_run_is_told_or_the_same(states, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("state", ["sft", "annotate", "train_prm", "scoring"])
-def test_an_unfinished_run_is_told_or_goes_on_to_the_same(states, tmp_path, state):
+def test_an_unfinished_run_is_reported_or_goes_on_to_the_same(states, tmp_path, state):
     """What the stage has so far, and what it is made from. Weights that are trained again are compared as numbers."""
     stage = "evaluate" if state == "scoring" else state
     kept = {stage, "config.json"} | ({"data"} if stage in ("sft", "evaluate") else set())

@@ -1,4 +1,4 @@
-"""What training writes, from nothing or from a release: one kind of model folder, for us and for transformers.
+"""What training writes, from scratch or from a release: one kind of model folder, for us and for transformers.
 
 Scores of our own models are compared with the pipeline's own (``Language``, ``Scorer``), exports with ``transformers``
 itself (``pytest -m parity``).
@@ -55,7 +55,7 @@ def params_of(cfg, image_token, mesh):
 def trained(folder, language, mesh):
     """The folder that a training stage leaves (``stages.training.train``), with random weights. Returns these."""
     params = params_of(language.cfg, language.image_token, mesh)
-    loaded = convert.from_nothing(language.cfg, language.tokenizer, params, mesh)
+    loaded = convert.from_scratch(language.cfg, language.tokenizer, params, mesh)
     named = dict(zip(("policy", "prm"), language.templates, strict=True))
     config = {**loaded.model.config, hf_config.TEMPLATES: named, "max_dynamic_patch": MAX_TILES}
     loaded = dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, config=config))
@@ -176,7 +176,7 @@ def test_what_transformers_cannot_compute_is_refused():
             hf_native.describe(wrong, BPE, jnp.float32)
         assert "\n" not in str(told.value)
     with pytest.raises(UserError, match="model.tile_size is 16"):
-        convert.from_nothing(dataclasses.replace(cfg, tile_size=16), BPE, {}, None)
+        convert.from_scratch(dataclasses.replace(cfg, tile_size=16), BPE, {}, None)
 
 
 def test_large_weights_are_filed_in_several(monkeypatch, tmp_path, mesh):
@@ -215,8 +215,8 @@ def test_a_config_that_names_no_templates(named):
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    """``theirs(folder)``: the model that transformers loads from it, and nothing missing or left over."""
+def transformers_model():
+    """Loads a folder with transformers; nothing may be missing or left over."""
     pytest.importorskip("torch")
     import torch
     import transformers
@@ -232,7 +232,7 @@ def theirs():
     return load
 
 
-def their_scores(model, language, pixels):
+def transformers_scores(model, language, pixels):
     """Scores by transformers' logits at the positions of the steps."""
     import torch
 
@@ -248,7 +248,7 @@ def their_scores(model, language, pixels):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", OWN)
-def test_transformers_scores_a_model_of_our_own(name, tmp_path, mesh, theirs):
+def test_transformers_scores_a_model_of_our_own(name, tmp_path, mesh, transformers_model):
     import transformers
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -258,7 +258,7 @@ def test_transformers_scores_a_model_of_our_own(name, tmp_path, mesh, theirs):
     folder = exported(tmp_path / "prm", mesh)[2]
     pixels = images.tiles(PICTURE, MAX_TILES, language.cfg.tile) if language.cfg.vision else None
     wanted = pipeline_scores(language, params, mesh, pixels)
-    np.testing.assert_allclose(their_scores(theirs(folder), language, pixels), wanted, rtol=1e-4)
+    np.testing.assert_allclose(transformers_scores(transformers_model(folder), language, pixels), wanted, rtol=1e-4)
     if pixels is not None:  # AutoProcessor itself needs torchvision, for videos
         processor = GotOcr2ImageProcessorPil.from_pretrained(folder)
         found = processor(PICTURE, return_tensors="np")["pixel_values"]
@@ -298,7 +298,7 @@ def chat(internlm2, tokenizer, **vision):
         ("internlm2_dummy_prm", {"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False}),
     ],
 )
-def test_transformers_scores_an_exported_release(kind, vision, golden, tmp_path, mesh, theirs):
+def test_transformers_scores_an_exported_release(kind, vision, golden, tmp_path, mesh, transformers_model):
     """Also beyond the trained length, where rotary positions scale."""
     import transformers
 
@@ -320,7 +320,9 @@ def test_transformers_scores_an_exported_release(kind, vision, golden, tmp_path,
     pixels = images.tiles(PICTURE, MAX_TILES, language.cfg.tile)
     before = PRM.from_pretrained(source, mesh=mesh).score(QUESTION, SEGMENTS, images=[PICTURE])
     assert np.std(before) > 1e-3
-    np.testing.assert_allclose(their_scores(theirs(tmp_path / "hf"), language, pixels), before, rtol=1e-4)
+    np.testing.assert_allclose(
+        transformers_scores(transformers_model(tmp_path / "hf"), language, pixels), before, rtol=1e-4
+    )
     after = PRM.from_pretrained(tmp_path / "hf", mesh=mesh)
     assert after.template == "mm_prm" and after.settings["max_tiles"] == MAX_TILES
     np.testing.assert_allclose(after.score(QUESTION, SEGMENTS, images=[PICTURE]), before, rtol=0, atol=1e-6)

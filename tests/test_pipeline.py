@@ -323,7 +323,7 @@ def test_eight_devices(environment, finished, tmp_path):
 
 @pytest.fixture(scope="session")
 def default_run(environment, tmp_path_factory):
-    """The README's first command: one seed; its table has three."""
+    """The README's first command."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
     code, out, err = run(environment, "pipeline", workdir, config=DEFAULT)
     assert code == 0, err
@@ -359,7 +359,7 @@ run = Run(config.load(sys.argv[1]), epath.Path(sys.argv[2]))
 trees, mesh, c = read_trees(run.folder("annotate"))[:60], mesh_of(run.config), run.config
 chosen = [(t, i) for t in trees for i in range(len(t.nodes)) if (i < 3)]
 with jax.set_mesh(mesh):
-    policy = models.policy_of(run, c.annotate, mesh)
+    policy = models.load_policy(run, c.annotate, mesh)
     sampler = policy.sampler(c.annotate, run.data, 16, c.seed, "brute force", Verifier(0))
     answers = sampler.solve([Request(t.problem, t.prefix(i), 96) for t, i in chosen])
 print(json.dumps([[t.nodes[i].k, t.nodes[i].n, sum(r.correct for r, _ in a), len(a)]

@@ -35,7 +35,7 @@ def write(folder, vision, mesh):
     with jax.set_mesh(mesh):
         _, params = build.initialise(cfg, language.image_token, 0, mesh)
     params = {**params, "decoder": {**params["decoder"], "lm_head": 8 * params["decoder"]["lm_head"]}}
-    loaded = convert.from_nothing(cfg, BPE, params, mesh)
+    loaded = convert.from_scratch(cfg, BPE, params, mesh)
     named = {hf_config.TEMPLATES: {"policy": "own", "prm": "own"}, "max_dynamic_patch": 2}
     model = dataclasses.replace(loaded.model, config={**loaded.model.config, **named})
     convert.write_folder(folder, dataclasses.replace(loaded, model=model), BPE)

@@ -82,7 +82,7 @@ class Released:
         self.configs = {}
         for path in sorted((golden / "models").glob("*/config.json")):
             config = json.loads(path.read_text())
-            if hf_config.kind_of(config) == hf_config.CHAT:
+            if hf_config.checkpoint_kind(config) == hf_config.CHAT:
                 self.configs.setdefault(hf_config.decoder_kind(config), config)
         for decoder, architecture in ((INTERNLM2, "InternLM2ForCausalLM"), (QWEN2, "Qwen2ForCausalLM")):
             text = {**PLAIN["llm_config"], "architectures": [architecture]}
@@ -106,7 +106,9 @@ class Released:
         folder = self.root / name
         folder.mkdir()
         rng, tensors = np.random.default_rng(seed), {}
-        groups = layout(hf_config.from_hf_config(config), hf_config.kind_of(config), hf_config.decoder_kind(config))
+        groups = layout(
+            hf_config.from_hf_config(config), hf_config.checkpoint_kind(config), hf_config.decoder_kind(config)
+        )
         for key, shape, _ in (tensor for group in groups for tensor in group.tensors()):
             value = rng.standard_normal(shape)
             if len(shape) > 1:
@@ -682,7 +684,7 @@ def test_an_image_as_problems_have_it(prm, calls, problems, tmp_path, images):
     assert found["scores"] == prm.score_candidates(QUESTION, [STEPS], images=[tmp_path / "square.png"])
 
 
-def test_a_misspelt_image_is_told(prm, problems, tmp_path, caplog):
+def test_a_misspelt_image_is_reported(prm, problems, tmp_path, caplog):
     own = {"id": 1, "question": QUESTION, "candidates": [], "imgaes": ["square.png"], "level": 3}
     score_file(prm, "m", problems([own, own]), tmp_path / "s.jsonl")
     (told,) = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]

@@ -133,7 +133,7 @@ def test_numbers_that_no_answer_can_be(tmp_path, number):
     assert message(path, Problem).startswith(f"{path}, line 1: ")
 
 
-def test_unknown_keys_are_told_once(tmp_path, caplog):
+def test_unknown_keys_are_reported_once(tmp_path, caplog):
     path, other = tmp_path / "p.jsonl", tmp_path / "q.jsonl"
     for file in (path, other):
         file.write_text('{"id": 1, "question": "q", "answer": "1", "level": 3, "imgae": "x"}\n' * 2)

@@ -18,7 +18,7 @@ from mmprm_jax.rollout import remote
 from mmprm_jax.rollout.remote import RemoteSampler
 from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.search.settings import Settings
-from mmprm_jax.servers import reach
+from mmprm_jax.servers import check_reachable
 
 ABSENT = "http://127.0.0.1:9/v1"
 
@@ -52,13 +52,13 @@ def test_a_server_that_is_not_there_is_named(url, monkeypatch, told):
 
 
 def test_those_that_are_there_go_on(silent, told):
-    reach([ABSENT, silent, ABSENT.replace("9", "8")])
+    check_reachable([ABSENT, silent, ABSENT.replace("9", "8")])
     assert len(told) == 1 and told[0].count("ConnectError") == 2 and silent not in told[0]
 
 
 def test_no_servers_no_wait(monkeypatch):
     monkeypatch.setattr(servers.time, "monotonic", lambda: 1 / 0)
-    reach([])
+    check_reachable([])
 
 
 def make(*urls, **options):
@@ -72,7 +72,9 @@ def test_a_dead_server_is_warned_of_once_a_minute(told):
         sampler.submit(requests)
         while sampler.collect():
             pass
-    assert sampler.retries > 100 and len(told) == 1 and told[0].startswith(f"{ABSENT} rests for 0.05 s: ConnectError")
+    assert (
+        sampler.retries > 100 and len(told) == 1 and told[0].startswith(f"{ABSENT} is paused for 0.05 s: ConnectError")
+    )
 
 
 def test_patience_has_an_end(told, monkeypatch):

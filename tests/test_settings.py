@@ -112,14 +112,14 @@ def test_the_configs_that_come_with_the_package(file):
         ("annotate.servers=http://a:8000/v1", "it names the model that the servers have"),
         ("annotate.template=continue", "for servers only"),
         ("sft.freeze=vision,projector,decoder", "nothing is left to train"),
-        ("sft.steps=0", "name the policy that is left as it is"),
+        ("sft.steps=0", "name the policy to use as it is"),
         ("data.folder=no/such/folder", "no/such/folder: no such folder"),
         ("policy=nosuch", "nosuch: neither a folder nor a hub id"),
         ("annotate.policy=a/b/c", "a/b/c: neither a folder nor a hub id"),
         (f"policy={ROOT / 'tests'}", "no model is in this folder"),
     ],
 )
-def test_settings_that_cannot_be_are_told_before_anything_runs(override, words):
+def test_settings_that_cannot_be_are_reported_before_anything_runs(override, words):
     """Each in one line that begins with the key and says what is allowed."""
     (line,) = told(override)
     assert line.startswith(f"{override.partition('=')[0]}: ") or override.startswith(("annotate.servers", "data.text"))
@@ -134,7 +134,7 @@ def test_addresses_that_are_none(bad):
     assert line.startswith("annotate.servers: ") and "secret" not in line
 
 
-def test_all_that_is_wrong_is_told_at_once():
+def test_all_that_is_wrong_is_reported_at_once():
     wrong = [
         "sft.stepz=3",
         "train_prm.label=sotf",
@@ -233,7 +233,7 @@ def test_mmprm_config(capsys):
     assert "settings are allowed" in capsys.readouterr().out
 
 
-def test_a_wrong_setting_is_told_without_the_numeric_libraries(tmp_path):
+def test_a_wrong_setting_is_reported_without_the_numeric_libraries(tmp_path):
     """One line, exit code 2, no work directory; and in the time that reading takes."""
     code = "import sys; from mmprm_jax import main\ntry: main.run()\nfinally: assert 'jax' not in sys.modules"
     words = ["pipeline", f"--config={DIGITS}", f"--workdir={tmp_path / 'w'}", "--config.train_prm.label=sotf"]

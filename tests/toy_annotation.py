@@ -39,14 +39,14 @@ class Interrupted(BaseException):
     """Nothing catches it, as nothing catches kill -9."""
 
 
-class MadeUp:
+class SeededSampler:
     """A sampler without a model: an answer depends on its request only. One answer at a time, the newest first.
 
-    fails: request -> the reason why it cannot be answered, or None. most: it interrupts after so many answers.
+    fails: request -> the reason why it cannot be answered, or None. limit: it interrupts after so many answers.
     """
 
-    def __init__(self, fails=lambda request: None, most=None):
-        self._fails, self._most, self._open = fails, most, []
+    def __init__(self, fails=lambda request: None, limit=None):
+        self._fails, self._limit, self._open = fails, limit, []
         self.answered, self.released, self.rollouts, self.tokens = [], [], 0, 0
 
     def submit(self, requests):
@@ -58,14 +58,14 @@ class MadeUp:
 
         if not self._open:
             return []
-        if len(self.answered) == self._most:
+        if len(self.answered) == self._limit:
             raise Interrupted
         request = self._open.pop()
         self.answered.append(request)
         if reason := self._fails(request):
             return [(request, Failure(reason))]
         self.rollouts += request.n
-        rollouts = made_up(request)
+        rollouts = seeded_rollouts(request)
         self.tokens += sum(rollout.n_tokens for rollout in rollouts)
         return [(request, rollouts)]
 
@@ -73,7 +73,7 @@ class MadeUp:
         self.released.append(problem_id)
 
 
-def made_up(request):
+def seeded_rollouts(request):
     """Rollouts of few different steps, in texts that are hard to file."""
     from mmprm_jax.records import Rollout
 
@@ -95,7 +95,7 @@ def problems(count=PROBLEMS):
             for i in range(count)]  # fmt: skip
 
 
-def make_sampler(tiny, mesh, slots, verify, places=4000, least=32):
+def make_sampler(tiny, mesh, slots, verify, cache_tokens=4000, min_bucket=32):
     from mmprm_jax.rollout.engine import Engine
     from mmprm_jax.rollout.rollouts import LocalSampler
     from mmprm_jax.rollout.sampling import Sampling
@@ -108,7 +108,7 @@ def make_sampler(tiny, mesh, slots, verify, places=4000, least=32):
     params = {**tiny.params, "decoder": {**tiny.params["decoder"], "lm_head": head}}
     engine = Engine(
         tiny.graphdef, tiny.place(mesh, params), tiny.cfg, tiny.image_token, mesh, slots=slots, samples=4, max_new=24,
-        places=places, least=least,
+        cache_tokens=cache_tokens, min_bucket=min_bucket,
     )  # fmt: skip
     engine.strict = True
     sampling = Sampling(temperature=0.8, top_k=30, top_p=0.95, max_new_tokens=24, stop=(STOP,))
@@ -160,7 +160,7 @@ def main():
     mesh = make_mesh(shape, jax.local_devices() if alone else None)
     share = {"worker": jax.process_index(), "workers": jax.process_count()} if alone else {}
     with jax.set_mesh(mesh), Verifier(0) as verify:
-        verify = annotation.told_by_the_first(verify) if options.lockstep else verify
+        verify = annotation.broadcast_verdicts(verify) if options.lockstep else verify
         sampler = make_sampler(Tiny(mesh), mesh, options.slots, verify)
         writes = bool(alone) or jax.process_index() == 0
         folder, todo = epath.Path(options.folder), problems(options.problems)

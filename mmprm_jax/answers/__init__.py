@@ -42,6 +42,6 @@ def equal(
     no number of decimals.
     """
     # Imported here: who only wants the package need not wait for the parser and its tables.
-    from mmprm_jax.answers.equivalence import compare, settings_of
+    from mmprm_jax.answers.equivalence import compare, make_settings
 
-    return compare(gold, prediction, settings_of(options, unit, precision))
+    return compare(gold, prediction, make_settings(options, unit, precision))

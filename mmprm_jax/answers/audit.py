@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from mmprm_jax.answers.equivalence import compare, settings_of
+from mmprm_jax.answers.equivalence import compare, make_settings
 from mmprm_jax.answers.judge import Judge
 from mmprm_jax.answers.verdict import VERSION, Verdict, unknown
 from mmprm_jax.answers.workers import Pool
@@ -51,10 +51,10 @@ def _settings(row: Row) -> Any:
         raise ValueError('"unit" is a text')
     if isinstance(precision, bool) or not isinstance(precision, int | float | None):
         raise ValueError('"precision" is a number of decimals')
-    return settings_of(options, unit, precision)
+    return make_settings(options, unit, precision)
 
 
-def mode_of(name: str) -> Callable[[Row], Verdict]:
+def find_mode(name: str) -> Callable[[Row], Verdict]:
     """The rules of a mode. Raises UserError for an unknown one."""
     if name == "default":
         return default
@@ -76,7 +76,7 @@ class _Line:
 
 def check(rows: list[Row | None], mode: str) -> list[Verdict | str]:
     """Runs in a worker: a verdict, or what is wrong with the row."""
-    rules, found = mode_of(mode), []
+    rules, found = find_mode(mode), []
     for row in rows:
         try:
             found.append(rules(row) if row is not None else "")
@@ -148,7 +148,7 @@ def verify_file(
         raise UserError(f"--output={output} is the file that is read")
     if jobs < 0:
         raise UserError(f"--jobs={jobs} is no number of processes")
-    mode_of(mode)
+    find_mode(mode)
     jobs = jobs or min(8, os.cpu_count() or 1)
     tally = _Tally()
     with contextlib.ExitStack() as stack:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from mmprm_jax.answers.normalise import normalise, trim
-from mmprm_jax.answers.parts import lead
+from mmprm_jax.answers.parts import strip_lead_in
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 
 _LETTERS = re.compile(r"\(?[A-K]\)?(?:\s*(?:(?:,|;|and|&|和)\s*)?\(?[A-K]\)?)*\.?")
@@ -49,7 +49,7 @@ class Chosen:
 def chosen(text: str) -> Chosen | None:
     """What a normalised text chooses; None: it names no letter."""
     text = re.sub("^(?:故|应|答案)?选[项择]?:? ?(?=[A-K])", "", text)
-    text = _OPTION.sub("", _BECAUSE.sub(r"\1", lead(text)))
+    text = _OPTION.sub("", _BECAUSE.sub(r"\1", strip_lead_in(text)))
     if re.match(r"\(I\)[^\n]*\(II\)|\(a\)[^\n]*\(b\)", text):
         return None  # the parts of an answer
     if so := _SO.search(text):
@@ -77,7 +77,7 @@ def chosen(text: str) -> Chosen | None:
     return None
 
 
-def options_of(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+def parse_options(options: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """letter -> normalised text, without the letter before it."""
     if isinstance(options, Mapping):
         items = [(str(k).strip("(). ").upper(), v) for k, v in options.items()]
@@ -162,7 +162,7 @@ def _letter_of(text: str, options: Mapping[str, str], same: Same) -> str | None:
 def _by_text(right: Chosen, prediction: str, options: Mapping[str, str], same: Same) -> Verdict:
     if not options:
         return unknown("the gold answer is a choice, the prediction names none, and the options are not known")
-    letter = _letter_of(lead(prediction), options, same)
+    letter = _letter_of(strip_lead_in(prediction), options, same)
     if letter is None:
         return unknown("the prediction is the text of no option, or of several")
     if right.letters == {letter}:

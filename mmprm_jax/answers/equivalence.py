@@ -29,7 +29,7 @@ _FIGURE = re.compile(
     r"(?:the )?(?:points?|lines?|(?:line )?segments?|rays?|edges?|sides?|planes?) ([A-Z](?:[A-Z_'\d]|, ?)*)"
 )
 _SENTENCES = 20  # words: more than an answer has
-_SENTENCE_RULES = (extract.only_formula, extract.stated, extract.therefore)
+_SENTENCE_RULES = (extract.only_formula, extract.stated_value, extract.single_conclusion)
 _RESPONSE = 3  # words: a response that leads to an answer
 
 
@@ -45,11 +45,11 @@ class Settings:
 NO_SETTINGS = Settings()
 
 
-def settings_of(options: Options | None = None, unit: str | None = None, precision: float | None = None) -> Settings:
+def make_settings(options: Options | None = None, unit: str | None = None, precision: float | None = None) -> Settings:
     """Raises ValueError for a precision that is no number of decimals."""
     if precision is not None and not (float(precision).is_integer() and 0 <= precision <= 40):
         raise ValueError(f"precision {precision!r} is no number of decimals")
-    found = choice.options_of(options) if options else {}
+    found = choice.parse_options(options) if options else {}
     return Settings(tuple(found.items()), normalise(unit or ""), None if precision is None else int(precision))
 
 
@@ -60,7 +60,7 @@ def compare(gold: str, prediction: str | None, settings: Settings = NO_SETTINGS)
     if len(gold) > MAX_LENGTH:
         return unknown(f"the gold answer has over {MAX_LENGTH} characters")
     if len(prediction) > MAX_LENGTH:
-        found = extract.committed(prediction)
+        found = extract.marked_answer(prediction)
         answers = (*found.earlier, found.text) if found else ()
         prediction = answers[0] if len(answers) == 1 else "\n".join(f"\\boxed{{{answer}}}" for answer in answers)
         if not answers or len(prediction) > MAX_LENGTH:
@@ -86,9 +86,9 @@ def _cached(gold: str, prediction: str, settings: Settings, version: int) -> Ver
 
 def _compare(gold: str, prediction: str, settings: Settings) -> Verdict:
     """The prediction as a whole answer, then the answer it commits to."""
-    prediction = extract.without_special(prediction)
-    found = extract.committed(prediction)
-    source = extract.committed(gold)
+    prediction = extract.strip_special_tokens(prediction)
+    found = extract.marked_answer(prediction)
+    source = extract.marked_answer(gold)
     gold = ", ".join((*source.earlier, source.text)) if source else gold
     if not (found and found.earlier) and _compact(gold) == _compact(found.text if found else prediction):
         return equal("the same text")
@@ -102,13 +102,13 @@ def _in_full(gold: str, prediction: str, found: extract.Extracted | None) -> boo
     if (found and found.how != "phrase") or len(gold) < 40 and "\n" not in gold:
         return False
     wanted = _compact(gold)
-    return any(len(text) >= len(wanted) and _compact(text) == wanted for text in extract.tails(prediction))
+    return any(len(text) >= len(wanted) and _compact(text) == wanted for text in extract.answer_candidates(prediction))
 
 
 def _committed(golds: tuple[tuple[str, ...], bool], found: extract.Extracted, settings: Settings) -> Verdict:
     """A prediction that marks its answer."""
     verdict = _any(golds, found.text, settings)
-    if not verdict and OPEN in verdict.reason and (said := extract.stated(found.text)):
+    if not verdict and OPEN in verdict.reason and (said := extract.stated_value(found.text)):
         verdict = _any(golds, said, settings) or verdict
     if found.earlier:
         together = _any(golds, "\n".join((*reversed(found.earlier), found.text)), settings)
@@ -128,9 +128,9 @@ def _uncommitted(gold: str, prediction: str, settings: Settings) -> Verdict:
         return verdict
     count = len(_WORD.findall(prediction))
     short = max(len(_WORD.findall(gold)) for gold in golds[0]) < 3  # two sentences are about the same thing, or not
-    alone, last = extract.ending(prediction)
+    alone, last = extract.final_values(prediction)
     said = [alone] if alone and count - len(_WORD.findall(alone)) >= _RESPONSE else []
-    said += filter(None, [extract.hence(last)])
+    said += filter(None, [extract.value_after_therefore(last)])
     if count and short and verdict.kind == "unequal" or OPEN in verdict.reason:
         whole = prediction.strip()
         for sentence in [whole] if last == whole else [whole, last]:
@@ -185,9 +185,9 @@ def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
     """Two normalised answers."""
     if gold == prediction and gold:
         return equal("the same text")
-    if gold.replace(" ", "").isalpha() and words.letters(gold, prediction):
+    if gold.replace(" ", "").isalpha() and words.equal_but_for_case(gold, prediction):
         return equal("the same words")
-    if (said := words.answered(gold, prediction)) is not None:
+    if (said := words.agrees_as_yes_or_no(gold, prediction)) is not None:
         return equal("the same answer, and a reason") if said else unequal("the other answer, and a reason")
     plain = dataclasses.replace(settings, options=())
     chosen = choice.compare(gold, prediction, dict(settings.options), lambda a, b: _texts(a, b, plain))
@@ -211,7 +211,7 @@ def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
 
 def _concluded(gold: str, prediction: str, settings: Settings) -> Verdict | None:
     """A gold answer that is a whole explanation: what its last sentence leads to."""
-    end = extract.concluded(gold.rsplit("\n", 1)[-1]) if len(gold) > 40 else None
+    end = extract.conclusion(gold.rsplit("\n", 1)[-1]) if len(gold) > 40 else None
     if not end:
         return None
     verdict = matching.compare(read(normalise(end)), read(prediction), settings.precision)

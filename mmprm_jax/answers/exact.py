@@ -102,8 +102,8 @@ def _function(name: str, values: list[Fraction]) -> Fraction:
     raise Open(f"the function {name}")
 
 
-def _whole(number: Fraction, most: int) -> int:
-    if number.denominator != 1 or not 0 <= number <= most:
+def _whole(number: Fraction, maximum: int) -> int:
+    if number.denominator != 1 or not 0 <= number <= maximum:
         raise Open("no whole number, or a large one")
     return int(number)
 

@@ -54,12 +54,12 @@ class Extracted:
     earlier: tuple[str, ...] = ()
 
 
-def without_special(response: str) -> str:
+def strip_special_tokens(response: str) -> str:
     """A response without the special tokens that a server left in it; what stands behind one is apart."""
     return _SPECIAL.sub("\n", response) if "<" in response else response
 
 
-def committed(response: str) -> Extracted | None:
+def marked_answer(response: str) -> Extracted | None:
     """The last answer that is marked as one: in <answer>, in \\boxed, or behind a phrase. None: nothing is marked."""
     response = response[-MAX_RESPONSE:]
     lowered = response.casefold() if "<" in response else ""
@@ -68,7 +68,7 @@ def committed(response: str) -> Extracted | None:
             start = lowered.rfind(opened, 0, lowered.rfind(closed))
             if start >= 0:
                 inside = response[start + len(opened) : lowered.find(closed, start)].strip()
-                return committed(inside) or Extracted(inside, "tag")
+                return marked_answer(inside) or Extracted(inside, "tag")
     boxes = _boxes(response)
     if boxes:
         last = boxes[-1]
@@ -85,8 +85,8 @@ def committed(response: str) -> Extracted | None:
 
 def answer(response: str) -> str | None:
     """The committed answer, or a response of a few bare words, without full stop, emphasis and dollars. None: none."""
-    response = without_special(response)
-    found = committed(response)
+    response = strip_special_tokens(response)
+    found = marked_answer(response)
     if found:
         return _bare(found.text) or None
     whole = response[-MAX_RESPONSE:].strip()
@@ -138,7 +138,7 @@ _STATED = re.compile(r"[^.。,，;；\n]{3,200}?(?:\b(?:is|are|equals)\b|等于|
 _MEASURED = re.compile(r"(?<=\w) (?:long|wide|high|tall|deep|old|in (?:length|width|height|area|volume|total|all))$")
 
 
-def stated(sentence: str) -> str | None:
+def stated_value(sentence: str) -> str | None:
     """What a single sentence says that something is: "The sum of the first 10 terms is 55". None: another sentence."""
     match = _STATED.fullmatch(sentence.strip()) if len(sentence) < 300 else None
     if not match or _HEDGES.search(sentence) or re.search(r"\band\b|\bis\b|\bare\b|[和是]", match["said"]):
@@ -151,7 +151,7 @@ _HENCE = re.compile(r"(?:(?:therefore|thus|hence|so)\b|∴|因此|所以|故)[,�
 _BEHIND = re.compile(r"\((?:or|not unique)\b[^()]*\)$")
 
 
-def hence(sentence: str) -> str | None:
+def value_after_therefore(sentence: str) -> str | None:
     """What directly follows "Therefore,", if that is a value and no sentence; None otherwise."""
     match = _HENCE.fullmatch(sentence.strip())
     if not match:
@@ -160,13 +160,13 @@ def hence(sentence: str) -> str | None:
     return match[1] if len(words) < 2 or _kind(match[1]) else None
 
 
-def therefore(sentence: str) -> str | None:
-    """As ``concluded``, of a single sentence without a doubt."""
+def single_conclusion(sentence: str) -> str | None:
+    """As ``conclusion``, of a single sentence without a doubt."""
     one = len(sentence) < 300 and not _SENTENCE_END.search(sentence.rstrip(".。 ")) and not _HEDGES.search(sentence)
-    return concluded(sentence) if one else None
+    return conclusion(sentence) if one else None
 
 
-def concluded(text: str) -> str | None:
+def conclusion(text: str) -> str | None:
     """What the last "therefore … is" of a line leads to, if that ends the line; None otherwise."""
     found = _last(_THEREFORE, text[-2000:])
     if not found:
@@ -223,7 +223,7 @@ _BOLD_END = re.compile(r"(?:\A|\n)\s*\*\*(?=\S)([^*]{1,120})(?<=\S)\*\*[.。]?\Z
 _DISPLAY_END = re.compile(r"(?:\$\$|\\\])\Z")
 
 
-def ending(response: str) -> tuple[str, str]:
+def final_values(response: str) -> tuple[str, str]:
     """(the values that stand alone at a response's end, or a bold line there; its last sentence), or empty texts."""
     text = response[-2000:].strip()
     bold = _BOLD_END.search(text)
@@ -250,7 +250,7 @@ def _unmarked(text: str) -> str:
 _LEADS = re.compile(r"\b(?:therefore|thus|hence|so)\b,?\s*|\n\s*\n\**|(?:\A|\n)\**", re.I)
 
 
-def tails(response: str) -> list[str]:
+def answer_candidates(response: str) -> list[str]:
     """What follows the phrases and the beginnings of lines of a response: one of these may be an answer in full."""
     starts = [match.end() for pattern in (PHRASE, _LEADS) for match in pattern.finditer(response)][-_MAX_BOXES:]
     return [response[start:].strip(" \t\n*") for start in starts]

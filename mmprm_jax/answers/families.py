@@ -15,16 +15,16 @@ PARAMETERS = frozenset("nkm")
 _WHOLE = 1e-50  # what two computations of a whole number may differ by
 
 
-def of(value: Value, name: str, every: bool) -> Value:
+def as_family(value: Value, name: str, every: bool) -> Value:
     """The value as a family, or the values in it as one each; without the name it is what it is."""
     if isinstance(value, Items):
         if value.region and all(name in trees.variables(tree) for tree in _trees(value.region)):
             return Family(value.region, name, every)  # (kπ, kπ + 1); (kπ, 0) is a point
-        return dataclasses.replace(value, values=tuple(of(v, name, every) for v in value.values))
+        return dataclasses.replace(value, values=tuple(as_family(v, name, every) for v in value.values))
     if isinstance(value, Equation):
         plain = value.name is not None and len(value.name) == 1  # a_n = 2n is one sequence, no set
         endless = plain and value.name != name or not every
-        return dataclasses.replace(value, right=of(value.right, name, every)) if endless else value
+        return dataclasses.replace(value, right=as_family(value.right, name, every)) if endless else value
     if isinstance(value, Relation):
         value = relations.between(value, name) or value
     if isinstance(value, Formula | Quantity | Region) and any(name in trees.variables(tree) for tree in _trees(value)):

@@ -76,7 +76,7 @@ def _equations(gold: Value, prediction: Value, precision: int | None) -> Verdict
     if found and isinstance(equation.right, Formula) and equation.right.tree[0] == "v":
         return unknown("one of two things that are said to be equal")  # AB = CD
     asked = equation is prediction and isinstance(other, Formula) and not trees.variables(other.tree)
-    if found and asked and other.tree != trees.ZERO and _is_asked(equation.left):
+    if found and asked and other.tree != trees.ZERO and _is_target_expression(equation.left):
         return found
     if found and not equation.name and equation.left is not None and not _says_a_value(equation):
         return unknown("the value that an equation's right side has")
@@ -103,7 +103,7 @@ def _formulas(equation: Equation) -> bool:
     return equation.left is not None and isinstance(equation.right, Formula)
 
 
-def _is_asked(left: trees.Tree | None) -> bool:
+def _is_target_expression(left: trees.Tree | None) -> bool:
     """Whether a left side can be what a question asks for: a + b, xy; not 2x + 3, a step on the way to x."""
     if left is None or len(trees.variables(left)) < 2 or trees.variables(left) <= {"x", "y", "z"}:  # a line
         return False
@@ -142,13 +142,14 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
             return unknown(OPEN + f"{text.text[:60]!r} is not understood ({text.why or 'text'})")
         return unequal("one is a word")
     a, b = words.plain(gold.text), words.plain(prediction.text)
-    if a == b and gold.text.casefold() == prediction.text.casefold() and not words.letters(gold.text, prediction.text):
+    same_letters = gold.text.casefold() == prediction.text.casefold()
+    if a == b and same_letters and not words.equal_but_for_case(gold.text, prediction.text):
         return unequal("capital letters, and small ones")
-    if a == b or words.turned(a) == words.turned(b):
+    if a == b or words.symmetric_forms(a) == words.symmetric_forms(b):
         return equal("the same words")
-    if words.stated(a, b) or words.stated(b, a):
+    if words.states_answer(a, b) or words.states_answer(b, a):
         return equal("the same words, in a sentence")
-    if words.placed(a, b):
+    if words.equal_but_for_preposition(a, b):
         return equal("the same words but for a preposition")
     if re.sub("[ -]", "", a) == re.sub("[ -]", "", b):
         return equal("the same words but for spaces and hyphens")

@@ -42,7 +42,7 @@ def number(text: str) -> str | None:
     return None
 
 
-def leading(text: str) -> tuple[str, str] | None:
+def leading_number(text: str) -> tuple[str, str] | None:
     """三十厘米 and thirty cm as (30, 厘米), (30, cm); None: it does not begin with a number in words."""
     if english := _WORDS.fullmatch(text):
         count = _ENGLISH.get(english[1].casefold())

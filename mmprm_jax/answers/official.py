@@ -20,7 +20,7 @@ from typing import Any
 
 from mmprm_jax.answers import extract, numerals
 from mmprm_jax.answers import official_latex as latex
-from mmprm_jax.answers.equivalence import compare, settings_of
+from mmprm_jax.answers.equivalence import compare, make_settings
 from mmprm_jax.answers.official_olympiad import olympiadbench
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 
@@ -48,7 +48,7 @@ def _plain(text: str) -> str:
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", "°", text.replace("\\%", "%").replace("\\$", ""))
     text = text.replace("（", "(").replace("）", ")").replace("\\pi", "π").replace("**", "").strip().strip("$").strip()
-    boxed = extract.committed(text) if text.startswith("\\boxed") else None
+    boxed = extract.marked_answer(text) if text.startswith("\\boxed") else None
     return boxed.text if boxed else re.sub(r"[.。]$", "", text).strip()
 
 
@@ -173,7 +173,7 @@ def mathverse(row: Mapping[str, Any]) -> Verdict:
     if row.get("question_type") == "multi-choice" or options:
         letter = _letter(_plain(found), options)
         if letter is None:
-            return compare(gold, found, settings_of(options))
+            return compare(gold, found, make_settings(options))
         return _same(letter, _letter(_plain(gold), options) or gold)
     return _compared_all(response, found, gold)
 
@@ -181,7 +181,7 @@ def mathverse(row: Mapping[str, Any]) -> Verdict:
 def _compared_all(response: str, found: str, gold: str) -> Verdict:
     """The last answer; of a response with several boxes all of them as well, which the judge sees."""
     verdict = _compared(found, gold)
-    committed = extract.committed(response)
+    committed = extract.marked_answer(response)
     if verdict or committed is None or not committed.earlier:
         return verdict
     return compare(gold, response)

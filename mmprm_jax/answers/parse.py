@@ -9,10 +9,17 @@ from collections.abc import Callable
 from typing import Literal
 
 from mmprm_jax.answers import families, relations, syntax, trees, words
-from mmprm_jax.answers.parts import MAX_ITEMS, lead, one_number, parts_of
-from mmprm_jax.answers.phrases import phrase_of
-from mmprm_jax.answers.scalars import NUMBER, formula_of, formula_or_quantity, number_of, ratio_of, time_of
-from mmprm_jax.answers.split import split, surrounded
+from mmprm_jax.answers.parts import MAX_ITEMS, one_number, split_parts, strip_lead_in
+from mmprm_jax.answers.phrases import parse_phrase
+from mmprm_jax.answers.scalars import (
+    NUMBER,
+    parse_formula,
+    parse_formula_or_quantity,
+    parse_number,
+    parse_ratio,
+    parse_time,
+)
+from mmprm_jax.answers.split import is_bracketed, split
 from mmprm_jax.answers.sums import tuple_sum
 from mmprm_jax.answers.values import (
     Equation,
@@ -42,9 +49,9 @@ _OUTWARD = re.compile(r"([\[\]])([^\[\](),;]*[,;][^\[\](),;]*)([\[\]])")
 @functools.lru_cache(maxsize=8192)
 def read(text: str) -> Value:
     """The value of a whole answer in normalised text, of one or several parts."""
-    text = lead(text)
+    text = strip_lead_in(text)
     if NUMBER.fullmatch(text):
-        return number_of(text)
+        return parse_number(text)
     text = re.sub(r"^l\s*:\s*(?=[^:]*=)", "", text)  # the line l
     text = re.sub(r"^(?:minus|negative) (?=[\d\\])", "-", text)
     if text[:1] == "]" or text[-1:] == "[":  # ]1, 3[ is (1, 3)
@@ -52,15 +59,15 @@ def read(text: str) -> Value:
     where = _WHERE.search(text)
     if where and (name := where[1] or where[4]) in text[: where.start()]:
         value = read(text[: where.start()])  # kπ, k ∈ Z
-        return families.of(value, name, every=where[2] != "N" and not where[3])
-    whole = phrase_of(text)
+        return families.as_family(value, name, every=where[2] != "N" and not where[3])
+    whole = parse_phrase(text)
     if whole is not None:
         return whole
     if (pieces := _pieces(text)) is not None:
         return pieces
     if text.endswith(")") and len(text) <= _MAX_CONDITION and (condition := _CONDITION.fullmatch(text)):
         text = f"{condition[1]}, {condition[2]}"  # y = x + 1 (x > 0)
-    parts, kind = parts_of(text)
+    parts, kind = split_parts(text)
     if len(parts) < 2 or len(parts) > MAX_ITEMS:
         return item(text)
     if kind == "or" or kind == "and":
@@ -89,7 +96,7 @@ def _pieces(text: str) -> Value | None:
     found = [_PIECE.fullmatch(line.strip().strip(";.,")) for line in lines]
     if len(lines) < 2 or not all(found):
         return None
-    pairs = [(formula_of(piece[1]), item(piece[2])) for piece in found]
+    pairs = [(parse_formula(piece[1]), item(piece[2])) for piece in found]
     if not all(isinstance(formula, Formula) for formula, _ in pairs):
         return None
     value = Items("set", tuple(Items("tuple", pair) for pair in pairs))
@@ -130,7 +137,7 @@ def item(text: str) -> Value:
     """The value of an answer of one part."""
     text = text.strip()
     if NUMBER.fullmatch(text):
-        return number_of(text)
+        return parse_number(text)
     if len(text) > syntax.MAX_LENGTH:
         return Text(text, why="too long for a formula")
     named = _NAMED.fullmatch(text)
@@ -139,9 +146,9 @@ def item(text: str) -> Value:
     labelled = _LABELLED.fullmatch(text)
     if labelled:
         return Equation(words.name(labelled[1]), None, item(labelled[2]))
-    if text[:1] == "+" and surrounded(text[1:]):
+    if text[:1] == "+" and is_bracketed(text[1:]):
         return item(text[1:])
-    if text[:1] == "-" and surrounded(text[1:]) and isinstance(point := _brackets(text[1:]), Items):
+    if text[:1] == "-" and is_bracketed(text[1:]) and isinstance(point := _brackets(text[1:]), Items):
         if point.kind == "tuple" and all(isinstance(v, Formula) for v in point.values):
             return Items("tuple", tuple(Formula(("-", v.tree)) for v in point.values))  # -(1, 2)
     if "±" in text or "∓" in text:
@@ -159,7 +166,7 @@ def item(text: str) -> Value:
 def _vector(text: str) -> Value:
     """2ı - 3ȷ is (2, -3); i, j and k that stand for anything else are letters in bold."""
     other = item(text.translate(str.maketrans("ıȷĸ", "ijk")))
-    formula = formula_of(text)
+    formula = parse_formula(text)
     if not isinstance(formula, Formula) or text.replace(" ", "") == "ı" or not re.search("[ȷĸ]", text):
         return other
     names = "ıȷĸ" if "ĸ" in text else "ıȷ"
@@ -170,7 +177,7 @@ def _vector(text: str) -> Value:
 
 
 def _word(text: str) -> Value:
-    whole = phrase_of(text)
+    whole = parse_phrase(text)
     if whole is not None:
         return whole
     try:
@@ -206,7 +213,7 @@ def _relation(text: str) -> Value | None:
 
 def _side(text: str) -> Value | None:
     """One side of an inequality; f(x) is one thing there."""
-    return Formula(("v", text.replace(" ", ""))) if _FUNCTION_OF.fullmatch(text) else formula_of(text)
+    return Formula(("v", text.replace(" ", ""))) if _FUNCTION_OF.fullmatch(text) else parse_formula(text)
 
 
 _FUNCTION_OF = re.compile(r"([fghFGPEDVS]'*)\s*\(\s*([^()=+*/^-]{1,6})\s*\)")
@@ -218,17 +225,17 @@ def _equation(parts: list[str]) -> Value | None:
     if not left or not parts[-1]:
         return None
     right = right.formula if isinstance(right, Text) and right.formula else right
-    formula, called = formula_of(left), _FUNCTION_OF.fullmatch(left)
+    formula, called = parse_formula(left), _FUNCTION_OF.fullmatch(left)
     if called:
         return Equation(f"{called[1]}({called[2]})", ("v", called[0]), right)
     if not isinstance(formula, Formula):
-        if isinstance(right, Items) and right.kind == "tuple" and surrounded(left):  # (a, b) = (1, 2)
+        if isinstance(right, Items) and right.kind == "tuple" and is_bracketed(left):  # (a, b) = (1, 2)
             names = _brackets(left)
             same = isinstance(names, Items) and names.kind == "tuple" and len(names.values) == len(right.values)
             if same and all(isinstance(name, Formula) and name.tree[0] == "v" for name in names.values):
                 pairs = zip(names.values, right.values, strict=True)
                 return Items("tuple", tuple(Equation(name.tree[1], name.tree, value) for name, value in pairs))
-        if ":" in left and isinstance(ratio := ratio_of(left), Ratio) and not any(map(_is_number, ratio.trees)):
+        if ":" in left and isinstance(ratio := parse_ratio(left), Ratio) and not any(map(_is_number, ratio.trees)):
             return Equation(left.replace(" ", ""), None, right)  # A : B = 2 : 3
         letters = re.fullmatch(r"[A-Za-z△∠⊙\u4e00-\u9fff][\w△∠ {}'-]*", left)
         return Equation(words.name(left), None, right) if letters else None
@@ -258,7 +265,7 @@ def _brackets(text: str) -> Value | None:
         parts = [_brackets(part) for part in common]
         regions = [p.region if isinstance(p, Items) else p for p in parts]
         return relations.intersection(regions) if all(isinstance(r, Region) for r in regions) else None
-    if not surrounded(text):
+    if not is_bracketed(text):
         return _point(text)
     inner = text[1:-1].strip()
     if text[0] in "⦃{":
@@ -303,9 +310,9 @@ def _nested(text: str, inner: str) -> Value | None:
     """(x > 1), (5 cm): brackets around one thing that is no formula; a formula reads its own."""
     if (text[0], text[-1]) not in (("(", ")"), ("[", "]")) or not inner or len(text) > 200:
         return None
-    return None if isinstance(formula_of(text), Formula) else item(inner)
+    return None if isinstance(parse_formula(text), Formula) else item(inner)
 
 
 _RULES: tuple[Callable[[str], Value | None], ...] = (
-    time_of, _brackets, _relation, ratio_of, formula_or_quantity, lambda text: tuple_sum(text, _brackets),
+    parse_time, _brackets, _relation, parse_ratio, parse_formula_or_quantity, lambda text: tuple_sum(text, _brackets),
 )  # fmt: skip

@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 from mmprm_jax.answers.normalise import trim
-from mmprm_jax.answers.scalars import NUMBER, number_of
+from mmprm_jax.answers.scalars import NUMBER, parse_number
 from mmprm_jax.answers.split import split
 from mmprm_jax.answers.values import Formula
 
@@ -26,11 +26,11 @@ _DECIMAL_COMMA = re.compile(r"-?(?:0|[1-9]\d*),\d+")
 def one_number(text: str) -> Formula | None:
     """Numbers that another country writes as one: 0,5 and 10 500."""
     if _SPACED.fullmatch(text):
-        return number_of(text.replace(" ", ""))
-    return number_of(text.replace(",", ".")) if _DECIMAL_COMMA.fullmatch(text) else None
+        return parse_number(text.replace(" ", ""))
+    return parse_number(text.replace(",", ".")) if _DECIMAL_COMMA.fullmatch(text) else None
 
 
-def lead(text: str) -> str:
+def strip_lead_in(text: str) -> str:
     """Without "the answer is" and the like before an answer."""
     for _ in range(3):
         match = _LEAD.match(text)
@@ -40,7 +40,7 @@ def lead(text: str) -> str:
     return text
 
 
-def parts_of(text: str) -> tuple[list[str], Literal["parts", "maybe", "list", "or", "and", ""]]:
+def split_parts(text: str) -> tuple[list[str], Literal["parts", "maybe", "list", "or", "and", ""]]:
     """The parts of an answer and what joins them."""
     if re.fullmatch(r"\d(?:\.\d){2,}", text):
         return text.split("."), "list"  # 1.3.4: the numbers of statements

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from mmprm_jax.answers import dates, numerals, relations, trees, units
-from mmprm_jax.answers.scalars import formula_of, number_of
+from mmprm_jax.answers.scalars import parse_formula, parse_number
 from mmprm_jax.answers.values import Formula, Interval, Nothing, Quantity, Region, Value
 
 _NOTHING = frozenset(
@@ -27,7 +27,7 @@ _ALL = frozenset(
 _HALF_LINE = re.compile(r"(?:x ?∈ ?)?R ?[_^] ?\{?([+-])\}?( ?∪ ?⦃ ?0 ?⦄)?")  # R^+
 
 
-def phrase_of(text: str) -> Value | None:
+def parse_phrase(text: str) -> Value | None:
     """The value of a set phrase, or None."""
     folded = text.casefold()
     if folded in _NOTHING or _HAS_NONE.fullmatch(folded):
@@ -41,7 +41,7 @@ def phrase_of(text: str) -> Value | None:
     if date := dates.date(text):
         return date
     if found := numerals.number(text):
-        return formula_of(found)
-    counted = numerals.leading(text)
+        return parse_formula(found)
+    counted = numerals.leading_number(text)
     unit = counted and units.parse_unit(counted[1])
-    return Quantity(number_of(counted[0]), unit) if unit else None
+    return Quantity(parse_number(counted[0]), unit) if unit else None

@@ -18,7 +18,7 @@ _HOURS = re.compile(
 )
 
 
-def number_of(text: str) -> Formula:
+def parse_number(text: str) -> Formula:
     """A plain number, which NUMBER matches; one of too many digits is only equal to itself."""
     if len(text) > syntax.MAX_DIGITS:
         return Formula(("v", text))
@@ -27,7 +27,7 @@ def number_of(text: str) -> Formula:
     return Formula(("n", Fraction(text)), len(decimals) if point else None, digits)
 
 
-def time_of(text: str) -> Value | None:
+def parse_time(text: str) -> Value | None:
     """9:05, 3 p.m., 3时20分; 12:30 may be a ratio as well. None: no time of the day."""
     match = _CLOCK.fullmatch(text) or _HOURS.fullmatch(text)
     if not match:
@@ -48,24 +48,24 @@ def time_of(text: str) -> Value | None:
     return Time(seconds, bool(half[:1] in ("a", "p")))
 
 
-def ratio_of(text: str) -> Value | None:
+def parse_ratio(text: str) -> Value | None:
     """a : b : c, or None."""
     text = re.sub(r"^(\d+) to (\d+)$", r"\1:\2", text)
     if ":" not in text:
         return None
-    parts = [formula_of(part) for part in split(text, ":")]
+    parts = [parse_formula(part) for part in split(text, ":")]
     if len(parts) < 2 or not all(isinstance(part, Formula) for part in parts):
         return None
     return Ratio(tuple(part.tree for part in parts))
 
 
-def formula_of(text: str) -> Value | None:
+def parse_formula(text: str) -> Value | None:
     """A formula, or None."""
     text = text.strip()
     if NUMBER.fullmatch(text):
-        return number_of(text)
+        return parse_number(text)
     if text.endswith("%") and NUMBER.fullmatch(hundredths := text[:-1].rstrip()):
-        found = number_of(hundredths)
+        found = parse_number(hundredths)
         decimals = None if found.decimals is None else found.decimals + 2
         return dataclasses.replace(found, tree=("/", found.tree, ("n", Fraction(100))), decimals=decimals, percent=True)
     try:
@@ -78,13 +78,13 @@ def formula_of(text: str) -> Value | None:
 _FUNCTIONS = syntax.FUNCTIONS | {"pi"}
 
 
-def formula_or_quantity(text: str) -> Value | None:
+def parse_formula_or_quantity(text: str) -> Value | None:
     """The likelier one of both readings, with the other one in it; None: neither."""
     words = text.split()
     if all(word.isascii() and word.isalpha() for word in words) and _FUNCTIONS.isdisjoint(words):
         if any(len(word) > 1 for word in words):
             return None
-    formula, quantity = formula_of(text), _quantity(text)
+    formula, quantity = parse_formula(text), _quantity(text)
     if formula and text.count("°") > 1:
         return formula  # 60° + k 360°
     if quantity and formula and quantity.unit.half_turns and trees.has_function(quantity.number.tree):
@@ -112,7 +112,7 @@ def _quantity(text: str) -> Quantity | None:
     if price:
         unit, number = (
             units.parse_unit({"¥": "元", "RMB": "元", "US$": "$"}.get(price[2], price[2])),
-            formula_of(price[3]),
+            parse_formula(price[3]),
         )
         return Quantity(_signed(number, price[1]), unit) if unit and isinstance(number, Formula) else None
     multiple = _MULTIPLE.fullmatch(text)
@@ -122,16 +122,16 @@ def _quantity(text: str) -> Quantity | None:
         unit = (units.parse_unit(rest) or units.parse_noun(rest)) if rest else units.parse_noun("个")
         return Quantity(number, unit) if unit else None
     behind = _UNIT_BEHIND.fullmatch(text)
-    if behind and (unit := units.parse_unit(behind[2])) and isinstance(number := formula_of(behind[1]), Formula):
+    if behind and (unit := units.parse_unit(behind[2])) and isinstance(number := parse_formula(behind[1]), Formula):
         return Quantity(number, unit)
-    if (words := numerals.leading(text)) and (unit := units.parse_unit(words[1]) or units.counter(words[1])):
-        return Quantity(number_of(words[0]), unit)
+    if (words := numerals.leading_number(text)) and (unit := units.parse_unit(words[1]) or units.counter(words[1])):
+        return Quantity(parse_number(words[0]), unit)
     braced = _BRACED.fullmatch(text)
-    if braced and (unit := units.parse_unit(braced[2])) and isinstance(number := formula_of(braced[1]), Formula):
+    if braced and (unit := units.parse_unit(braced[2])) and isinstance(number := parse_formula(braced[1]), Formula):
         return Quantity(number, unit)
     found = _LETTER.finditer(text)
     for match in [m for _, m in zip(range(6), found, strict=False)]:
-        number = formula_of(text[: match.start()]) if match.start() else None
+        number = parse_formula(text[: match.start()]) if match.start() else None
         if not isinstance(number, Formula):
             continue
         rest = text[match.start() :].strip()

@@ -27,7 +27,7 @@ def split(text: str, sign: str, keep: bool = False) -> list[str] | tuple[list[st
     return (pieces, signs) if keep else pieces
 
 
-def surrounded(text: str) -> bool:
+def is_bracketed(text: str) -> bool:
     """Whether the bracket that opens a text is closed at its end, by whatever kind of bracket."""
     if len(text) < 2 or text[0] not in _OPEN or text[-1] not in _CLOSE:
         return False

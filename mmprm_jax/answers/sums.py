@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from mmprm_jax.answers import trees
-from mmprm_jax.answers.scalars import formula_of
+from mmprm_jax.answers.scalars import parse_formula
 from mmprm_jax.answers.split import split
 from mmprm_jax.answers.values import Formula, Items, Value
 
@@ -33,7 +33,7 @@ def tuple_sum(text: str, read: Callable[[str], Value | None]) -> Items | None:
         match = _SCALED.fullmatch(term)
         if not match or _CALLED.search(re.sub(r"\\[a-z]+", "", match[1])):
             return None
-        scale = formula_of(match[1].strip(" *") or "1")
+        scale = parse_formula(match[1].strip(" *") or "1")
         vector = read(match[2])
         if not isinstance(scale, Formula) or not isinstance(vector, Items) or vector.kind != "tuple":
             return None

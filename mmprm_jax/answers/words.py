@@ -7,7 +7,7 @@ import re
 _NOT_NAMES = frozenset("no yes sas asa aas sss".split())  # that are as good in capital letters
 
 
-def letters(a: str, b: str) -> bool:
+def equal_but_for_case(a: str, b: str) -> bool:
     """Whether two texts differ in case alone, where that means nothing: AB is no ab."""
     same = a.casefold() == b.casefold()
     return same and (a.isupper() == b.isupper() or len(a) > 3 or a.casefold() in _NOT_NAMES)
@@ -16,7 +16,7 @@ def letters(a: str, b: str) -> bool:
 _FIGURES = re.compile(r"(?:△|triangle |rt△)([a-z]'*)([a-z]'*)([a-z]'*)")
 
 
-def turned(text: str) -> list[str]:
+def symmetric_forms(text: str) -> list[str]:
     """AB ∥ CD is CD ∥ AB, and BA ∥ CD; △ABC ≅ △DEF is △BCA ≅ △EFD: what corresponds stays together."""
     sides = re.split("[∥⊥≅~]", text)
     figures = [_FIGURES.fullmatch(side.strip()) for side in sides]
@@ -49,7 +49,7 @@ def plain(text: str) -> str:
 _PLACED = re.compile(r"(?:on|at|in) (?=\w)")
 
 
-def placed(a: str, b: str) -> bool:
+def equal_but_for_preposition(a: str, b: str) -> bool:
     """Whether two plain texts differ in a preposition that only one of them begins with: on Tuesday."""
     return bool(_PLACED.match(a)) != bool(_PLACED.match(b)) and _PLACED.sub("", a, 1) == _PLACED.sub("", b, 1)
 
@@ -57,7 +57,7 @@ def placed(a: str, b: str) -> bool:
 _SENTENCE = re.compile(r"[a-z△∠ ]{1,60}")
 
 
-def stated(gold: str, prediction: str) -> bool:
+def states_answer(gold: str, prediction: str) -> bool:
     """Whether a plain prediction is a sentence that says of something that it is the gold answer, a word or more."""
     if not re.fullmatch("[a-z][a-z ]{2,}", gold) or len(gold.split()) > 3:
         return False
@@ -76,7 +76,7 @@ _DENIES = re.compile(r"\b(?:not?|never|cannot|neither|nor|false|incorrect|wrong|
 _LIMITS = re.compile(r"\b(?:but|however|unless|if|when|except|only|yes|sometimes|although|depends|or|maybe)\b", re.I)
 
 
-def answered(gold: str, prediction: str) -> bool | None:
+def agrees_as_yes_or_no(gold: str, prediction: str) -> bool | None:
     """Whether "Yes, because …" says what the gold answer "Yes" says; None: it is another kind of answer, or hedged."""
     match, word = _ANSWERED.fullmatch(prediction.strip()), plain(gold)
     if not match or word not in ("yes", "no", "true", "false"):

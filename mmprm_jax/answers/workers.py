@@ -69,7 +69,7 @@ class Pool:
         return [self._result(future) for future in futures]
 
     def _result(self, future: Any) -> Sequence[Any] | None:
-        """None after a time-out, the death of a worker, an error of the check: it is told one by one."""
+        """None after a time-out, the death of a worker, an error of the check: the items are checked one by one."""
         while not concurrent.futures.wait([future], interruption.POLL).done:
             interruption.check()
             self._spawn.check()
@@ -90,7 +90,7 @@ class Verifier:
     """(answer, gold) pairs -> whether each answer is right; close it after use, or use it in a ``with``.
 
     Equal answers are right; unequal ones are wrong, and so are those of which nothing is known: ``unknown`` counts
-    these. A pair that takes longer than ``seconds``, or ends its worker, is one of them and is told in the log.
+    these. A pair that takes longer than ``seconds``, or ends its worker, is one of them and is logged.
     """
 
     def __init__(self, workers: int = 1, seconds: float = 10.0, check: Any = _check):

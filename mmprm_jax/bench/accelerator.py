@@ -21,7 +21,7 @@ from mmprm_jax.environment import versions
 from mmprm_jax.fit import chips, cost, jobs
 from mmprm_jax.models import build
 from mmprm_jax.models.config import VLMConfig
-from mmprm_jax.models.released import named
+from mmprm_jax.models.released import released_config
 from mmprm_jax.rollout.engine import Engine, Group
 from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.sharding import make_mesh
@@ -68,14 +68,14 @@ def decode(
     at most a quarter of ``new``; layers: 0: all of the model's; copied: bytes of the array whose copy
     measures the bandwidth.
     """
-    decoder = named(model).decoder
+    decoder = released_config(model).decoder
     decoder = dataclasses.replace(decoder, num_layers=layers or decoder.num_layers)
     cfg, mesh = VLMConfig(vision=None, decoder=decoder), make_mesh({"data": 1}, jax.devices()[:1])
     bandwidth, slots = common.copy_bandwidth(copied), groups * samples
     with jax.set_mesh(mesh):
         graphdef, params = random_params(cfg, mesh, jnp.dtype(dtype))
         engine = Engine(
-            graphdef, params, cfg, -1, mesh, slots=slots, samples=samples, max_new=new, places=groups * prefix,
+            graphdef, params, cfg, -1, mesh, slots=slots, samples=samples, max_new=new, cache_tokens=groups * prefix,
             rows=groups, steps=steps,
         )  # fmt: skip
         start = time.perf_counter()

@@ -85,7 +85,7 @@ def _grow(some: Sequence[Problem], slots: int, in_flight: int) -> tuple[list[Tre
         graphdef, params = build.initialise(CFG, IMAGE, 0, mesh)
         for _ in range(2):
             engine = Engine(
-                graphdef, params, CFG, IMAGE, mesh, slots=slots, samples=ROLLOUTS, max_new=LONGEST, places=200_000
+                graphdef, params, CFG, IMAGE, mesh, slots=slots, samples=ROLLOUTS, max_new=LONGEST, cache_tokens=200_000
             )
             sampling = Sampling(max_new_tokens=LONGEST, stop=STOPS)
             sampler = LocalSampler(engine, Numbers(), _pixels, sampling, 0, "bench", _verify)

@@ -160,7 +160,7 @@ def _sample(engine: Engine, case: Case, seed: int, count: int, n: int, sampling:
     return found
 
 
-def ours(case: Case, folder: Path) -> Iterator[Any]:
+def run_engine(case: Case, folder: Path) -> Iterator[Any]:
     """A child's work: exports the model and yields greedy samples to compare, then None once warm, then measurements.
 
     A measurement: seconds of the whole case, and FLOP/s of a large matrix product just before it.
@@ -172,7 +172,7 @@ def ours(case: Case, folder: Path) -> Iterator[Any]:
         export(cfg, params, mesh, folder)
         engine = Engine(
             graphdef, params, cfg, IMAGE, mesh, slots=case.groups * case.samples, samples=case.samples,
-            max_new=case.new, places=case.groups * case.prefix, rows=case.groups, steps=case.new,
+            max_new=case.new, cache_tokens=case.groups * case.prefix, rows=case.groups, steps=case.new,
         )  # fmt: skip
         yield _sample(engine, case, 0, 1, 1, Sampling(top_k=1, max_new_tokens=case.checked))[0][0]
         for seed in range(1, 1 << 30):
@@ -184,11 +184,11 @@ def ours(case: Case, folder: Path) -> Iterator[Any]:
             )
             seconds = time.perf_counter() - start
             if sum(len(sample.tokens) for samples in found for sample in samples) != case.tokens:
-                raise UserError("the engine made another number of tokens than was asked for")
+                raise UserError("the engine did not sample the requested number of tokens")
             yield None if seed == 1 else {"seconds": seconds, "peak_flops": peak}
 
 
-class Theirs:
+class TorchBaseline:
     """``generate`` of transformers on the weights in ``folder``: float32, sdpa attention, all cores."""
 
     def __init__(self, case: Case, folder: Path):
@@ -201,11 +201,11 @@ class Theirs:
         kind = (
             transformers.Qwen2ForCausalLM if case.cfg.vision is None else transformers.InternVLForConditionalGeneration
         )
-        model, told = kind.from_pretrained(
+        model, loading_info = kind.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
-        if any(told.values()):
-            raise UserError(f"transformers does not read the exported weights: {told}")
+        if any(loading_info.values()):
+            raise UserError(f"transformers does not read the exported weights: {loading_info}")
         self._model = model.eval()
 
     def _inputs(self, seed: int, count: int) -> dict[str, Any]:
@@ -243,10 +243,10 @@ class Theirs:
         return time.perf_counter() - start
 
 
-def theirs(case: Case, folder: Path) -> Iterator[Any]:
-    """A child's work, as ``ours``; once warm it yields the seconds of a quarter of the work for
+def run_torch(case: Case, folder: Path) -> Iterator[Any]:
+    """A child's work, as ``run_engine``; once warm it yields the seconds of a quarter of the work for
     each way to batch, and goes on with the best."""
-    model = Theirs(case, folder)
+    model = TorchBaseline(case, folder)
     yield model.greedy()
     model.run(1, case.groups, min(4, case.new))
     ways = {}
@@ -263,22 +263,22 @@ def theirs(case: Case, folder: Path) -> Iterator[Any]:
         yield {"seconds": model.run(seed, min(ways, key=ways.get), case.new)}
 
 
-def _agreement(ours: Sample, theirs: Sample) -> dict[str, Any]:
+def _agreement(engine: Sample, baseline: Sample) -> dict[str, Any]:
     """Raises UserError when the two models differ."""
-    difference = float(np.max(np.abs(np.subtract(ours.logprobs, theirs.logprobs))))
-    if ours.tokens != theirs.tokens or not difference <= _TOLERANCE:
+    difference = float(np.max(np.abs(np.subtract(engine.logprobs, baseline.logprobs))))
+    if engine.tokens != baseline.tokens or not difference <= _TOLERANCE:
         raise UserError(
-            f"the models differ: greedy tokens {ours.tokens} here, {theirs.tokens} in transformers; log-probabilities"
-            f" by {difference:.2g}"
+            f"the models differ: greedy tokens {engine.tokens} here, {baseline.tokens} in transformers;"
+            f" log-probabilities by {difference:.2g}"
         )
-    return {"greedy_tokens": len(ours.tokens), "logprob_difference": difference}
+    return {"greedy_tokens": len(engine.tokens), "logprob_difference": difference}
 
 
 def measure(case: Case, pairs: int) -> dict[str, Any]:
     """One case. The ratio is the median over ``pairs`` of neighbouring runs; the rates are those of the best runs."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
-        with Child(ours, case, folder) as left, Child(theirs, case, folder) as right:
+        with Child(run_engine, case, folder) as left, Child(run_torch, case, folder) as right:
             agreement = _agreement(next(left), next(right))
             next(left)
             ways = next(right)

@@ -102,7 +102,7 @@ def _settings(case: Case) -> trainer.Settings:
     return trainer.Settings(steps=1000, batch_size=case.rows, optimizer=optimizer)
 
 
-def ours(case: Case, folder: Path) -> Iterator[Any]:
+def run_packed(case: Case, folder: Path) -> Iterator[Any]:
     """A child's work: exports the model and yields loss and gradient norm of the first batch, then measurements.
 
     A measurement: seconds of ``steps`` steps, their tokens and the share of padding.
@@ -129,7 +129,7 @@ def ours(case: Case, folder: Path) -> Iterator[Any]:
             yield {"seconds": seconds, "tokens": tokens, "padding": 1 - statistics.mean(used)}
 
 
-class Theirs:
+class TorchBaseline:
     """``InternVLForConditionalGeneration`` in ``folder``, AdamW, clipping: float32, sdpa attention, all cores."""
 
     def __init__(self, case: Case, folder: Path):
@@ -156,15 +156,15 @@ class Theirs:
         inputs = {"input_ids": tokens, "attention_mask": valid, "pixel_values": pixels}
         return {name: torch.tensor(x) for name, x in inputs.items()}, torch.tensor(targets)
 
-    def step(self, examples: list[Example], most: int, by_length: bool) -> dict[str, float]:
-        """One update by all ``examples``, ``most`` at a time (0: all), sorted by their lengths or not."""
-        torch, most = self._torch, most or len(examples)
+    def step(self, examples: list[Example], microbatch: int, by_length: bool) -> dict[str, float]:
+        """One update by all ``examples``, ``microbatch`` at a time (0: all), sorted by their lengths or not."""
+        torch, microbatch = self._torch, microbatch or len(examples)
         examples = sorted(examples, key=lambda e: len(e.tokens)) if by_length else examples
         weight = sum(int(e.response[1:].sum()) for e in examples)
         self._optimizer.zero_grad()
         total = 0.0
-        for start in range(0, len(examples), most):
-            inputs, targets = self._inputs(examples[start : start + most])
+        for start in range(0, len(examples), microbatch):
+            inputs, targets = self._inputs(examples[start : start + microbatch])
             logits = self._model(**inputs, use_cache=False).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), reduction="sum")
             (loss / weight).backward()
@@ -174,24 +174,24 @@ class Theirs:
         return {"loss": total / weight, "grad_norm": float(norm)}
 
 
-_AT_ONCE = (0, 32, 8)
+_MICROBATCHES = (0, 32, 8)
 
 
-def theirs(case: Case, folder: Path) -> Iterator[Any]:
-    """A child's work, as ``ours``; a measurement has seconds for the plain loop and the one that sorts.
+def run_torch(case: Case, folder: Path) -> Iterator[Any]:
+    """A child's work, as ``run_packed``; a measurement has seconds for the plain loop and the one that sorts.
 
     Once warm it yields the seconds of a step for each number of examples at once, for both.
     """
-    model, source = Theirs(case, folder), batches(case, 0)
+    model, source = TorchBaseline(case, folder), batches(case, 0)
     yield model.step(next(source)[1], 0, False)
     ways: dict[bool, dict[int, float]] = {False: {}, True: {}}
     _, examples = next(source)
     for by_length, found in ways.items():
-        for most in _AT_ONCE:
-            model.step(examples, most, by_length)
+        for microbatch in _MICROBATCHES:
+            model.step(examples, microbatch, by_length)
             start = time.perf_counter()
-            model.step(examples, most, by_length)
-            found[most] = time.perf_counter() - start
+            model.step(examples, microbatch, by_length)
+            found[microbatch] = time.perf_counter() - start
     yield {"plain": ways[False], "by_length": ways[True]}
     while True:
         work, seconds = [next(source)[1] for _ in range(case.steps)], {}
@@ -203,15 +203,15 @@ def theirs(case: Case, folder: Path) -> Iterator[Any]:
         yield {"seconds": seconds, "tokens": sum(len(e.tokens) for examples in work for e in examples)}
 
 
-def _agreement(ours: dict[str, float], theirs: dict[str, float]) -> float:
+def _agreement(packed: dict[str, float], padded: dict[str, float]) -> float:
     """The largest relative difference. Raises UserError when the two differ."""
-    difference = max(abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in ours)
+    difference = max(abs(packed[name] - padded[name]) / abs(padded[name]) for name in packed)
     if not difference <= _TOLERANCE:
-        raise UserError(f"the two trainings differ in their first step: {ours} here, {theirs} in transformers")
+        raise UserError(f"the two trainings differ in their first step: {packed} here, {padded} in transformers")
     return difference
 
 
-def named(name: str) -> Case:
+def find_case(name: str) -> Case:
     """The case of that name. Raises UserError."""
     if name not in CASES:
         raise UserError(f"no case is called {name}; there are: {', '.join(CASES)}")
@@ -224,7 +224,7 @@ def run(pairs: int, case: Case) -> dict[str, Any]:
         raise UserError("torch or transformers is missing: pip install 'mmprm_jax[bench]'")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
-        with Child(ours, case, folder) as left, Child(theirs, case, folder) as right:
+        with Child(run_packed, case, folder) as left, Child(run_torch, case, folder) as right:
             agreement = _agreement(next(left), next(right))
             next(left)
             ways = next(right)

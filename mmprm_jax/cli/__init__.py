@@ -1,7 +1,7 @@
 """The command line: ``mmprm COMMAND [options]``.
 
 Each command is declared once, in one of the modules here (see ``command``), which the import below puts into the table.
-None of it imports what is slow: help, and what is wrong with a command line, are told at once.
+None of it imports what is slow: help, and what is wrong with a command line, are shown at once.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
         example="mmprm split data/all.jsonl --dev=50 --test=200",
     )
     def split(args: argparse.Namespace) -> None:
-        from mmprm_jax.data import split  # what is slow to import only now: help and mistakes are told at once
+        from mmprm_jax.data import split  # what is slow to import only now: help and mistakes are shown at once
         ...
 
 An option without a default is required. Options are written with hyphens; ``--max_tiles`` is ``--max-tiles``, too.
@@ -179,7 +179,7 @@ def family(name: str, group: str, summary: str) -> None:
 
 @contextlib.contextmanager
 def checking_usage() -> Iterator[None]:
-    """Inside, what a user can mend is the command line."""
+    """Inside, a UserError is an error of the command line."""
     try:
         yield
     except UserError as error:

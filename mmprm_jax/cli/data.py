@@ -48,14 +48,14 @@ def prepare(args: argparse.Namespace) -> None:
 
     from mmprm_jax.data import prepare, sources
     from mmprm_jax.data.rewriter import Rewriter
-    from mmprm_jax.servers import reach
+    from mmprm_jax.servers import check_reachable
 
     with checking_usage():
         source = sources.find(args.source)
         if args.rewriter and source.kind != "sft":
             raise UsageError(f"prepare: --rewriter is for demonstrations; {source.name} has {source.kind} records")
         rewriter = Rewriter(args.rewriter, args.model) if args.rewriter else None
-    reach([args.rewriter] if args.rewriter else [])
+    check_reachable([args.rewriter] if args.rewriter else [])
     settings = prepare.Settings(
         source.name,
         args.path or source.hub,

@@ -116,10 +116,10 @@ def bon(args: argparse.Namespace) -> None:
 
 
 def _categories(path: str, key: str) -> dict[str, str]:
-    from mmprm_jax.evaluation.stored import each_row
+    from mmprm_jax.evaluation.stored import iter_rows
 
     found = {}
-    for where, row in each_row(path):
+    for where, row in iter_rows(path):
         if not isinstance(row, dict) or "id" not in row or key not in row:
             raise UserError(f"{path}, {where}: expected an object with id and {key}")
         found[str(row["id"])] = str(row[key])
@@ -129,7 +129,7 @@ def _categories(path: str, key: str) -> dict[str, str]:
 def _left_out(found: Any) -> str:
     from mmprm_jax.evaluation.stored import NEEDS
 
-    lines = ((name, "not every" if found.told[NEEDS[name]] else "no", NEEDS[name]) for name in found.without)
+    lines = ((name, "not every" if found.field_counts[NEEDS[name]] else "no", NEEDS[name]) for name in found.without)
     return "".join(f"\nleft out: {name} ({which} candidate has {need})" for name, which, need in lines)
 
 
@@ -245,11 +245,11 @@ def verify(args: argparse.Namespace) -> int:
         raise UsageError("a judge needs both --judge=http://host:8000/v1 and --judge-model=NAME")
 
     from mmprm_jax.answers import audit
-    from mmprm_jax.servers import reach
+    from mmprm_jax.servers import check_reachable
 
     with checking_usage():
-        audit.mode_of(args.mode)
-    reach([args.judge] if args.judge else [])
+        audit.find_mode(args.mode)
+    check_reachable([args.judge] if args.judge else [])
     with contextlib.ExitStack() as stack:
         judge = stack.enter_context(audit.Judge(args.judge, args.judge_model)) if args.judge else None
         said, good = audit.verify_file(args.file, args.output, args.mode, args.jobs, judge)

@@ -82,7 +82,7 @@ _target(
     flag("--spot", "cheaper, may be preempted"),
     repeated("--create", "one more flag for gcloud's create", metavar="FLAG"),
     flag("--keep", _KEEP.format("slice")),
-    option("--poll", "seconds between two looks at the state", default=30.0, type=float),
+    option("--poll", "seconds between two polls of the state", default=30.0, type=float),
     example=f"mmprm launch tpu --zone=ZONE --type=v5litepod-32 --runtime=v2-alpha-tpuv5-lite --spot\n"
     f"      {_SFT} --workdir=gs://BUCKET/prm",
 )
@@ -98,7 +98,7 @@ _target(
     option("--namespace", "of the JobSet", default=None, unset="kubectl's"),
     option("--context", "cluster, as in the kubectl configuration", default=None, unset="the current one"),
     flag("--keep", _KEEP.format("JobSet")),
-    option("--poll", "seconds between two looks at the state", default=15.0, type=float),
+    option("--poll", "seconds between two polls of the state", default=15.0, type=float),
     example=f"mmprm launch gke --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=4x8\n"
     f"      {_SFT} --workdir=gs://BUCKET/prm",
 )
@@ -184,7 +184,7 @@ def bench_train(args: argparse.Namespace) -> None:
     from mmprm_jax.bench import train
 
     with checking_usage():
-        case = train.named(args.case)
+        case = train.find_case(args.case)
     result = train.run(args.pairs, case)
     print(train.describe(result))
     if args.json:

@@ -58,13 +58,13 @@ def list_benchmarks(args: argparse.Namespace) -> None:
 
 @command("list models", SETTINGS, "the models whose sizes are known by name (mmprm fit)", example="mmprm list models")
 def list_models(args: argparse.Namespace) -> None:
-    from mmprm_jax.models.released import NAMED
+    from mmprm_jax.models.released import RELEASED
 
     _show(
         ("name", "decoder layers", "hidden units", "vision layers"),
         (
             (name, str(decoder.num_layers), str(decoder.hidden_size), str(vision.num_layers))
-            for name, (vision, decoder) in NAMED.items()
+            for name, (vision, decoder) in RELEASED.items()
         ),
     )
 

@@ -45,7 +45,7 @@ def open_run(args: argparse.Namespace) -> Run:
     if getattr(args, "distributed", False):
         from mmprm_jax import processes
 
-        primary = processes.meet()
+        primary = processes.connect()
     workdir = configs.guard_workdir(args.workdir, config, primary=primary)
     cache_compilations(os.fspath(workdir / "compilation_cache"))
 

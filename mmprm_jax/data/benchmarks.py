@@ -12,7 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmprm_jax.data.sources_base import Item, Picture, Source, identity, optional, picture, placed, text, texts
+from mmprm_jax.data.sources_base import (
+    Item,
+    Picture,
+    Source,
+    identity,
+    match_image_tags,
+    optional,
+    picture,
+    text,
+    texts,
+)
 from mmprm_jax.records import Problem, UserError
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -28,7 +38,7 @@ class StepDetectionExample:
     labels: tuple[int, ...]  # for each step 1: right, 0: neutral, -1: wrong; behind the first error -1, if not judged
     images: tuple[str, ...] = ()  # paths relative to the file of records
     first_error: int | None = None  # ProcessBench: index of the first wrong step, -1: none; None: every step was judged
-    final_correct: bool | None = None  # whether the final answer is right; None: not told
+    final_correct: bool | None = None  # whether the final answer is right; None: unknown
     category: str = ""  # the set that the problem is from (data_source; gsm8k, math, …)
     generator: str = ""  # the model that wrote the solution
     source: str = ""  # which benchmark
@@ -47,7 +57,7 @@ def _gold_letter(answer: str, options: Sequence[str]) -> None:
 
 
 def _item(id_: str, question: str, answer: str, pictures: tuple, prompt: str, mode: str, **scoring: Any) -> Item:
-    question = placed(question, min(len(pictures), 1))
+    question = match_image_tags(question, min(len(pictures), 1))
     needs = {key: value for key, value in scoring.items() if value not in (None, "", ())}
     return Item(Problem(id_, question, answer), pictures, {"prompt": prompt, "mode": mode, "gold": answer, **needs})
 
@@ -75,8 +85,8 @@ def _mathvista_prompt(question: str, options: Sequence[str], unit: str, kind: st
     hint = _HINTS.get(key)
     if hint is None:
         raise UserError(f"answer_type {kind} with precision {precision} has no official prompt")
-    asked = f"Question: {question}" + (f" (Unit: {unit})" if unit else "") + listed_always(options)
-    return f"Hint: Please answer the question {'and ' if options else ''}{hint}\n{asked}".strip()
+    task = f"Question: {question}" + (f" (Unit: {unit})" if unit else "") + listed_always(options)
+    return f"Hint: Please answer the question {'and ' if options else ''}{hint}\n{task}".strip()
 
 
 def listed_always(options: Sequence[str]) -> str:
@@ -87,19 +97,19 @@ def listed_always(options: Sequence[str]) -> str:
 def mathvista(row: Mapping[str, Any], split: str) -> Item:
     """MathVista: the gold answer of a multiple choice is the choice's text."""
     options, answer = texts(row.get("choices"), "choices"), text(row, "answer")
-    kind, asked = text(row, "answer_type"), text(row, "question_type")
-    if asked == "multi_choice" and answer not in options:
+    kind, question_type = text(row, "answer_type"), text(row, "question_type")
+    if question_type == "multi_choice" and answer not in options:
         raise UserError(f"the answer {answer!r:.40} is none of the choices")
     precision = row.get("precision")
     if precision is not None and not (isinstance(precision, int | float) and abs(precision) <= 100):
-        raise UserError(f"precision is {precision!r:.40}, not a number of places")
+        raise UserError(f"precision is {precision!r:.40}, not a number of decimal places")
     precision, unit = None if precision is None else int(precision), optional(row, "unit")
     question = text(row, "origin_question", "question")
     prompt = optional(row, "query") or _mathvista_prompt(question, options, unit, kind, precision)
     bare = question + (f" (Unit: {unit})" if unit else "") + listed(options)
     return _item(
         identity(row, "pid", "id"), bare, answer, picture(row.get("image_path") or _image(row)), prompt, "mathvista",
-        options=options, precision=precision, answer_type=kind, question_type=asked, unit=unit,
+        options=options, precision=precision, answer_type=kind, question_type=question_type, unit=unit,
     )  # fmt: skip
 
 
@@ -115,8 +125,8 @@ def mathverse(row: Mapping[str, Any], split: str) -> Item:
     """MathVerse testmini; ``category`` in the scoring row is the problem's version. Vision Only has no question."""
     version, kind = text(row, "problem_version"), text(row, "question_type")
     given = optional(row, "question")
-    asked = optional(row, "question_for_eval") or given
-    found = _VERSE_CHOICE.findall(asked)
+    with_choices = optional(row, "question_for_eval") or given
+    found = _VERSE_CHOICE.findall(with_choices)
     choices = kind == "multi-choice" and [letter for letter, _ in found] == list(_LETTERS[: len(found)])
     options = tuple(option.strip() for _, option in found) if choices else ()
     prompt = text(row, "query_cot", "query_wo", empty=True) if row.get("query_cot") or row.get("query_wo") else given
@@ -218,7 +228,7 @@ def visualprocessbench(row: Mapping[str, Any], split: str) -> Item:
 def _tags(question: str, images: int) -> str:
     """A question whose tags do not fit its images loses them: the images then stand in front."""
     try:
-        return placed(question, images)
+        return match_image_tags(question, images)
     except UserError:
         return question.replace("<image>", "").strip()
 

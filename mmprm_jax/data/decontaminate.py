@@ -57,7 +57,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Text:
+class QuestionFingerprint:
     """A question as it is compared."""
 
     words: tuple[str, ...]
@@ -70,7 +70,7 @@ class Text:
         return len(self.words) >= LONG_WORDS or (len(self.words) >= WORDS and len(self.numbers) >= NUMBERS)
 
 
-def fingerprint(question: str) -> Text:
+def question_fingerprint(question: str) -> QuestionFingerprint:
     """The normalised words of a question and their shingles."""
     question = unicodedata.normalize("NFKC", question).casefold()
     for old, new in _SAME.items():
@@ -78,7 +78,7 @@ def fingerprint(question: str) -> Text:
     words = tuple(_WORD.findall(_NOISE.sub(" ", question)))
     ends = range(max(1, len(words) - SHINGLE + 1)) if words else ()
     shingles = frozenset(_hash(" ".join(words[i : i + SHINGLE]).encode()) for i in ends)
-    return Text(words, shingles, tuple(w for w in words if _NUMBER.fullmatch(w)))
+    return QuestionFingerprint(words, shingles, tuple(w for w in words if _NUMBER.fullmatch(w)))
 
 
 def _hash(data: bytes) -> int:
@@ -86,7 +86,7 @@ def _hash(data: bytes) -> int:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFingerprint:
     """An image as it is compared."""
 
     bytes_hash: int  # of the file
@@ -95,7 +95,7 @@ class Picture:
     thumbnail: np.ndarray  # float32 [576], mean 0 and length 1; zeros for an image of one colour
 
 
-def look(data: bytes) -> Picture:
+def image_fingerprint(data: bytes) -> ImageFingerprint:
     """The fingerprint of an encoded image that can be opened; what is transparent is seen on white."""
     with Image.open(io.BytesIO(data)) as image:
         page = images.to_rgb(image)
@@ -104,23 +104,25 @@ def look(data: bytes) -> Picture:
     flat = np.asarray(gray, np.float32).ravel()
     flat = flat - flat.mean()
     length = float(np.linalg.norm(flat))
-    return Picture(_hash(data), pixels, math.log(page.width / page.height), flat / length if length > 1 else 0 * flat)
+    return ImageFingerprint(
+        _hash(data), pixels, math.log(page.width / page.height), flat / length if length > 1 else 0 * flat
+    )
 
 
 @dataclass(frozen=True)
-class Known:
+class BenchmarkProblem:
     """A problem of a benchmark."""
 
     benchmark: str
     id: str
-    question: Text
-    picture: Picture | None
+    question: QuestionFingerprint
+    picture: ImageFingerprint | None
 
 
-class Benchmarks:
+class BenchmarkIndex:
     """An index of benchmark problems."""
 
-    def __init__(self, problems: Iterable[Known]):
+    def __init__(self, problems: Iterable[BenchmarkProblem]):
         self._known = list(problems)
         self._exact: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
         self._postings: dict[int, list[int]] = collections.defaultdict(list)
@@ -142,7 +144,7 @@ class Benchmarks:
     def __len__(self) -> int:
         return len(self._known)
 
-    def match(self, question: Text, picture: Picture | None) -> Match | None:
+    def match(self, question: QuestionFingerprint, picture: ImageFingerprint | None) -> Match | None:
         """The benchmark problem that a training row repeats, if any. Exact matches come before near ones."""
         found = self._image(picture) if picture else None
         if found and found.similarity == 1:
@@ -153,7 +155,7 @@ class Benchmarks:
         known = self._known[index]
         return Match(known.benchmark, known.id, why, round(similarity, 4))
 
-    def _text(self, question: Text, illustrated: bool) -> Match | None:
+    def _text(self, question: QuestionFingerprint, illustrated: bool) -> Match | None:
         def decides(index: int) -> bool:
             both = illustrated and self._known[index].picture is not None
             return question.self_contained or not both
@@ -170,7 +172,7 @@ class Benchmarks:
                 best = max(best or (0.0, 0), (similarity, -i))
         return best and self._found(-best[1], "near question", best[0])
 
-    def _image(self, picture: Picture) -> Match | None:
+    def _image(self, picture: ImageFingerprint) -> Match | None:
         for index, key in ((self._files, picture.bytes_hash), (self._pixels, picture.pixel_hash)):
             if key in index:
                 return self._found(index[key], "image", 1.0)
@@ -184,6 +186,6 @@ class Benchmarks:
         return self._found(self._with_picture[best], "near image", min(0.9999, float(similar[best])))
 
 
-def removed(id_: str, match: Match) -> dict[str, str | float]:
+def removed_row(id_: str, match: Match) -> dict[str, str | float]:
     """The row of ``removed.jsonl``."""
     return {"id": id_, **dataclasses.asdict(match)}

@@ -56,11 +56,11 @@ class Language:
     @classmethod
     def released(cls, tokenizer: Tokenizer, cfg: VLMConfig, policy: str = "internvl", prm: str = "mm_prm") -> Language:
         """Of a released policy, by the names of its templates. Raises UserError when there is no such template."""
-        asked, judged = prompts.policy_template(policy), prompts.prm_template(prm)
-        if judged.positive is None or judged.negative is None:
+        policy_template, prm_template = prompts.policy_template(policy), prompts.prm_template(prm)
+        if prm_template.positive is None or prm_template.negative is None:
             raise UserError(f"the template {prm!r} is for a model with a score head; a policy has none")
-        ask = prompts.bare(asked.build)
-        return cls(tokenizer, cfg, ask, lambda response: [Segment(response)], judged, policy)
+        ask = prompts.bare(policy_template.build)
+        return cls(tokenizer, cfg, ask, lambda response: [Segment(response)], prm_template, policy)
 
     @classmethod
     def stored(cls, tokenizer: Tokenizer, cfg: VLMConfig, config: Mapping[str, Any]) -> Language:
@@ -151,7 +151,7 @@ def _images(name: str | None, tiles: int) -> tuple[tuple[str, int], ...]:
 
 
 def tile_count(folder: epath.PathLike, cfg: VLMConfig, max_tiles: int) -> TileCount:
-    """Counts the tiles of images relative to ``folder``; each is opened, so that a damaged one is told before training.
+    """Counts the tiles of images relative to ``folder``; each is opened, damaged ones are found before training.
 
     The function raises UserError as ``images.open_image``, and on any image if the model takes none.
     """

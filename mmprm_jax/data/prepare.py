@@ -25,7 +25,7 @@ from mmprm_jax import interruption, records
 from mmprm_jax import io as files
 from mmprm_jax.data import decontaminate, images, sources, sources_files
 from mmprm_jax.data.rewriter import Rewriter
-from mmprm_jax.data.sources_base import Item, Picture, Refused, named
+from mmprm_jax.data.sources_base import Item, Picture, Refused, replace_fields
 from mmprm_jax.metrics import progress
 from mmprm_jax.records import Problem, SFTExample, UserError
 
@@ -117,7 +117,7 @@ class _Report:
         self.reasons[_kind(refused.reason)] += 1
 
     def remove(self, id_: str, match: decontaminate.Match) -> None:
-        row = decontaminate.removed(id_, match)
+        row = decontaminate.removed_row(id_, match)
         self.removed_file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
         self.matches[f"{match.benchmark}: {match.why}"] += 1
 
@@ -135,7 +135,7 @@ def _held_out(summary: Path) -> bool:
         raise UserError(f"{summary}: damaged; run mmprm prepare again") from None
 
 
-def known(folders: Iterable[Path], target: Path) -> Iterator[decontaminate.Known]:
+def benchmark_problems(folders: Iterable[Path], target: Path) -> Iterator[decontaminate.BenchmarkProblem]:
     """The problems of prepared benchmarks, but those that ``target`` holds from a run before this one.
 
     Raises UserError when a folder is none.
@@ -153,9 +153,11 @@ def known(folders: Iterable[Path], target: Path) -> Iterator[decontaminate.Known
                 picture = None
                 if problem.image:
                     images.open_image(folder / problem.image)  # within the limits
-                    picture = decontaminate.look((folder / problem.image).read_bytes())
+                    picture = decontaminate.image_fingerprint((folder / problem.image).read_bytes())
                 name = problem.source or f"{folder.name}/{path.stem}"
-                yield decontaminate.Known(name, problem.id, decontaminate.fingerprint(problem.question), picture)
+                yield decontaminate.BenchmarkProblem(
+                    name, problem.id, decontaminate.question_fingerprint(problem.question), picture
+                )
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -168,18 +170,20 @@ def run(settings: Settings) -> dict[str, Any]:
         raise UserError(f"{target}: is read, and would be replaced; choose another --output or --name")
     if source.kind == "steps" and settings.against:
         raise UserError(f"--against is for training data; {source.name} is a benchmark")
-    benchmarks = decontaminate.Benchmarks(known(settings.against, target)) if settings.against else None
+    benchmarks = (
+        decontaminate.BenchmarkIndex(benchmark_problems(settings.against, target)) if settings.against else None
+    )
     folder = settings.output / FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _Images(sources_files.ImageFiles(located, source.image_folders), settings.output)
     scoring: list[dict[str, Any]] = []
     with _replacing(folder / "refused.jsonl") as refused, _replacing(folder / "removed.jsonl") as removed:
         report = _Report(refused, removed)
-        rows = _kept(sources.items(source, located, settings.split), pictures, benchmarks, report, settings.limit)
+        rows = _select(sources.items(source, located, settings.split), pictures, benchmarks, report, settings.limit)
         if settings.rewriter:
             rows = settings.rewriter.rewrite(rows)
         with progress(None, f"prepare {source.name}", "row") as bar:
-            report.written = records.write(target, _told(rows, scoring, bar))
+            report.written = records.write(target, _to_records(rows, scoring, bar))
     summary = {
         "source": source.name, "split": settings.split, "from": settings.path, "revision": located.revision,
         "file": f"{name}.jsonl", "rows": report.rows, "written": report.written, "refused": report.reasons.total(),
@@ -203,7 +207,7 @@ def run(settings: Settings) -> dict[str, Any]:
     return summary
 
 
-def _told(rows: Iterable[Item], scoring: list[dict[str, Any]], bar: Any) -> Iterator[Any]:
+def _to_records(rows: Iterable[Item], scoring: list[dict[str, Any]], bar: Any) -> Iterator[Any]:
     """The records of the items, whose scoring rows are gathered."""
     for item in rows:
         if item.benchmark:
@@ -212,8 +216,8 @@ def _told(rows: Iterable[Item], scoring: list[dict[str, Any]], bar: Any) -> Iter
         yield item.record
 
 
-def _kept(
-    rows: Iterable[Item | Refused], pictures: _Images, benchmarks: decontaminate.Benchmarks | None, report: _Report,
+def _select(
+    rows: Iterable[Item | Refused], pictures: _Images, benchmarks: decontaminate.BenchmarkIndex | None, report: _Report,
     limit: int,
 ) -> Iterator[Item]:  # fmt: skip
     """The items that are to be written, with their images in place."""
@@ -227,7 +231,7 @@ def _kept(
         try:
             if isinstance(row.record, Problem | SFTExample):
                 opened = pictures.merged(row.pictures)
-                record = named(row.record, image=None)
+                record = replace_fields(row.record, image=None)
             else:
                 opened = pictures.opened(row.pictures)
                 record = row.record
@@ -235,16 +239,16 @@ def _kept(
             report.refuse(Refused(row.file, row.row, row.record.id, str(error)))
             continue
         if benchmarks:
-            seen = decontaminate.look(opened[0][0]) if opened else None
-            match = benchmarks.match(decontaminate.fingerprint(record.question), seen)
+            picture = decontaminate.image_fingerprint(opened[0][0]) if opened else None
+            match = benchmarks.match(decontaminate.question_fingerprint(record.question), picture)
             if match:
                 report.remove(record.id, match)
                 continue
         paths = tuple(pictures.keep(*encoded) for encoded in opened)
         if isinstance(record, Problem | SFTExample):
-            record = named(record, image=paths[0] if paths else None)
+            record = replace_fields(record, image=paths[0] if paths else None)
         else:
-            record = named(record, images=paths)
+            record = replace_fields(record, images=paths)
         yield dataclasses.replace(row, record=record)
         kept += 1
         if kept == limit:
@@ -261,7 +265,7 @@ def _replacing(path: Path) -> Iterator[Any]:
 
 
 def describe(settings: Settings, summary: Mapping[str, Any]) -> Iterator[str]:
-    """What was written, then a line for each kind of row or image that the user may want to look at."""
+    """What was written, then a line for each kind of row or image that the user may want to image_fingerprint at."""
     folder = settings.output / FOLDER / Path(summary["file"]).stem
     yield f"{settings.output / summary['file']}: {summary['written']} of {summary['rows']} rows of {summary['source']}"
     for kind, by in (("refused", "refused_by_reason"), ("removed", "removed_by_match")):

@@ -117,7 +117,7 @@ def _visual_prm(question: str, steps: Sequence[str], image_tokens: Sequence[int]
     """VisualPRM-8B's chat: a user turn per step, each answered by the placeholder "+", scored in front of it.
 
     Source: ``generate_steps_with_soft_score`` of the released ``InternVLRewardModel``, read in a public copy of that
-    code; neither the checkpoint nor its tokenizer could be had to check.
+    code; neither the checkpoint nor its tokenizer was available to check.
     """
     first, *others = steps or [""]  # without steps the question still stands there
     head = [Segment("### Question:\n"), *_illustrated(question, image_tokens)]
@@ -133,7 +133,7 @@ def _visual_prm(question: str, steps: Sequence[str], image_tokens: Sequence[int]
 def _qwen_math_prm(question: str, steps: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
     """Qwen2.5-Math-PRM: text only, ``<extra_0>`` after each step.
 
-    Source: its model card (the chat template without a generation prompt); the checkpoint could not be had to check.
+    Source: its model card (the chat template without a generation prompt); the checkpoint was not available to check.
     """
     if image_tokens:
         raise UserError(f"the template qwen_math_prm is for text only, but {len(image_tokens)} images come with it")

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import httpx2
 
 from mmprm_jax.data.prompts import final_answer, split_segments, step_text
-from mmprm_jax.data.sources_base import Item, named
+from mmprm_jax.data.sources_base import Item, replace_fields
 from mmprm_jax.records import UserError
 
 MAX_ANSWER = 4 * 2**20  # bytes
@@ -75,7 +75,7 @@ class Rewriter:
             item, future = waiting.popleft()
             response, outcome = accepted(future.result(), item.record.response)
             self._counts[outcome] += 1
-            return dataclasses.replace(item, record=named(item.record, response=response))
+            return dataclasses.replace(item, record=replace_fields(item.record, response=response))
 
         for item in items:
             waiting.append((item, self._pool.submit(self._ask, item)))

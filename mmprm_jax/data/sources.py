@@ -17,7 +17,7 @@ from typing import Any
 from mmprm_jax.data import sources_files
 from mmprm_jax.data.benchmarks import BENCHMARKS
 from mmprm_jax.data.prompts import PLACEHOLDER
-from mmprm_jax.data.sources_base import Item, Refused, Source, identity, named, picture, placed, text
+from mmprm_jax.data.sources_base import Item, Refused, Source, identity, match_image_tags, picture, replace_fields, text
 from mmprm_jax.data.sources_files import Located
 from mmprm_jax.data.steps import restructure
 from mmprm_jax.records import Problem, SFTExample, UserError, to_json
@@ -28,7 +28,7 @@ _ANYTHING = ("*.jsonl", "*.json", "*.parquet")
 def problem(row: Mapping[str, Any], split: str) -> Item:
     """MMK12 (Parquet), and MM-K12's seed schema ``{id, question, correct_answer or answer, image_path}``."""
     pictures = picture(next((row[key] for key in ("image_path", "image", "images") if row.get(key)), None))
-    question = placed(text(row, "question"), len(pictures))
+    question = match_image_tags(text(row, "question"), len(pictures))
     answer = text(row, "correct_answer", "answer")
     return Item(Problem(identity(row, "id"), question, answer), pictures)
 
@@ -45,7 +45,9 @@ def _demonstration(id_: str, question: str, solution: str, pictures: tuple, answ
     response = restructure(solution, answer)
     if response is None:
         raise UserError("no final answer found in the response (a box, Answer:, The answer is, ####)")
-    return Item(SFTExample(id_, placed(question.strip(), len(pictures)), response), pictures, solution=solution)
+    return Item(
+        SFTExample(id_, match_image_tags(question.strip(), len(pictures)), response), pictures, solution=solution
+    )
 
 
 def conversation(row: Mapping[str, Any], split: str) -> Item:
@@ -82,8 +84,8 @@ def _written(question: str, solution: str) -> Callable[[Mapping[str, Any], str],
     """Rows of a question and a solution, text only; the names of their keys."""
 
     def parse(row: Mapping[str, Any], split: str) -> Item:
-        asked = re.sub(re.escape(PLACEHOLDER), "", text(row, question))
-        return _demonstration(identity(row, "id"), asked, text(row, solution), ())
+        question_text = re.sub(re.escape(PLACEHOLDER), "", text(row, question))
+        return _demonstration(identity(row, "id"), question_text, text(row, solution), ())
 
     return parse
 
@@ -160,5 +162,5 @@ def items(source: Source, located: Located, split: str) -> Iterator[Item | Refus
             next_one = f"{id_}~{len(same)}"
             id_ = f"{id_}~{digest.hex()}" if next_one in seen else next_one  # a row may be called so
             seen[id_] = [digest]
-        record = named(item.record, id=id_, source=source.name)
+        record = replace_fields(item.record, id=id_, source=source.name)
         yield dataclasses.replace(item, record=record, file=row.file, row=row.number)

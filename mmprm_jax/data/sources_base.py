@@ -111,7 +111,7 @@ def picture(value: Any) -> tuple[Picture, ...]:
     return (value,)
 
 
-def placed(question: str, images: int) -> str:
+def match_image_tags(question: str, images: int) -> str:
     """A question whose image tags fit: as many ``<image>`` as images, or none.
 
     Numbered tags (``<image1>``, ``<image_1>``) of a problem with one image become ``<image>`` when there is one, else
@@ -126,6 +126,6 @@ def placed(question: str, images: int) -> str:
     return question
 
 
-def named(record: Record, **values: Any) -> Record:
+def replace_fields(record: Record, **values: Any) -> Record:
     """The record with other values."""
     return dataclasses.replace(record, **values)

@@ -95,7 +95,9 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(repo, repo_type="dataset", revision=revision or None))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"{name}: no such file or folder, and not to be had from the hub ({first})") from None
+        raise UserError(
+            f"{name}: no such file or folder, and it could not be downloaded from the hub ({first})"
+        ) from None
 
 
 def read_rows(located: Located) -> Iterator[Row]:

@@ -196,8 +196,8 @@ def per_problem(problems: Problems, n: int, key: Key = plain, without: Iterable[
 
 def sizes(problems: Problems) -> list[int]:
     """The N to report: the powers of two below the largest number of candidates, and that number (16: 1 2 4 8 16)."""
-    most = max((len(candidates) for candidates in problems), default=0)
-    return [2**i for i in range(most.bit_length()) if 2**i < most] + [max(most, 1)]
+    largest = max((len(candidates) for candidates in problems), default=0)
+    return [2**i for i in range(largest.bit_length()) if 2**i < largest] + [max(largest, 1)]
 
 
 def summarise(values: Any) -> dict[str, Any]:

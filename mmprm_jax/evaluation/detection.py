@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from mmprm_jax.evaluation import calibration, statistics
-from mmprm_jax.evaluation.stored import each_row, parse_scores
+from mmprm_jax.evaluation.stored import iter_rows, parse_scores
 from mmprm_jax.records import UserError
 
 MAX_ROLLOUTS = 10**9  # behind a step
@@ -55,10 +55,10 @@ def read(path: epath.PathLike, truth: epath.PathLike | None = None) -> tuple[lis
     """
     rows, bad = [], []
     known: dict[str, Any] = {}
-    for _, row in () if truth is None else each_row(truth):
+    for _, row in () if truth is None else iter_rows(truth):
         if _named(row) and known.setdefault(str(row["id"]), row) is not row:
             raise UserError(f"{truth}: the id {row['id']!r:.80} is there twice; rows are joined by it")
-    for where, row in each_row(path):
+    for where, row in iter_rows(path):
         try:
             if isinstance(row, ValueError):
                 raise row
@@ -249,15 +249,15 @@ def _figures(
         values.append(f1(part))
         weights.append(part.sum(-1) if weighted else np.ones(len(part)))
 
-    def told(x: np.ndarray) -> dict[str, Any]:
+    def with_interval(x: np.ndarray) -> dict[str, Any]:
         return {"f1": float(x[0]), "ci95": statistics.quantiles(x[1:])}
 
-    result = {"rows": len(rows), "pooled": told(f1(sums(per_row)))}
+    result = {"rows": len(rows), "pooled": with_interval(f1(sums(per_row)))}
     total = np.sum(weights, 0)
     counted = np.where(np.array(weights) == 0, 0, values)  # without a judged step a source has neither F1 nor weight
-    result["mean_of_sources"] = told(_ratio(np.sum(counted * weights, 0), total))
+    result["mean_of_sources"] = with_interval(_ratio(np.sum(counted * weights, 0), total))
     result["sources"] = {
-        name: {"rows": int((sources == name).sum())} | told(x) for name, x in zip(names, values, strict=True)
+        name: {"rows": int((sources == name).sum())} | with_interval(x) for name, x in zip(names, values, strict=True)
     }
     return result
 

@@ -9,7 +9,7 @@
 
 A score is the PRM's, by one aggregator, over all steps so far. A finished solution keeps its place among the others and
 is not continued; the answer is the finished solution with the highest score at the end. Equal continuations of a
-problem count once. Every token that was sampled counts, those of the look ahead too; what the PRM reads does not.
+problem count once. Every token that was sampled counts, those of the lookahead too; what the PRM reads does not.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Method:
 
     beams: int  # continuations of a problem that are scored in a round
     width: int  # continuations of each solution that goes on
-    apart: bool = False  # DVTS
-    ahead: int = 0  # steps of the look ahead
+    independent: bool = False  # DVTS
+    ahead: int = 0  # steps of the lookahead
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.beams < 1 or self.beams % self.width:
@@ -46,17 +46,17 @@ class Method:
     @property
     def searches(self) -> int:
         """That a problem has, independent of each other."""
-        return self.beams // self.width if self.apart else 1
+        return self.beams // self.width if self.independent else 1
 
     @property
     def kept(self) -> int:
         """Solutions of a search that go on."""
-        return 1 if self.apart else self.beams // self.width
+        return 1 if self.independent else self.beams // self.width
 
 
 METHODS: Mapping[str, Callable[[int, int, int], Method]] = {
     "beam": lambda beams, width, ahead: Method(beams, width),
-    "dvts": lambda beams, width, ahead: Method(beams, width, apart=True),
+    "dvts": lambda beams, width, ahead: Method(beams, width, independent=True),
     "lookahead": lambda beams, width, ahead: Method(beams, width, ahead=ahead),
 }
 
@@ -95,7 +95,7 @@ def search(
 ) -> list[Guided]:
     """Searches all problems at once, at most ``depth`` steps deep; one ``Guided`` for each.
 
-    steps: samples the continuations; greedy: those of the look ahead.
+    steps: samples the continuations; greedy: those of the lookahead.
     """
     by_id = {p.id: p for p in problems}
     beams = {(p.id, i): [_Path()] for p in problems for i in range(method.searches)}
@@ -116,24 +116,24 @@ def search(
                 if rollout.segments:
                     segments = path.segments + rollout.segments[:1]
                     grown[key].setdefault(segments, _Path(segments, rollout.correct))
-        for key, found in _scored(by_id, grown, method.ahead, greedy, value, tokens).items():
+        for key, found in _score_paths(by_id, grown, method.ahead, greedy, value, tokens).items():
             stay = [path for path in beams[key] if path.finished]
             # Stable: of equal scores the one that was there, or was sampled, first.
             beams[key] = sorted(stay + found, key=lambda path: -path.score)[: method.kept]
     return [_best(p, [x for i in range(method.searches) for x in beams[p.id, i]], tokens[p.id]) for p in problems]
 
 
-def _scored(
+def _score_paths(
     by_id: Mapping[str, Problem], grown: Mapping[Any, Mapping[Segments, _Path]], ahead: int, greedy: Steps,
     value: Value, tokens: dict[str, int],
 ) -> dict[Any, list[_Path]]:  # fmt: skip
-    """The paths with their scores; adds the tokens of the look ahead to ``tokens``."""
+    """The paths with their scores; adds the tokens of the lookahead to ``tokens``."""
     ends: dict[Any, dict[Segments, Segments]] = {key: {s: s for s in paths} for key, paths in grown.items()}
     for _ in range(ahead):
         reached = {(key[0], end) for key, found in ends.items() for end in found.values() if final_answer(end) is None}
-        asked = [Request(by_id[name], end, 1) for name, end in sorted(reached)]
+        requests = [Request(by_id[name], end, 1) for name, end in sorted(reached)]
         further = {}
-        for request, ((rollout, _),) in zip(asked, greedy.solve(asked) if asked else [], strict=True):
+        for request, ((rollout, _),) in zip(requests, greedy.solve(requests) if requests else [], strict=True):
             tokens[request.problem.id] += rollout.n_tokens
             further[request.problem.id, request.prefix] = request.prefix + rollout.segments[:1]
         ends = {key: {s: further.get((key[0], end), end) for s, end in found.items()} for key, found in ends.items()}
@@ -162,14 +162,14 @@ def compare(found: Sequence[Guided], scored: Sequence[Sequence[ScoredCandidate]]
     accuracy = np.array([x.correct for x in found], np.float64)
     spent = float(np.mean([x.n_tokens for x in found]))
     each = float(np.mean([x.candidate.n_tokens for group in scored for x in group]))
-    n, most = max(1, math.ceil(spent / each)), max(map(len, scored))
-    other = best_of_n.per_problem(scored, min(n, most))["prm"][aggregator]
+    n, available = max(1, math.ceil(spent / each)), max(map(len, scored))
+    other = best_of_n.per_problem(scored, min(n, available))["prm"][aggregator]
     return {
         **statistics.summary(accuracy),
         "tokens": spent,
         "unfinished": float(np.mean([x.score is None for x in found])),
-        "best_of_n": {**statistics.summary(other), "n": min(n, most), "tokens": min(n, most) * each},
-        "enough": n <= most,
+        "best_of_n": {**statistics.summary(other), "n": min(n, available), "tokens": min(n, available) * each},
+        "enough": n <= available,
         "paired": statistics.paired(accuracy, other),
     }
 

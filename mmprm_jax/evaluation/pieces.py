@@ -49,7 +49,7 @@ class Pieces:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._save()
         if isinstance(error, Interrupted):
-            error.said = f"{self.path.name}: stopped as asked, {len(self.done)} pieces of it are saved"
+            error.message = f"{self.path.name}: stopped as asked, {len(self.done)} pieces of it are saved"
 
     def add(self, key: str, value: Any) -> None:
         """Takes a finished piece; value: anything that JSON holds. Raises Interrupted."""

@@ -14,7 +14,7 @@ from flax import nnx
 
 from mmprm_jax import interruption
 from mmprm_jax.data.images import normalise
-from mmprm_jax.models.attention import places_of
+from mmprm_jax.models.attention import segment_positions
 from mmprm_jax.models.layers import shared_attention
 from mmprm_jax.models.vlm import VLM
 from mmprm_jax.sharding import put_batch
@@ -67,7 +67,7 @@ def _scores(params: Any, prefix: Any, known: Any, batch: Any, *, graphdef: Any, 
     """
     model: VLM = nnx.merge(graphdef, params)
     valid = batch["valid"]
-    rope = model.decoder.rope(batch["start"][:, None] + places_of(valid)[0], batch["length"])
+    rope = model.decoder.rope(batch["start"][:, None] + segment_positions(valid)[0], batch["length"])
     steps = jnp.arange(valid.shape[1])
     mask = (steps[:, None] >= steps[None, :]) & valid[:, None, :]
 

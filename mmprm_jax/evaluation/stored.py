@@ -40,7 +40,7 @@ class Stored:
     """What a file holds. ``bad``: a line for each row that was left out."""
 
     problems: dict[str, list[ScoredCandidate]]  # by problem id, in the order of the file
-    told: Counter[str]  # how many candidates have "answer", "logprob", "segments"
+    field_counts: Counter[str]  # how many candidates have "answer", "logprob", "segments"
     rows: dict[str, dict[str, Any]]  # what else the original's rows say, by problem id
     bad: list[str]
 
@@ -48,7 +48,7 @@ class Stored:
     def known(self) -> set[str]:
         """What selectors may go by. All must have a log-probability: what stands for a missing one, 0, beats any."""
         every = sum(map(len, self.problems.values()))
-        return {name for name, count in self.told.items() if count == every or name != "logprob"}
+        return {name for name, count in self.field_counts.items() if count == every or name != "logprob"}
 
     @property
     def without(self) -> list[str]:
@@ -56,7 +56,7 @@ class Stored:
         return [name for name, need in NEEDS.items() if need not in self.known]
 
 
-def each_row(path: epath.PathLike) -> Iterator[tuple[str, Any]]:
+def iter_rows(path: epath.PathLike) -> Iterator[tuple[str, Any]]:
     """(where, row) of a JSONL file or of a JSON list; a row that is no JSON is a ValueError in its place.
 
     Raises UserError if there is no such file, it is not UTF-8, or not what the stage wrote in whose folder it is.
@@ -87,7 +87,7 @@ def each_row(path: epath.PathLike) -> Iterator[tuple[str, Any]]:
 def read(path: epath.PathLike) -> Stored:
     """Reads a file of either layout. Raises UserError if there is no file, or no good row in it."""
     found = Stored({}, Counter(), {}, [])
-    for where, row in each_row(path):
+    for where, row in iter_rows(path):
         try:
             if isinstance(row, ValueError):
                 raise row
@@ -104,7 +104,7 @@ def read(path: epath.PathLike) -> Stored:
                 found.rows[name] = {k: v for k, v in row.items() if k not in _WRITTEN}
             else:
                 raise ValueError("neither candidate (one row per candidate) nor prm_scores (one per problem) is there")
-            found.told.update(says)
+            found.field_counts.update(says)
         except (ValueError, TypeError) as error:
             found.bad.append(f"{path}, {where}: {error}")
     if not found.problems:
@@ -137,9 +137,9 @@ def _candidate(path: epath.PathLike, row: dict[str, Any]) -> tuple[ScoredCandida
     if type(n_tokens) is not int or n_tokens < 0:
         raise ValueError(f"n_tokens must be a whole number, found {_short(n_tokens)}")
     answer, correct = _answer(c.get("answer")), _flag(c.get("correct"), "correct")
-    told = {"answer": answer, "logprob": logprob, "segments": segments}
+    fields = {"answer": answer, "logprob": logprob, "segments": segments}
     candidate = Candidate(str(name), segments or (), answer, correct, logprob or 0.0, n_tokens)
-    return ScoredCandidate(candidate, scores), {name for name, value in told.items() if value is not None}
+    return ScoredCandidate(candidate, scores), {name for name, value in fields.items() if value is not None}
 
 
 _KEYS = {"candidate", "scores"}
@@ -218,10 +218,10 @@ def write(path: epath.PathLike, stored: Stored) -> None:
         empty = [name for name, group in stored.problems.items() if not group]
         if empty:
             raise UserError(f"{path}: {len(empty)} problems have no candidates, e.g. {empty[0]}; only .json holds them")
-        rows = [_our_row(s, stored.known) for group in stored.problems.values() for s in group]
+        rows = [_candidate_row(s, stored.known) for group in stored.problems.values() for s in group]
         text = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
     elif path.suffix == ".json":
-        text = json.dumps([_their_row(name, group, stored) for name, group in stored.problems.items()]) + "\n"
+        text = json.dumps([_original_row(name, group, stored) for name, group in stored.problems.items()]) + "\n"
     else:
         raise UserError(f"{path}: end the name in .jsonl (a candidate per row) or .json (as the original's files)")
     io.write(path, text)
@@ -231,7 +231,7 @@ def _has_steps(s: ScoredCandidate) -> bool:
     return len(s.candidate.segments) == len(s.scores)
 
 
-def _our_row(s: ScoredCandidate, known: Collection[str]) -> dict[str, Any]:
+def _candidate_row(s: ScoredCandidate, known: Collection[str]) -> dict[str, Any]:
     row = dataclasses.asdict(s)
     if "segments" not in known or not _has_steps(s):
         del row["candidate"]["segments"]
@@ -240,13 +240,13 @@ def _our_row(s: ScoredCandidate, known: Collection[str]) -> dict[str, Any]:
     return row
 
 
-def _their_row(name: str, group: list[ScoredCandidate], stored: Stored) -> dict[str, Any]:
+def _original_row(name: str, group: list[ScoredCandidate], stored: Stored) -> dict[str, Any]:
     row = stored.rows.get(name, {"id": name}) | {
         "labels": [int(s.candidate.correct) for s in group],
         "prm_scores": [s.scores for s in group],
     }
-    if "segments" in stored.told and all(map(_has_steps, group)):
+    if "segments" in stored.field_counts and all(map(_has_steps, group)):
         row["solutions_splits"] = [s.candidate.segments for s in group]
-    if "answer" in stored.told:
+    if "answer" in stored.field_counts:
         row["answers"] = [s.candidate.answer for s in group]
     return row

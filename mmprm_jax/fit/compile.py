@@ -136,7 +136,7 @@ _SIZE = r"([\d.]+)([KMGT]?)i?B?"
 
 
 def exceeded(message: str, usage: str) -> dict[str, Any]:
-    """Why a program does not fit: used and available bytes (None where not told), and the largest buffers.
+    """Why a program does not fit: used and available bytes (None if unknown), and the largest buffers.
 
     message: the TPU compiler's error. usage: its report of buffers, the largest first, those in HBM before the others.
     """

@@ -18,7 +18,7 @@ from mmprm_jax.evaluation import score
 from mmprm_jax.fit import chips, cost
 from mmprm_jax.models import build
 from mmprm_jax.models.config import VLMConfig
-from mmprm_jax.models.released import named
+from mmprm_jax.models.released import released_config
 from mmprm_jax.records import UserError
 from mmprm_jax.rollout import device
 from mmprm_jax.sharding import BATCH, fit_spec, make_mesh
@@ -80,7 +80,7 @@ def parse(items: Sequence[str], **named_settings: str) -> Settings:
 
 def config(s: Settings) -> VLMConfig:
     """The model's sizes. Raises UserError on an unknown name."""
-    cfg = named(s.model)
+    cfg = released_config(s.model)
     return dataclasses.replace(
         cfg, decoder=dataclasses.replace(cfg.decoder, num_layers=s.layers or cfg.decoder.num_layers)
     )
@@ -182,7 +182,7 @@ def decode(s: Settings, cfg: VLMConfig, mesh: Any) -> Job:
     state = device.new_state(decoder, mesh, *sizes, s.samples, s.columns, jnp.bfloat16, make=_abstract)
     numbers = functools.partial(_batch, mesh, jnp.int32, b)
     queue = {"order": numbers(sizes[1] * s.samples), "head": numbers(), "tail": numbers()}
-    limit = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in ("most", "least", "free")}
+    limit = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in ("steps", "min_steps", "free_slots")}
     args = (params, layers, rows, state, queue, limit)
     return Job(
         (Program("decode", device.decode, args, {"graphdef": graphdef, "used": len(state["own"][0])}, turn=True),),

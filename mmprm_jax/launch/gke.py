@@ -19,7 +19,7 @@ import yaml
 from mmprm_jax import interruption
 from mmprm_jax.interruption import Interrupted
 from mmprm_jax.launch import job as jobs
-from mmprm_jax.launch.job import CommandFailed, Job, Troubles, call, last_line, say
+from mmprm_jax.launch.job import CommandFailed, Job, RetryLimit, call, last_line, print_progress
 from mmprm_jax.records import UserError
 
 _SPOT = "cloud.google.com/gke-spot"
@@ -72,7 +72,7 @@ class Cluster:
         self.options, self.job = options, job
         where = {"context": options.context, "namespace": options.namespace}
         self.kubectl = ["kubectl", *(f"--{key}={value}" for key, value in where.items() if value)]
-        self.troubles = Troubles(options.poll)
+        self.retries = RetryLimit(options.poll)
         self.followed: dict[str, tuple[pathlib.Path, subprocess.Popen]] = {}
 
     def command(self, *words: str) -> list[str]:
@@ -95,10 +95,10 @@ class Cluster:
         return self.command("delete", f"jobsets.jobset.x-k8s.io/{self.job.name}")
 
     def read(self, argv: list[str]) -> dict[str, Any] | None:
-        """What kubectl answers; None if that could not be had."""
+        """What kubectl answers; None if it does not answer."""
         found = call(argv)
         if found.returncode:
-            self.troubles.note(f"no state of {self.job.name}: {last_line(found.stderr)}")
+            self.retries.note(f"no state of {self.job.name}: {last_line(found.stderr)}")
             return None
         return json.loads(found.stdout)
 
@@ -114,7 +114,7 @@ class Cluster:
 
     def watch(self) -> None:
         """Until the JobSet has ended. Raises UserError if it failed, naming the logs of the pods that did."""
-        said = ""
+        shown = ""
         while True:
             jobset, pods = self.read(self.state_query()), self.read(self.pod_query())
             if jobset is not None and pods is not None:
@@ -124,9 +124,9 @@ class Cluster:
                 phases = sorted(pod["status"].get("phase", "Unknown") for pod in pods["items"])
                 restarts = status.get("restarts", 0)
                 line = f"{self.job.name}: pods {', '.join(phases) or 'not there yet'}; restarts {restarts}"
-                if line != said:
-                    say(line)
-                    said = line
+                if line != shown:
+                    print_progress(line)
+                    shown = line
                 if ended & {"Completed", "Failed"}:
                     break
             interruption.sleep(self.options.poll)
@@ -140,7 +140,7 @@ class Cluster:
 
 def launch(options: argparse.Namespace, job: Job) -> None:
     """Raises UserError: the command failed (its log is named), or the cluster does not take it."""
-    jobs.bucket_only(job)
+    jobs.require_bucket(job)
     text = yaml.safe_dump(manifest(options, job), sort_keys=False, width=1000)
     cluster = Cluster(options, job)
     if job.dry_run:
@@ -155,15 +155,15 @@ def launch(options: argparse.Namespace, job: Job) -> None:
     if applied.returncode:
         raise UserError(f"{job.name} was not created: {last_line(applied.stderr)}")
     job.logs.mkdir(parents=True, exist_ok=True)
-    say(f"{last_line(applied.stdout)}; each pod's log is in {job.logs}")
+    print_progress(f"{last_line(applied.stdout)}; each pod's log is in {job.logs}")
     try:
         cluster.watch()
     except CommandFailed:
         if not options.keep:
             call(cluster.deletion())
         raise
-    except Interrupted as asked:
-        asked.said = jobs.watched_no_more(job.name, cluster.deletion())
+    except Interrupted as interrupted:
+        interrupted.message = jobs.detached_message(job.name, cluster.deletion())
         raise
     finally:
         for _, process in cluster.followed.values():

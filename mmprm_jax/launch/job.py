@@ -20,7 +20,7 @@ CLONE = pathlib.Path(__file__).parents[2]
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # fits into the names of nodes, pods and Slurm jobs
 _TRIES = 5
 _END = 2.0  # seconds for a program to end in
-_QUIET = 600.0  # seconds without trouble after which it is forgotten
+_RESET = 600.0  # seconds without trouble after which it is forgotten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +73,13 @@ def template(name: str) -> pathlib.Path:
     return path
 
 
-def bucket_only(job: Job) -> None:
+def require_bucket(job: Job) -> None:
     """Raises UserError unless the work directory outlives the machines and all of them see it."""
     if not job.workdir.startswith("gs://"):
         raise UserError(f"--workdir={job.workdir}: the hosts share no disk, and lose theirs; use gs://BUCKET/FOLDER")
 
 
-def say(text: str) -> None:
+def print_progress(text: str) -> None:
     """A line of progress."""
     print(f"mmprm launch: {text}", file=sys.stderr, flush=True)
 
@@ -103,10 +103,10 @@ def call(argv: Sequence[str], text: str | None = None, log: IO[str] | None = Non
                 text = None
                 interruption.check()
     finally:
-        end([process], _END)
+        terminate([process], _END)
 
 
-def end(running: Sequence[subprocess.Popen], seconds: float) -> None:
+def terminate(running: Sequence[subprocess.Popen], seconds: float) -> None:
     """SIGTERM, and SIGKILL to those that have not ended after ``seconds``."""
     running = [process for process in running if process.poll() is None]
     with interruption.saving():
@@ -130,13 +130,13 @@ class CommandFailed(UserError):
     """The command itself failed; the machines are of no more use."""
 
 
-def watched_no_more(name: str, deletion: Sequence[str]) -> str:
-    """What to tell after an interruption."""
+def detached_message(name: str, deletion: Sequence[str]) -> str:
+    """The message after an interruption."""
     how = shlex.join(deletion)
     return f"no longer watching {name}, which goes on (this deletes it: {how})"
 
 
-class Troubles:
+class RetryLimit:
     """Counts what goes wrong on the way to the machines, not in the command: it is tried again, within reason."""
 
     def __init__(self, poll: float):
@@ -145,10 +145,10 @@ class Troubles:
     def note(self, reason: str) -> None:
         """Raises UserError when there were too many in a row."""
         now = time.monotonic()
-        self._count = 1 if now - self._last > _QUIET + self._poll else self._count + 1
+        self._count = 1 if now - self._last > _RESET + self._poll else self._count + 1
         self._last = now
         if self._count >= _TRIES:
             raise UserError(
                 f"{reason} ({_TRIES} times); what runs there was left alone, the same launch goes on with it"
             )
-        say(f"{reason}; trying again")
+        print_progress(f"{reason}; trying again")

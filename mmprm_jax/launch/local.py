@@ -13,7 +13,7 @@ import socket
 import subprocess
 
 from mmprm_jax import interruption
-from mmprm_jax.launch.job import Job, end, say
+from mmprm_jax.launch.job import Job, print_progress, terminate
 from mmprm_jax.records import UserError
 
 _GRACE = 60.0  # seconds to stop in
@@ -40,7 +40,7 @@ def attempt(job: Job, processes: int) -> tuple[int, int]:
     try:
         for i, more in enumerate(variables(job, processes, _free_port())):
             with (job.logs / f"{i}.log").open("a") as log:
-                # a group of its own: what is sent to ours comes once, from ``end``
+                # a group of its own: what is sent to ours comes once, from ``terminate``
                 running.append(subprocess.Popen(argv, env=os.environ | more, stdout=log, stderr=log, process_group=0))
         while True:
             codes = [process.poll() for process in running]
@@ -53,7 +53,7 @@ def attempt(job: Job, processes: int) -> tuple[int, int]:
     except FileNotFoundError:
         raise UserError("mmprm: not in the PATH; activate the environment that it was installed into") from None
     finally:
-        end(running, _GRACE)
+        terminate(running, _GRACE)
 
 
 def launch(options: argparse.Namespace, job: Job) -> None:
@@ -68,12 +68,12 @@ def launch(options: argparse.Namespace, job: Job) -> None:
         return
     job.logs.mkdir(parents=True, exist_ok=True)
     for restart in range(job.restarts + 1):
-        say(f"{options.processes} processes; their logs: {job.logs}/N.log")
+        print_progress(f"{options.processes} processes; their logs: {job.logs}/N.log")
         index, code = attempt(job, options.processes)
         if code == 0:
             return
         log = job.logs / f"{index}.log"
         if code > 0:
             raise UserError(f"process {index} failed with exit status {code}; see {log}")
-        say(f"process {index} was killed by {signal.Signals(-code).name}; see {log}; restart {restart + 1}")
+        print_progress(f"process {index} was killed by {signal.Signals(-code).name}; see {log}; restart {restart + 1}")
     raise UserError(f"process {index} was killed, after {job.restarts} restarts; see {log}; the same launch goes on")

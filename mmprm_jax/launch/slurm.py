@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from mmprm_jax.launch.job import Job, call, last_line, say, template
+from mmprm_jax.launch.job import Job, call, last_line, print_progress, template
 from mmprm_jax.records import UserError
 
 
@@ -31,4 +31,6 @@ def launch(options: argparse.Namespace, job: Job) -> None:
     submitted = call(argv)
     if submitted.returncode:
         raise UserError(f"sbatch: {last_line(submitted.stderr)}")
-    say(f"{last_line(submitted.stdout)}; the logs: {job.logs}/JOB.log and, for each process, {job.logs}/JOB.TASK.log")
+    print_progress(
+        f"{last_line(submitted.stdout)}; the logs: {job.logs}/JOB.log and, for each process, {job.logs}/JOB.TASK.log"
+    )

@@ -16,7 +16,7 @@ import time
 from mmprm_jax import interruption
 from mmprm_jax.interruption import Interrupted
 from mmprm_jax.launch import job as jobs
-from mmprm_jax.launch.job import CLONE, CommandFailed, Job, Troubles, call, last_line, say
+from mmprm_jax.launch.job import CLONE, CommandFailed, Job, RetryLimit, call, last_line, print_progress
 from mmprm_jax.records import UserError
 
 GONE = ("SUSPENDED", "FAILED", "PREEMPTED")  # states that a slice does not come back from
@@ -51,7 +51,7 @@ class Slice:
         self.place = [f"--zone={options.zone}", *([f"--project={options.project}"] if options.project else [])]
         self.archive = job.logs / "mmprm_jax.tar.gz"
         self.started = time.strftime("%Y%m%d-%H%M%S")
-        self.restarts, self.troubles, self._said = 0, Troubles(options.poll), ""
+        self.restarts, self.retries, self._shown = 0, RetryLimit(options.poll), ""
 
     def queued(self, verb: str, *flags: str) -> list[str]:
         return [*_GCLOUD, "queued-resources", verb, self.job.name, *self.place, *flags]
@@ -87,12 +87,12 @@ class Slice:
         """As Google Cloud names it; "" if there is no such resource, None if that could not be found out."""
         found = call(self.description())
         if found.returncode and "NOT_FOUND" not in found.stderr:
-            self.troubles.note(f"no state of {self.job.name}: {last_line(found.stderr)}")
+            self.retries.note(f"no state of {self.job.name}: {last_line(found.stderr)}")
             return None
         state = "" if found.returncode else found.stdout.strip()
-        if state != self._said:
-            say(f"{self.job.name}: {state or 'not there yet'}")
-            self._said = state
+        if state != self._shown:
+            print_progress(f"{self.job.name}: {state or 'not there yet'}")
+            self._shown = state
         return state
 
     def create(self) -> None:
@@ -100,19 +100,19 @@ class Slice:
         if made.returncode and not self.restarts:
             raise UserError(f"{self.job.name} was not created: {last_line(made.stderr)}")
         if made.returncode:
-            self.troubles.note(f"{self.job.name} was not created: {last_line(made.stderr)}")
+            self.retries.note(f"{self.job.name} was not created: {last_line(made.stderr)}")
 
     def delete(self) -> None:
-        say(f"deleting {self.job.name}")
+        print_progress(f"deleting {self.job.name}")
         while (done := call(self.deletion())).returncode and "NOT_FOUND" not in done.stderr:
-            self.troubles.note(f"{self.job.name} was not deleted: {last_line(done.stderr)}")
+            self.retries.note(f"{self.job.name} was not deleted: {last_line(done.stderr)}")
             interruption.sleep(self.options.poll)
 
     def count_restart(self, reason: str) -> None:
         if self.restarts >= self.job.restarts:
             raise CommandFailed(f"{reason}, after {self.restarts} restarts; the same launch goes on from there")
         self.restarts += 1
-        say(f"{reason}; restart {self.restarts} of at most {self.job.restarts}")
+        print_progress(f"{reason}; restart {self.restarts} of at most {self.job.restarts}")
 
     def install(self) -> bool:
         """Puts this clone on all workers; False if that did not work out."""
@@ -122,7 +122,7 @@ class Slice:
         for argv in (self.copying(), self.ssh(UNPACK, folder)):
             done = call(argv)
             if done.returncode:
-                self.troubles.note(f"installing failed: {last_line(done.stderr)}; see {folder}/*.log")
+                self.retries.note(f"installing failed: {last_line(done.stderr)}; see {folder}/*.log")
                 return False
         return True
 
@@ -130,22 +130,22 @@ class Slice:
         """Runs or follows the command. True: it is done; False: look at the state, go on. Raises UserError."""
         argv, folder = self.running()
         folder.mkdir(parents=True, exist_ok=True)
-        say(f"running; each worker's log is in {folder}")
+        print_progress(f"running; each worker's log is in {folder}")
         if call(argv).returncode == 0:
             return True
         ends = {log: _STATUS.fullmatch(last_line(log.read_text(errors="replace"))) for log in folder.glob("*.log")}
         if not ends or not all(ends.values()):
-            self.troubles.note(f"lost the connection to {self.job.name}")
+            self.retries.note(f"lost the connection to {self.job.name}")
             return False
         failed = {log: int(end[1]) for log, end in sorted(ends.items()) if int(end[1])}
         if not failed:  # all have ended well, only gcloud has not
             return True
         if BUSY in failed.values():
             raise UserError(f"another command is running on {self.job.name}; see {next(iter(failed))}")
-        told = ", ".join(f"{log} (exit status {status})" for log, status in failed.items())
+        named = ", ".join(f"{log} (exit status {status})" for log, status in failed.items())
         if max(failed.values()) < 128:
-            raise CommandFailed(f"the command failed; see {told}")
-        self.count_restart(f"killed by a signal; see {told}")
+            raise CommandFailed(f"the command failed; see {named}")
+        self.count_restart(f"killed by a signal; see {named}")
         return False
 
     def run(self) -> None:
@@ -184,9 +184,9 @@ class Slice:
 
 
 def launch(options: argparse.Namespace, job: Job) -> None:
-    """Raises UserError: the command failed (its log is named), or the slice cannot be had."""
+    """Raises UserError: the command failed (its log is named), or the slice is not available."""
     jobs.template("tpu_worker.sh")
-    jobs.bucket_only(job)
+    jobs.require_bucket(job)
     config = job.config.partition(":")[0]
     if pathlib.PurePath(config).is_absolute() or not (CLONE / config).is_file():
         raise UserError(f"--config={config}: not a file of this clone; name it from the root of the clone ({CLONE})")
@@ -200,8 +200,8 @@ def launch(options: argparse.Namespace, job: Job) -> None:
         if not options.keep:
             slice_.delete()
         raise
-    except Interrupted as asked:
-        asked.said = jobs.watched_no_more(job.name, slice_.deletion())
+    except Interrupted as interrupted:
+        interrupted.message = jobs.detached_message(job.name, slice_.deletion())
         raise
     if not options.keep:
         slice_.delete()

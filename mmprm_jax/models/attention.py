@@ -22,7 +22,7 @@ _SHORTEST = 256  # tokens from which on splash pays
 _LANES = 128
 
 
-def places_of(segment: jax.Array) -> tuple[jax.Array, jax.Array]:
+def segment_positions(segment: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rotary positions and lengths, both int32 [B, S], of the examples in packed rows.
 
     segment [B, S], int or bool. Positions count from 0 in each run of equal numbers, of which the length is the size.
@@ -37,17 +37,23 @@ def places_of(segment: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def self_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None, causal: bool, backend: str = "", most: int = 0
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment: jax.Array | None,
+    causal: bool,
+    backend: str = "",
+    max_segments: int = 0,
 ) -> jax.Array:
     """Grouped-query softmax attention of each row over itself.
 
     q [B, S, G, R, D] (G key/value heads, R query heads each), k and v [B, S, G, D]; segment [B, S] int32, None: each
-    row is one example -> [B, S, G, R, D]. ``causal``: a token sees no later one. ``most``: examples that a row has at
-    most, 0: unknown; known, cuDNN computes nothing across them. The softmax is float32.
+    row is one example -> [B, S, G, R, D]. ``causal``: a token sees no later one. ``max_segments``: the most
+    examples that a row has, 0: unknown; if it is known, cuDNN computes nothing across them. The softmax is float32.
     """
     backend = backend or choose_backend(q)
     if backend == "cudnn":
-        out = _cudnn(q, k, v, segment, causal, most)
+        out = _cudnn(q, k, v, segment, causal, max_segments)
     else:
         out = {"xla": _xla, "splash": _splash}[backend](q, k, v, segment, causal)
     return checkpoint_name(out, ATTENTION)
@@ -97,12 +103,12 @@ def _per_device(run: Any, q: jax.Array, k: jax.Array, v: jax.Array, segment: jax
 
 
 def _cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None, causal: bool, most: int = 0
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None, causal: bool, max_segments: int = 0
 ) -> jax.Array:
     def run(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None = None) -> jax.Array:
         flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
-        if segment is not None and most and _hopper():
-            return _cudnn_packed(flat, k, v, segment, causal, most).reshape(q.shape)
+        if segment is not None and max_segments and _hopper():
+            return _cudnn_packed(flat, k, v, segment, causal, max_segments).reshape(q.shape)
         mask = None if segment is None else _mask(segment, q.shape[1], False)[:, None]
         out = jax.nn.dot_product_attention(flat, k, v, mask=mask, is_causal=causal, implementation="cudnn")
         return out.reshape(q.shape)
@@ -115,30 +121,32 @@ def _hopper() -> bool:
     return float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= 9
 
 
-def _cudnn_packed(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, causal: bool, most: int) -> jax.Array:
+def _cudnn_packed(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, causal: bool, max_segments: int
+) -> jax.Array:
     """q [B, S, N, D], k and v [B, S, G, D] -> like q. No work and no memory for pairs of different examples."""
     # The public jax.nn.dot_product_attention has no offsets.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))  # its offsets are for equal heads only
-    starts, sizes = starts_of(segment, most + 1)  # padding is one more
+    starts, sizes = segment_runs(segment, max_segments + 1)  # padding is one more
     kind = MaskType.PADDING_CAUSAL if causal else MaskType.PADDING
     scale = q.shape[-1] ** -0.5
     return dot_product_attention(q, k, v, None, None, sizes, sizes, starts, starts, scale=scale, mask_type=kind)
 
 
-def starts_of(segment: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """First tokens [B, most + 1] and sizes [B, most] of the runs of equal numbers in segment [B, S], int32.
+def segment_runs(segment: jax.Array, max_segments: int) -> tuple[jax.Array, jax.Array]:
+    """The runs of equal numbers in segment [B, S]: first tokens [B, N + 1] and sizes [B, N], int32, N = max_segments.
 
-    -1 where there is no further run; a row must not have more than ``most``.
+    -1 where there is no further run; a row must not have more than ``max_segments``.
     """
     rows, length = segment.shape
     index = jax.lax.broadcasted_iota(jnp.int32, segment.shape, 1)
     first = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     number, row = jnp.cumsum(first, axis=1) - 1, jnp.arange(rows)[:, None]
-    starts = jnp.full((rows, most + 1), -1, jnp.int32)
-    starts = starts.at[row, jnp.where(first, number, length + most)].set(index, mode="drop")
-    sizes = jnp.zeros((rows, most), jnp.int32).at[row, number].add(1, mode="drop")
+    starts = jnp.full((rows, max_segments + 1), -1, jnp.int32)
+    starts = starts.at[row, jnp.where(first, number, length + max_segments)].set(index, mode="drop")
+    sizes = jnp.zeros((rows, max_segments), jnp.int32).at[row, number].add(1, mode="drop")
     return starts, jnp.where(sizes > 0, sizes, -1)
 
 

@@ -75,7 +75,7 @@ class Description:
 
 def describe(config: Mapping[str, Any], manifest: Manifest) -> Description:
     """Raises UserError when config.json is of an unknown kind."""
-    kind, decoder = hf_config.kind_of(config), hf_config.decoder_kind(config)
+    kind, decoder = hf_config.checkpoint_kind(config), hf_config.decoder_kind(config)
     cfg = hf_config.from_hf_config(config)
     keys = {key for file in manifest.files.values() for key in file["tensors"]}
     prefixed = any(key.startswith("model.language_model.") for key in keys)
@@ -117,7 +117,7 @@ def find(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=at or revision, allow_patterns=[*_OTHER, "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"{name}: no such folder, and not to be had from the hub ({first})") from None
+        raise UserError(f"{name}: no such folder, and it could not be downloaded from the hub ({first})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ _DECODERS = {
 }
 
 
-def kind_of(config: Mapping[str, Any]) -> str:
+def checkpoint_kind(config: Mapping[str, Any]) -> str:
     """The checkpoint's kind: CHAT, NATIVE, TEXT or TEXT_PRM. Raises UserError on another architecture."""
     name = (config.get("architectures") or [None])[0]
     if name not in _KINDS:
@@ -50,7 +50,7 @@ def decoder_kind(config: Mapping[str, Any]) -> str:
 
 def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config.json that describes the language model."""
-    key = {CHAT: "llm_config", NATIVE: "text_config"}.get(kind_of(config))
+    key = {CHAT: "llm_config", NATIVE: "text_config"}.get(checkpoint_kind(config))
     return config if key is None else _section(config, key)
 
 
@@ -71,8 +71,8 @@ def templates(config: Mapping[str, Any]) -> tuple[str, str]:
 
 def tiling(config: Mapping[str, Any]) -> tuple[int, bool]:
     """Tiles of one image at most, and whether the whole image follows several of them, as config.json says."""
-    most = config.get("max_dynamic_patch", 12) if config.get("dynamic_image_size", True) else 1
-    return most, bool(config.get("use_thumbnail", True))
+    max_tiles = config.get("max_dynamic_patch", 12) if config.get("dynamic_image_size", True) else 1
+    return max_tiles, bool(config.get("use_thumbnail", True))
 
 
 def from_hf_config(config: Mapping[str, Any]) -> VLMConfig:
@@ -80,7 +80,7 @@ def from_hf_config(config: Mapping[str, Any]) -> VLMConfig:
 
     Raises UserError on an unknown architecture, a missing size, and settings that the model does not have.
     """
-    kind = kind_of(config)
+    kind = checkpoint_kind(config)
     decoder = _decoder(config)
     if kind == TEXT_PRM:
         # The published files may or may not hold an output head, which no score needs: import looks.
@@ -141,7 +141,8 @@ def _decoder(config: Mapping[str, Any]) -> DecoderConfig:
     biased = bool(c.get("bias" if kind == "internlm2" else "attention_bias", False))
     rope = c.get("rope_parameters") or {}
     tied = c.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    if kind_of(config) == NATIVE:  # transformers 4 goes by the language model's own setting, 5 by the whole model's
+    # transformers 4 goes by the language model's own setting, 5 by the whole model's
+    if checkpoint_kind(config) == NATIVE:
         tied = tied or config.get("tie_word_embeddings", False)
     return DecoderConfig(
         vocab_size=_size(c, "vocab_size", where),

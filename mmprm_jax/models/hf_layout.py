@@ -26,14 +26,14 @@ Arrays = tuple[jax.Array, ...]
 class Same:
     """The same values in the same order, in another shape."""
 
-    theirs: tuple[int, ...]
-    ours: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    param_shape: tuple[int, ...]
 
     def read(self, x: jax.Array) -> Arrays:
-        return (x.reshape(self.ours),)
+        return (x.reshape(self.param_shape),)
 
     def write(self, p: jax.Array) -> Arrays:
-        return (p.reshape(self.theirs),)
+        return (p.reshape(self.stored_shape),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Matrices:
     count: int = 0  # 0: one matrix, not side by side
 
     @property
-    def theirs(self) -> tuple[int, ...]:
+    def stored_shape(self) -> tuple[int, ...]:
         return (math.prod(self.outs), math.prod(self.ins)) if self.ins else (math.prod(self.outs),)
 
     def read(self, *tensors: jax.Array) -> Arrays:
@@ -58,7 +58,7 @@ class Matrices:
     def write(self, p: jax.Array) -> Arrays:
         axis = len(self.ins)
         blocks = [jax.lax.index_in_dim(p, i, axis, False) for i in range(self.count)] if self.count else [p]
-        return tuple(block.reshape(self.theirs[::-1]).T for block in blocks)
+        return tuple(block.reshape(self.stored_shape[::-1]).T for block in blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class GroupedQKV:
     depth: int
 
     @property
-    def theirs(self) -> tuple[int, ...]:
+    def stored_shape(self) -> tuple[int, ...]:
         rows = self.groups * (self.per_group + 2) * self.depth
         return (rows, self.size) if self.size else (rows,)
 
@@ -82,14 +82,14 @@ class GroupedQKV:
 
     def write(self, q: jax.Array, k: jax.Array, v: jax.Array) -> Arrays:
         whole = jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
-        return (whole.reshape(self.theirs[::-1]).T,)
+        return (whole.reshape(self.stored_shape[::-1]).T,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
     """The patch embedding: [out, 3, p, p] in the file, [p, p, 3, out] here."""
 
-    theirs: tuple[int, ...]
+    stored_shape: tuple[int, ...]
 
     def read(self, w: jax.Array) -> Arrays:
         return (w.transpose(2, 3, 1, 0),)
@@ -112,11 +112,13 @@ class Group:
 
     def tensors(self) -> list[tuple[str, tuple[int, ...], int]]:
         """(name in the file, shape, layer) of every tensor, layer by layer."""
-        return [(key.format(i), self.form.theirs, i) for i in range(max(self.layers, 1)) for key in self.keys]
+        return [(key.format(i), self.form.stored_shape, i) for i in range(max(self.layers, 1)) for key in self.keys]
 
 
-def _plain(key: str, leaf: str, shape: Sequence[int], ours: Sequence[int] | None = None, layers: int = 0) -> Group:
-    return Group((key,), (leaf,), Same(tuple(shape), tuple(ours or shape)), layers)
+def _plain(
+    key: str, leaf: str, shape: Sequence[int], param_shape: Sequence[int] | None = None, layers: int = 0
+) -> Group:
+    return Group((key,), (leaf,), Same(tuple(shape), tuple(param_shape or shape)), layers)
 
 
 def _linear(key: str, leaf: str, ins: Sequence[int], outs: Sequence[int], layers: int = 0) -> Group:
@@ -141,7 +143,7 @@ def _dense(key: str, leaf: str, size: int, out: int, layers: int = 0) -> list[Gr
 def _vision(v: VisionConfig, root: str, native: bool) -> list[Group]:
     size, heads, layers, patch = v.hidden_size, v.num_heads, v.num_layers, v.patch_size
     depth = size // heads
-    at, ours = f"{root}encoder.{'layer' if native else 'layers'}.{{}}.", "vision/layers/"
+    at, params = f"{root}encoder.{'layer' if native else 'layers'}.{{}}.", "vision/layers/"
     class_token, positions, conv, norms, attention, proj, scales = (
         (
             "cls_token", "position_embeddings", "patch_embeddings.projection", ("layernorm_before", "layernorm_after"),
@@ -159,16 +161,16 @@ def _vision(v: VisionConfig, root: str, native: bool) -> list[Group]:
         _plain(f"{root}embeddings.{positions}", "vision/positions", (1, count, size)),
         Group((f"{root}embeddings.{conv}.weight",), ("vision/patch",), Patches((size, 3, patch, patch))),
         _plain(f"{root}embeddings.{conv}.bias", "vision/patch_bias", (size,)),
-        _linear(f"{at}{attention}.{proj}.weight", f"{ours}attention/proj", (heads, depth), (size,), layers),
-        _plain(f"{at}{attention}.{proj}.bias", f"{ours}attention/proj_bias", (size,), layers=layers),
-        *_dense(f"{at}mlp.fc1", f"{ours}mlp/fc1", size, v.intermediate_size, layers),
-        *_dense(f"{at}mlp.fc2", f"{ours}mlp/fc2", v.intermediate_size, size, layers),
+        _linear(f"{at}{attention}.{proj}.weight", f"{params}attention/proj", (heads, depth), (size,), layers),
+        _plain(f"{at}{attention}.{proj}.bias", f"{params}attention/proj_bias", (size,), layers=layers),
+        *_dense(f"{at}mlp.fc1", f"{params}mlp/fc1", size, v.intermediate_size, layers),
+        *_dense(f"{at}mlp.fc2", f"{params}mlp/fc2", v.intermediate_size, size, layers),
     ]  # fmt: skip
     for i in (0, 1):
-        groups += _norm(f"{at}{norms[i]}", f"{ours}norm{i + 1}", size, v.norm, layers)
-        groups.append(_plain(f"{at}{scales[i]}", f"{ours}ls{i + 1}", (size,), layers=layers))
+        groups += _norm(f"{at}{norms[i]}", f"{params}norm{i + 1}", size, v.norm, layers)
+        groups.append(_plain(f"{at}{scales[i]}", f"{params}ls{i + 1}", (size,), layers=layers))
     if native:
-        names, leaf = [f"{at}{attention}.{c}_proj" for c in "qkv"], f"{ours}attention/qkv"
+        names, leaf = [f"{at}{attention}.{c}_proj" for c in "qkv"], f"{params}attention/qkv"
         form = Matrices((size,), (heads, depth), count=3)
         groups.append(Group(tuple(f"{n}.weight" for n in names), (leaf,), form, layers))
         if v.qkv_bias:
@@ -176,20 +178,20 @@ def _vision(v: VisionConfig, root: str, native: bool) -> list[Group]:
             groups.append(Group(tuple(f"{n}.bias" for n in names), (f"{leaf}_bias",), form, layers))
     else:
         name = f"{at}{attention}.qkv"
-        groups.append(_linear(f"{name}.weight", f"{ours}attention/qkv", (size,), (3, heads, depth), layers))
+        groups.append(_linear(f"{name}.weight", f"{params}attention/qkv", (size,), (3, heads, depth), layers))
         if v.qkv_bias:
             shape = (3, heads, depth)
-            groups.append(_plain(f"{name}.bias", f"{ours}attention/qkv_bias", (3 * size,), shape, layers))
+            groups.append(_plain(f"{name}.bias", f"{params}attention/qkv_bias", (3 * size,), shape, layers))
     if v.qk_norm:
         for c in "qk":
-            key, leaf = f"{at}{attention}.{c}_norm.weight", f"{ours}attention/{c}_norm"
+            key, leaf = f"{at}{attention}.{c}_norm.weight", f"{params}attention/{c}_norm"
             groups.append(_plain(key, leaf, (size,), (heads, depth), layers))
     return groups
 
 
 def _decoder(cfg: VLMConfig, root: str, head: str, internlm2: bool) -> list[Group]:
     """``root``: what stands before ``layers.N``; ``head``: the output head's name."""
-    d, ours = cfg.decoder, "decoder/layers/"
+    d, params = cfg.decoder, "decoder/layers/"
     size, hidden, layers = d.hidden_size, d.intermediate_size, d.num_layers
     groups, depth = d.num_kv_heads, d.head_dim
     per_group = d.num_heads // groups
@@ -204,7 +206,7 @@ def _decoder(cfg: VLMConfig, root: str, head: str, internlm2: bool) -> list[Grou
     if internlm2:
         attention, out, mlp = f"{at}attention.", "wo", f"{at}feed_forward."
         names, norms = ("w1", "w3", "w2"), ("attention_norm", "ffn_norm")
-        leaves = tuple(f"{ours}attention/{c}" for c in "qkv")
+        leaves = tuple(f"{params}attention/{c}" for c in "qkv")
         form = GroupedQKV(size, groups, per_group, depth)
         found.append(Group((f"{attention}wqkv.weight",), leaves, form, layers))
         if d.qkv_bias:
@@ -215,24 +217,26 @@ def _decoder(cfg: VLMConfig, root: str, head: str, internlm2: bool) -> list[Grou
         attention, out, mlp = f"{at}self_attn.", "o_proj", f"{at}mlp."
         names, norms = ("gate_proj", "up_proj", "down_proj"), ("input_layernorm", "post_attention_layernorm")
         for c, shape in (("q", (groups, per_group, depth)), ("k", (groups, depth)), ("v", (groups, depth))):
-            found.append(_linear(f"{attention}{c}_proj.weight", f"{ours}attention/{c}", (size,), shape, layers))
+            found.append(_linear(f"{attention}{c}_proj.weight", f"{params}attention/{c}", (size,), shape, layers))
             if d.qkv_bias:
-                key, leaf = f"{attention}{c}_proj.bias", f"{ours}attention/{c}_bias"
+                key, leaf = f"{attention}{c}_proj.bias", f"{params}attention/{c}_bias"
                 found.append(_plain(key, leaf, (math.prod(shape),), shape, layers))
-    found.append(_linear(f"{attention}{out}.weight", f"{ours}attention/o", (groups, per_group, depth), (size,), layers))
+    found.append(
+        _linear(f"{attention}{out}.weight", f"{params}attention/o", (groups, per_group, depth), (size,), layers)
+    )
     if d.out_bias:
-        found.append(_plain(f"{attention}{out}.bias", f"{ours}attention/o_bias", (size,), layers=layers))
+        found.append(_plain(f"{attention}{out}.bias", f"{params}attention/o_bias", (size,), layers=layers))
     if d.qk_norm:
         for c in "qk":
-            found += _norm(f"{attention}{c}_norm", f"{ours}attention/{c}_norm", depth, layers=layers)
+            found += _norm(f"{attention}{c}_norm", f"{params}attention/{c}_norm", depth, layers=layers)
     for name, leaf, (ins, outs) in zip(
         names, ("gate", "up", "down"), ((size, hidden), (size, hidden), (hidden, size)), strict=True
     ):
-        found.append(_linear(f"{mlp}{name}.weight", f"{ours}mlp/{leaf}", (ins,), (outs,), layers))
+        found.append(_linear(f"{mlp}{name}.weight", f"{params}mlp/{leaf}", (ins,), (outs,), layers))
         if d.mlp_bias:
-            found.append(_plain(f"{mlp}{name}.bias", f"{ours}mlp/{leaf}_bias", (outs,), layers=layers))
+            found.append(_plain(f"{mlp}{name}.bias", f"{params}mlp/{leaf}_bias", (outs,), layers=layers))
     for i in (0, 1):
-        found += _norm(f"{at}{norms[i]}", f"{ours}norm{i + 1}", size, layers=layers)
+        found += _norm(f"{at}{norms[i]}", f"{params}norm{i + 1}", size, layers=layers)
     return found
 
 

@@ -32,7 +32,7 @@ def describe(cfg: VLMConfig, tokenizer: Tokenizer, dtype: Any, longest: int = 0)
     Raises UserError, in one line, when its classes would not compute the same.
     """
     config = _config(cfg, tokenizer, longest) | {"torch_dtype": jnp.dtype(dtype).name}
-    kind, decoder = hf_config.kind_of(config), hf_config.decoder_kind(config)
+    kind, decoder = hf_config.checkpoint_kind(config), hf_config.decoder_kind(config)
     return hf.describe(config, _manifest(layout(cfg, kind, decoder), jnp.dtype(dtype)))
 
 

@@ -49,12 +49,12 @@ _TINY_6B = VisionConfig(
     qkv_bias=False, qk_norm=True,
 )  # fmt: skip
 
-NAMED: dict[str, tuple[VisionConfig, DecoderConfig]] = {
+RELEASED: dict[str, tuple[VisionConfig, DecoderConfig]] = {
     "internvl2_5-1b": (VIT_300M, _qwen2(24, 896, 4864, 14, 2)),
     "internvl2_5-2b": (VIT_300M, _internlm2(24, 2048, 8192, 16, 8)),
     "internvl2_5-4b": (VIT_300M, _qwen2(36, 2048, 11008, 16, 2)),
     "internvl2_5-8b": (VIT_300M, _internlm2(32, 4096, 14336, 32, 8)),
-    # Rotary settings of internlm2_5-20b-chat's card: the 26B's own config.json was not to be had.
+    # Rotary settings of internlm2_5-20b-chat's card: the 26B's own config.json was not available.
     "internvl2_5-26b": (
         VIT_6B,
         _internlm2(48, 6144, 16384, 48, 8, rope_theta=5e7, rope_scaling=RopeScaling("dynamic", 2.5, 32768)),
@@ -79,10 +79,10 @@ NAMED: dict[str, tuple[VisionConfig, DecoderConfig]] = {
 }
 
 
-def named(name: str) -> VLMConfig:
+def released_config(name: str) -> VLMConfig:
     """The sizes of a released (or tiny) model. Raises UserError naming the nearest names."""
-    if name not in NAMED:
-        near = difflib.get_close_matches(name.lower(), NAMED, 3, 0)
+    if name not in RELEASED:
+        near = difflib.get_close_matches(name.lower(), RELEASED, 3, 0)
         raise UserError(f"model {name!r} is unknown; did you mean {', '.join(near)}?")
-    vision, decoder = NAMED[name]
+    vision, decoder = RELEASED[name]
     return VLMConfig(vision=vision, decoder=decoder)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmprm_jax.models.attention import places_of, self_attention
+from mmprm_jax.models.attention import segment_positions, self_attention
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.decoder import Decoder
 from mmprm_jax.models.layers import plus, weight
@@ -103,21 +103,21 @@ class VLM(nnx.Module):
         *,
         keep: jax.Array | None = None,
         caches: bool = False,
-        most: int = 0,
+        max_segments: int = 0,
     ) -> tuple[jax.Array, Any]:
         """Full forward over rows of one or more examples.
 
         tokens [B, S] int32; segment [B, S] int or bool: 0 at padding (left or right), else the number of the example
         within its row; pixels [B, tiles, H, W, 3], None when no row has an image; length [B]: tokens of each whole
-        sequence, if more follow; keep: see ``embed_images``; most: see ``self_attention`` -> hidden states [B, S, D]
-        after the final norm and, with ``caches``, keys and values, each [layers, B, S, kv heads, head_dim].
+        sequence, if more follow; keep: see ``embed_images``; max_segments: see ``self_attention`` -> hidden states
+        [B, S, D] after the final norm and, with ``caches``, keys and values, each [layers, B, S, kv heads, head_dim].
         """
         segment = segment.astype(jnp.int32)
-        positions, lengths = places_of(segment)
+        positions, lengths = segment_positions(segment)
         rope = self.decoder.rope(positions, lengths if length is None else length)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, Any]:
-            return self_attention(q, k, v, segment, causal=True, most=most), (k, v) if caches else None
+            return self_attention(q, k, v, segment, causal=True, max_segments=max_segments), (k, v) if caches else None
 
         return self.decoder(self.embed(tokens, pixels, keep), rope, attend)
 

@@ -1,7 +1,7 @@
 """The programs of the sampling engine that run on the device, and the arrays they work on.
 
 Names of sizes: B shards of the batch (data x fsdp), S slots, R rows (resident prefixes), M samples of a row, P width of
-the rows, T columns of a slot, C places of the pool, L layers, G key/value heads, Q query heads of each, D head size.
+the rows, T columns of a slot, C entries of the pool, L layers, G key/value heads, Q query heads of each, D head size.
 
 A slot decodes one sample. Its attention has two parts, joined by their log-sum-exps: over the row of its prefix, of
 which all samples of a group share one copy, and over its own tokens. Slots are dense, whatever rows their samples
@@ -40,18 +40,19 @@ _NONE = -1e30  # the score of what must not be attended to
 # On CPUs the order of a sum can depend on the number of rows: a sample would depend on how many others there are.
 # YNNPACK chooses its kernels by it, and Eigen splits the terms of a sum among threads where rows are few.
 _EXACT = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_multi_thread_eigen": False}}
-LEFT_OVER = 3  # oneDNN's kernels for AVX2 take six rows at a time; one to three that are left over are summed otherwise
-FEW_ROWS = 48  # and so are small products
+# oneDNN's kernels for AVX2 take six rows at a time; one to three that are left over are summed otherwise.
+MAX_REMAINDER = 3
+SMALL_PRODUCT = 48  # rows; products with fewer are summed otherwise, too
 
 
-def rows_matter(mesh: Any) -> bool:
+def rounding_depends_on_rows(mesh: Any) -> bool:
     """Whether the sums of a row of a matrix product can depend on the number of rows, even in a ``Program``."""
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def leaves_over(rows: int) -> bool:
-    """Whether the last rows of a product of so many are summed in another order where ``rows_matter``."""
-    return 0 < rows % 6 <= LEFT_OVER
+def has_remainder_rows(rows: int) -> bool:
+    """Whether the last rows of a product of so many are summed in another order where ``rounding_depends_on_rows``."""
+    return 0 < rows % 6 <= MAX_REMAINDER
 
 
 @functools.cache
@@ -145,11 +146,11 @@ def zeros(mesh: Any, tree: Any) -> Any:
     return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree), out_shardings=shardings)()
 
 
-def new_pool(cfg: DecoderConfig, mesh: Any, places: int, dtype: Any) -> State:
+def new_pool(cfg: DecoderConfig, mesh: Any, entries: int, dtype: Any) -> State:
     """k, v [B, L, C, G, D] and the hidden states after the last norm [B, C, size] of known tokens."""
     b, spec = shards(mesh), P(BATCH, None, None, _heads(cfg)[2])
-    shape = (b, cfg.num_layers, places, cfg.num_kv_heads, cfg.head_dim)
-    hidden = ArraySpec((b, places, cfg.hidden_size), dtype, P(BATCH))
+    shape = (b, cfg.num_layers, entries, cfg.num_kv_heads, cfg.head_dim)
+    hidden = ArraySpec((b, entries, cfg.hidden_size), dtype, P(BATCH))
     return zeros(mesh, {"k": ArraySpec(shape, dtype, spec), "v": ArraySpec(shape, dtype, spec), "hidden": hidden})
 
 
@@ -237,8 +238,8 @@ def extend(params: Any, pool: State, batch: State, visual: jax.Array | None, *, 
     """Computes new tokens of E prefixes in each shard, on top of what the pool knows of them.
 
     batch, all int32: tokens [B, E, W]; picture [B, E, W]: index into ``visual``, -1 at text; known [B, E, K]: the
-    places of the tokens before, with room for W more; length [B, E]: how many there are; places [B, E, W]: where to put
-    the new ones, beyond the pool at padding (which is on the right).
+    entries of the tokens before, with room for W more; length [B, E]: how many there are; pool_entries [B, E, W]:
+    where to put the new ones, beyond the pool at padding (which is on the right).
     """
     model: VLM = nnx.merge(graphdef, params)
     b, e, w = batch["tokens"].shape
@@ -271,8 +272,8 @@ def extend(params: Any, pool: State, batch: State, visual: jax.Array | None, *, 
 
     hidden, (k, v) = model.decoder(x, rope, attend)
 
-    def store(pool: State, k: jax.Array, v: jax.Array, hidden: jax.Array, places: jax.Array) -> State:
-        at = places[0].reshape(-1)
+    def store(pool: State, k: jax.Array, v: jax.Array, hidden: jax.Array, entries: jax.Array) -> State:
+        at = entries[0].reshape(-1)
 
         def put(c: jax.Array, x: jax.Array) -> jax.Array:
             x = x.reshape(x.shape[0], -1, *x.shape[3:])
@@ -283,7 +284,9 @@ def extend(params: Any, pool: State, batch: State, visual: jax.Array | None, *, 
         return {"k": put(pool["k"], k), "v": put(pool["v"], v), "hidden": state}
 
     layout = {"k": P(BATCH, None, None, heads), "v": P(BATCH, None, None, heads), "hidden": P(BATCH)}
-    return per_shard(store, (layout, stacked, stacked, P(BATCH), P(BATCH)), layout)(pool, k, v, hidden, batch["places"])
+    return per_shard(store, (layout, stacked, stacked, P(BATCH), P(BATCH)), layout)(
+        pool, k, v, hidden, batch["pool_entries"]
+    )
 
 
 def _flat_logits(model: VLM, hidden: jax.Array, b: int) -> jax.Array:
@@ -307,17 +310,17 @@ def _ends(token: jax.Array, t: jax.Array, p: State) -> jax.Array:
 def admit(params: Any, rows: Any, state: State, pool: State, batch: State, *, graphdef: Any) -> tuple[Any, State]:
     """Copies A prefixes in each shard from the pool into rows and draws the first token of their samples.
 
-    batch: at int32 [B, A], the row, beyond R for none; places, tokens int32 [B, A, P]; length, offset int32 [B, A]; key
-    uint32 [B, A, 2]; and the sampling parameters [B, A, ...].
+    batch: at int32 [B, A], the row, beyond R for none; pool_entries, tokens int32 [B, A, P]; length, offset int32 [B,
+    A]; key uint32 [B, A, 2]; and the sampling parameters [B, A, ...].
     """
     model: VLM = nnx.merge(graphdef, params)
     b, a = batch["at"].shape
     heads = _heads(model.decoder.cfg)
     kv = P(BATCH, None, None, heads[2])
 
-    def copy(rows: Any, k: jax.Array, v: jax.Array, at: jax.Array, places: jax.Array) -> Any:
+    def copy(rows: Any, k: jax.Array, v: jax.Array, at: jax.Array, entries: jax.Array) -> Any:
         def one(i: jax.Array, rows: Any) -> Any:  # one by one: the copies of all would need much memory
-            found = tuple(c[0][:, places[0, i]].swapaxes(1, 2) for c in (k, v))  # [L, G, P, D]
+            found = tuple(c[0][:, entries[0, i]].swapaxes(1, 2) for c in (k, v))  # [L, G, P, D]
             return [
                 tuple(r.at[0, at[0, i]].set(x[layer], mode="drop") for r, x in zip(pair, found, strict=True))
                 for layer, pair in enumerate(rows)
@@ -327,14 +330,14 @@ def admit(params: Any, rows: Any, state: State, pool: State, batch: State, *, gr
 
     layout = [(heads, heads)] * len(rows)
     rows = per_shard(copy, (layout, kv, kv, P(BATCH), P(BATCH)), layout)(
-        rows, pool["k"], pool["v"], batch["at"], batch["places"]
+        rows, pool["k"], pool["v"], batch["at"], batch["pool_entries"]
     )
 
-    def last(hidden: jax.Array, places: jax.Array, length: jax.Array) -> jax.Array:
-        at = jnp.take_along_axis(places[0], jnp.maximum(length[0] - 1, 0)[:, None], axis=1)
+    def last(hidden: jax.Array, entries: jax.Array, length: jax.Array) -> jax.Array:
+        at = jnp.take_along_axis(entries[0], jnp.maximum(length[0] - 1, 0)[:, None], axis=1)
         return hidden[0][at]
 
-    hidden = per_shard(last, P(BATCH), P(BATCH))(pool["hidden"], batch["places"], batch["length"])
+    hidden = per_shard(last, P(BATCH), P(BATCH))(pool["hidden"], batch["pool_entries"], batch["length"])
     logits = _flat_logits(model, hidden, b)
 
     def start(row: State, out: State, batch: State, logits: jax.Array) -> tuple[State, State]:
@@ -491,10 +494,10 @@ def _goes_on(limit: State, carry: Any) -> jax.Array:
     """Whether ``decode`` makes another step."""
     state, queue, steps, _ = carry
     free = jnp.sum(~state["slot"]["alive"], axis=1)
-    dry = jnp.any((queue["head"] == queue["tail"]) & (free > limit["free"]))
+    dry = jnp.any((queue["head"] == queue["tail"]) & (free > limit["free_slots"]))
     waiting = jnp.any(queue["head"] < queue["tail"])
     full = jnp.any(state["slot"]["alive"] & (state["slot"]["t"] > limit["columns"]))
-    enough = (steps >= limit["most"]) | ((steps >= limit["least"]) & dry) | full
+    enough = (steps >= limit["steps"]) | ((steps >= limit["min_steps"]) & dry) | full
     return (jnp.any(state["slot"]["alive"]) | waiting) & ~enough
 
 
@@ -502,14 +505,14 @@ def _goes_on(limit: State, carry: Any) -> jax.Array:
 def decode(
     params: Any, layers: Any, rows: Any, state: State, queue: State, limit: State, *, graphdef: Any, used: int
 ) -> tuple[State, State]:
-    """Decodes until ``limit["most"]`` steps are done, or earlier when slots run dry.
+    """Decodes until ``limit["steps"]`` steps are done, or earlier when slots run dry.
 
     layers: from ``unstack``. queue: order int32 [B, R M] of samples (row * M + number) waiting for a slot, head and
-    tail int32 [B]. limit: most and least, int32: after ``least`` steps the loop ends once a shard with an empty queue
-    has more than limit["free"] free slots. used: blocks of the slots' caches that are read and written; the loop ends
-    when a slot needs more. Returns the state and a report that every process can read: count, tokens and logprobs of
-    the samples, head of the queues, steps made, ``live``, the sum over steps of live slots, and ``longest``, the tokens
-    of the longest sample in a slot.
+    tail int32 [B]. limit, int32: steps, min_steps and free_slots: after ``min_steps`` the loop ends once a shard with
+    an empty queue has more than ``free_slots`` free slots. used: blocks of the slots' caches that are read and written;
+    the loop ends when a slot needs more. Returns the state and a report that every process can read: count, tokens and
+    logprobs of the samples, head of the queues, steps made, ``live``, the sum over steps of live slots, and
+    ``longest``, the tokens of the longest sample in a slot.
     """
     model: VLM = nnx.merge(graphdef, params)
     b, s = state["slot"]["t"].shape

@@ -29,7 +29,7 @@ from mmprm_jax.sharding import put_batch
 
 _CHUNK = 1024  # tokens; longer pieces of a prefix are computed one after the other, which bounds the attention's memory
 _ADMITTED = 16  # rows of one call
-_LEAST = 128  # tokens of one call at least; smaller ones, too, sum in another order
+_MIN_BATCH = 128  # tokens of one call at least; smaller ones, too, sum in another order
 _BATCH = 2048  # tokens of one call, about; larger matrix products may sum in another order
 
 
@@ -79,16 +79,16 @@ class Counts:
         return self.live_steps / max(self.slot_steps, 1)
 
 
-def bucket(size: int, least: int) -> int:
+def bucket(size: int, minimum: int) -> int:
     """The next size with three significant bits: 32, 40, 48, 56, 64, 80, 96, …; at most a fifth is padding."""
-    unit = max(least, 1 << max(size.bit_length() - 3, 0))
+    unit = max(minimum, 1 << max(size.bit_length() - 3, 0))
     return -(-size // unit) * unit
 
 
 def _batch(count: int, width: int) -> int:
     """Rows of ``width`` tokens that are computed together when there are ``count`` left: 1, 4 or 16, if they fit."""
-    most = max(1, _BATCH // width)
-    return min(most, next((size for size in (1, 4) if count <= size and size * width >= _LEAST), 16))
+    limit = max(1, _BATCH // width)
+    return min(limit, next((size for size in (1, 4) if count <= size and size * width >= _MIN_BATCH), 16))
 
 
 @dataclasses.dataclass
@@ -98,18 +98,18 @@ class _Part:
     group: Group
     offset: int
     n: int
-    places: list[int] = dataclasses.field(default_factory=list)
+    entries: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
-class _New:
+class _NewPrefix:
     """What is not known yet of a group's prefix."""
 
     shard: int
     group: Group
-    known: list[int]  # places
+    known: list[int]  # entries of the pool
     tokens: tuple[int, ...]
-    places: list[int]  # of ``tokens``
+    entries: list[int]  # of ``tokens``
 
 
 class Recompiled(Exception):
@@ -130,36 +130,36 @@ class Engine:
         slots: int,
         samples: int,
         max_new: int,
-        places: int,
+        cache_tokens: int,
         rows: int = 0,
         steps: int = 32,
-        least: int = 32,
+        min_bucket: int = 32,
     ):
         """slots: samples decoded at a time (rounded up to a multiple of the shards; on CPUs there are 48 at least).
-        samples: of one row. max_new: the most tokens of a sample. places: tokens of prefixes that are kept, over all
-        shards. rows: resident prefixes; 0: enough for three times the slots. steps: of one call of the device at most.
-        least: unit of padding, tokens.
+        samples: of one row. max_new: the most tokens of a sample. cache_tokens: those of prefixes that are kept, over
+        all shards. rows: resident prefixes; 0: enough for three times the slots. steps: of one call of the device at
+        most. min_bucket: unit of padding, tokens.
         """
         b = device.shards(mesh)
-        self._rows_matter = device.rows_matter(mesh)
-        if self._rows_matter:
+        self._row_dependent = device.rounding_depends_on_rows(mesh)
+        if self._row_dependent:
             heads = cfg.decoder.num_heads // cfg.decoder.num_kv_heads
-            samples = next(m for m in itertools.count(samples) if not device.leaves_over(m * heads))
-            least_slots = max(-(-slots // b), device.FEW_ROWS)
-            slots = b * next(s for s in itertools.count(least_slots) if not device.leaves_over(s))
+            samples = next(m for m in itertools.count(samples) if not device.has_remainder_rows(m * heads))
+            min_slots = max(-(-slots // b), device.SMALL_PRODUCT)
+            slots = b * next(s for s in itertools.count(min_slots) if not device.has_remainder_rows(s))
         self._graphdef, self._params, self._cfg, self._mesh = graphdef, params, cfg, mesh
         self._image_token, self._shards, self._samples, self._max_new = image_token, b, samples, max_new
         self._slots = -(-slots // b)
         self._rows_per_shard = -(-rows // b) or max(2, -(-3 * self._slots // samples))
-        self._steps, self._least, self._places = steps, least, -(-places // b)
+        self._steps, self._min_bucket, self._pool_size = steps, min_bucket, -(-cache_tokens // b)
         decoder, dtype = cfg.decoder, params["decoder"]["embed"].dtype
         self._dtype = dtype
         self._layers = device.unstack(params, graphdef=graphdef)
-        self._pool = device.new_pool(decoder, mesh, self._places, dtype)
+        self._pool = device.new_pool(decoder, mesh, self._pool_size, dtype)
         self._width = 0
         self._rows: Any = []
         self._state = device.new_state(decoder, mesh, self._slots, self._rows_per_shard, samples, max_new, dtype)
-        self._cache = PrefixCache(self._places, b)
+        self._cache = PrefixCache(self._pool_size, b)
         self._waiting: list[collections.deque[_Part]] = [collections.deque() for _ in range(b)]
         self._resident: list[dict[int, _Part]] = [{} for _ in range(b)]
         self._queue: list[list[int]] = [[] for _ in range(b)]
@@ -175,18 +175,22 @@ class Engine:
 
     def submit(self, group: Group) -> None:
         """Takes a group on. Raises ValueError for one that this engine cannot sample."""
-        limit, most = self._cfg.decoder.rope_scaling, group.sampling.max_new_tokens
+        scaling, max_new = self._cfg.decoder.rope_scaling, group.sampling.max_new_tokens
         shown, tiles = group.prefix.count(self._image_token), 0 if group.pixels is None else len(group.pixels)
         if group.id in self._found:
-            raise ValueError(f"a group {group.id!r} is under way already")
+            raise ValueError(f"a group {group.id!r} is in flight already")
         if not group.prefix or group.n < 1:
             raise ValueError("needs a prefix and at least one sample")
-        if most > self._max_new:
-            raise ValueError(f"max_new_tokens is {most}; this engine samples {self._max_new} at most")
-        if limit is not None and limit.kind == "dynamic" and len(group.prefix) + most > limit.max_position:
-            raise ValueError(f"{len(group.prefix)} + {most} tokens; the model's positions end at {limit.max_position}")
-        if len(group.prefix) > self._places:
-            raise ValueError(f"a prefix of {len(group.prefix)} tokens; there is room for {self._places} (cache_tokens)")
+        if max_new > self._max_new:
+            raise ValueError(f"max_new_tokens is {max_new}; this engine samples {self._max_new} at most")
+        if scaling is not None and scaling.kind == "dynamic" and len(group.prefix) + max_new > scaling.max_position:
+            raise ValueError(
+                f"{len(group.prefix)} + {max_new} tokens; the model's positions end at {scaling.max_position}"
+            )
+        if len(group.prefix) > self._pool_size:
+            raise ValueError(
+                f"a prefix of {len(group.prefix)} tokens; there is room for {self._pool_size} (cache_tokens)"
+            )
         if shown and shown != tiles * self._cfg.tokens_per_tile:
             raise ValueError(f"{shown} image tokens, but {tiles} tiles of {self._cfg.tokens_per_tile}")
         self._found[group.id] = [None] * group.n
@@ -210,7 +214,7 @@ class Engine:
 
         A group whose prefix does not fit into the pool comes back as a UserError.
         """
-        finished = self._harvest()
+        finished = self._collect_finished()
         self._admit()
         if any(self._resident):
             self._decode()
@@ -229,7 +233,7 @@ class Engine:
                 raise samples
         return [found[group.id] for group in groups]
 
-    def _harvest(self) -> list[tuple[Hashable, list[Sample]]]:
+    def _collect_finished(self) -> list[tuple[Hashable, list[Sample]]]:
         """Waits for the decoding under way; takes finished rows off."""
         if self._report is None:
             return []
@@ -265,9 +269,9 @@ class Engine:
     def _admit(self) -> None:
         """Gives free rows to waiting groups and computes what is new in their prefixes."""
         chosen: list[list[tuple[int, _Part]]] = [[] for _ in self._waiting]
-        work: list[list[_New]] = []  # by the order in which they can be computed
+        work: list[list[_NewPrefix]] = []  # by the order in which they can be computed
         for b, waiting in enumerate(self._waiting):
-            fresh: dict[int, int] = {}  # place -> its index in ``work``
+            waves: dict[int, int] = {}  # entry -> its index in ``work``
             free = [row for row in range(self._rows_per_shard) if row not in self._resident[b]]
             while free and waiting:
                 try:
@@ -280,8 +284,8 @@ class Engine:
                 row = free.pop(0)
                 chosen[b].append((row, waiting.popleft()))
                 if new.tokens:
-                    wave = 1 + max((fresh.get(place, -1) for place in new.known), default=-1)
-                    fresh |= dict.fromkeys(new.places, wave)
+                    wave = 1 + max((waves.get(entry, -1) for entry in new.known), default=-1)
+                    waves |= dict.fromkeys(new.entries, wave)
                     work += [[] for _ in range(wave + 1 - len(work))]
                     work[wave].append(new)
         if not any(chosen):
@@ -289,9 +293,9 @@ class Engine:
         for wave in work:
             for batch in self._batches(wave):
                 self._extend(batch)
-        self._widen([part for parts in chosen for _, part in parts])
+        self._resize_rows([part for parts in chosen for _, part in parts])
         for start in range(0, max(map(len, chosen)), _ADMITTED):
-            self._place([parts[start : start + _ADMITTED] for parts in chosen])
+            self._fill_rows([parts[start : start + _ADMITTED] for parts in chosen])
         for b, parts in enumerate(chosen):
             self._resident[b].update(parts)
             self._queue[b] += [row * self._samples + i for row, part in parts for i in range(part.n)]
@@ -303,38 +307,38 @@ class Engine:
         del self._found[group.id]
         self._refused.append((group.id, UserError(f"problem {group.problem}: {error}; raise cache_tokens")))
 
-    def _find(self, b: int, part: _Part, keep: set[str]) -> _New:
+    def _find(self, b: int, part: _Part, keep: set[str]) -> _NewPrefix:
         """Looks the prefix of a group up in the pool, and makes room for what is new in it. Raises CacheFull."""
         group = part.group
         known = self._cache.find(group.problem, group.prefix)
         try:
-            places = self._cache.add(group.problem, known, group.prefix[len(known) :], keep)
+            entries = self._cache.add(group.problem, known, group.prefix[len(known) :], keep)
         except CacheFull:
             if group.problem in keep or not known:
                 raise
             self._cache.forget(group.problem)  # its other branches fill the pool
             known = []
-            places = self._cache.add(group.problem, known, group.prefix, keep)
-        part.places = known + places
-        return _New(b, group, known, group.prefix[len(known) :], places)
+            entries = self._cache.add(group.problem, known, group.prefix, keep)
+        part.entries = known + entries
+        return _NewPrefix(b, group, known, group.prefix[len(known) :], entries)
 
-    def _batches(self, work: list[_New]) -> Iterator[tuple[int, list[list[_New]]]]:
+    def _batches(self, work: list[_NewPrefix]) -> Iterator[tuple[int, list[list[_NewPrefix]]]]:
         """(width, one list for each shard) of what is computed together: like lengths, with or without images."""
         kinds = collections.defaultdict(lambda: [[] for _ in range(self._shards)])
         for new in work:
             width = self._bucket(min(len(new.tokens), _CHUNK))
             kinds[self._image_token in new.tokens, width][new.shard].append(new)
         for (_, width), parts in sorted(kinds.items(), key=lambda item: item[0]):
-            most, start = max(map(len, parts)), 0
-            while start < most:
-                size = _batch(most - start, width)
+            count, start = max(map(len, parts)), 0
+            while start < count:
+                size = _batch(count - start, width)
                 yield width, [part[start : start + size] for part in parts]
                 start += size
 
-    def _extend(self, batch: tuple[int, list[list[_New]]]) -> None:
+    def _extend(self, batch: tuple[int, list[list[_NewPrefix]]]) -> None:
         width, parts = batch
         rows = _batch(max(map(len, parts)), width)
-        visual, pictures = self._look(parts)
+        visual, pictures = self._encode_images(parts)
         shape = (self._shards, rows, width)
         for start in range(0, max(len(new.tokens) for part in parts for new in part), _CHUNK):
             longest = max(len(new.known) + min(start, len(new.tokens)) for part in parts for new in part)
@@ -344,14 +348,14 @@ class Engine:
                 "picture": np.full(shape, -1, np.int32),
                 "known": np.zeros((*shape[:2], known), np.int32),
                 "length": np.zeros(shape[:2], np.int32),
-                "places": np.full(shape, self._places, np.int32),
+                "pool_entries": np.full(shape, self._pool_size, np.int32),
             }
             for b, part in enumerate(parts):
                 for i, new in enumerate(part):
                     end = min(start + _CHUNK, len(new.tokens))
-                    before, size = new.known + new.places[:start], max(0, end - start)
+                    before, size = new.known + new.entries[:start], max(0, end - start)
                     arrays["tokens"][b, i, :size] = new.tokens[start:end]
-                    arrays["places"][b, i, :size] = new.places[start:end]
+                    arrays["pool_entries"][b, i, :size] = new.entries[start:end]
                     arrays["known"][b, i, : len(before)], arrays["length"][b, i] = before, len(before)
                     if visual is not None:
                         arrays["picture"][b, i, :size] = pictures[b][i][start:end]
@@ -363,7 +367,7 @@ class Engine:
                 device.extend, signature, self._params, self._pool, put_batch(arrays, self._mesh), visual
             )
 
-    def _look(self, parts: list[list[_New]]) -> tuple[jax.Array | None, list[list[np.ndarray]]]:
+    def _encode_images(self, parts: list[list[_NewPrefix]]) -> tuple[jax.Array | None, list[list[np.ndarray]]]:
         """The visual tokens of new images and, for every new token, which of its shard's it shows (-1: none)."""
         per_tile, indices, tiles = self._cfg.tokens_per_tile, [], []
         for part in parts:
@@ -378,11 +382,11 @@ class Engine:
                 if shown.any():
                     tiles[-1].append(new.group.pixels)
                     self.counts.images += 1
-        most = max(sum(map(len, group)) for group in tiles)
-        if not most:
+        count = max(sum(map(len, group)) for group in tiles)
+        if not count:
             return None, indices
         size = self._cfg.tile
-        pixels = np.zeros((self._shards, self._tiles(most), size, size, 3), np.float32)
+        pixels = np.zeros((self._shards, self._tiles(count), size, size, 3), np.float32)
         for b, group in enumerate(tiles):
             if group:
                 stacked = normalise(np.concatenate(group))
@@ -392,22 +396,22 @@ class Engine:
 
     def _bucket(self, tokens: int) -> int:
         """The width of a row for so many tokens."""
-        width = bucket(tokens, self._least)
-        if self._rows_matter and device.leaves_over(width) and width - tokens < device.LEFT_OVER:
-            return bucket(width + 1, self._least)  # those left over are padding
+        width = bucket(tokens, self._min_bucket)
+        if self._row_dependent and device.has_remainder_rows(width) and width - tokens < device.MAX_REMAINDER:
+            return bucket(width + 1, self._min_bucket)  # those left over are padding
         return width
 
     def _tiles(self, count: int) -> int:
         """Tiles of one call of the tower for so many."""
-        if self._rows_matter:  # the products of the tower have some rows more or less for each tile
+        if self._row_dependent:  # the products of the tower have some rows more or less for each tile
             of_tile = self._cfg.tokens_per_tile
-            count = max(count + -(-device.LEFT_OVER // of_tile), -(-device.FEW_ROWS // of_tile))
+            count = max(count + -(-device.MAX_REMAINDER // of_tile), -(-device.SMALL_PRODUCT // of_tile))
         return bucket(count, 1)
 
-    def _widen(self, parts: list[_Part]) -> None:
+    def _resize_rows(self, parts: list[_Part]) -> None:
         """Makes the rows wide enough for the longest prefix; less wide when all use less than half of it."""
         resident = [part for shard in self._resident for part in shard.values()]
-        needed = bucket(max(len(part.places) for part in parts + resident), self._least)
+        needed = bucket(max(len(part.entries) for part in parts + resident), self._min_bucket)
         if needed > self._width or 2 * needed <= self._width:
             if self._rows:
                 self._rows = device.resize(self._rows, needed)
@@ -415,12 +419,12 @@ class Engine:
                 self._rows = device.new_rows(self._cfg.decoder, self._mesh, self._rows_per_shard, needed, self._dtype)
             self._width = needed
 
-    def _place(self, parts: list[list[tuple[int, _Part]]]) -> None:
+    def _fill_rows(self, parts: list[list[tuple[int, _Part]]]) -> None:
         """Copies prefixes into rows and draws the first tokens."""
         shape = (self._shards, _ADMITTED)
         arrays = {
             "at": np.full(shape, self._rows_per_shard, np.int32),
-            "places": np.zeros((*shape, self._width), np.int32),
+            "pool_entries": np.zeros((*shape, self._width), np.int32),
             "tokens": np.zeros((*shape, self._width), np.int32),
             "length": np.zeros(shape, np.int32),
             "offset": np.zeros(shape, np.int32),
@@ -430,9 +434,9 @@ class Engine:
             arrays[name] = np.broadcast_to(value, shape + value.shape).copy()
         for b, rows in enumerate(parts):
             for i, (row, part) in enumerate(rows):
-                length = len(part.places)
+                length = len(part.entries)
                 arrays["at"][b, i], arrays["length"][b, i], arrays["offset"][b, i] = row, length, part.offset
-                arrays["places"][b, i, :length], arrays["tokens"][b, i, :length] = part.places, part.group.prefix
+                arrays["pool_entries"][b, i, :length], arrays["tokens"][b, i, :length] = part.entries, part.group.prefix
                 arrays["key"][b, i] = part.group.key
                 for name, value in part.group.sampling.arrays().items():
                     arrays[name][b, i] = value
@@ -447,7 +451,7 @@ class Engine:
         for b, queue in enumerate(self._queue):
             order[b, : len(queue)], tail[b] = queue, len(queue)
         queue = put_batch({"order": order, "head": np.zeros_like(tail), "tail": tail}, self._mesh)
-        limit = {"most": self._steps, "least": min(8, self._steps), "free": self._slots // 16}
+        limit = {"steps": self._steps, "min_steps": min(8, self._steps), "free_slots": self._slots // 16}
         limit = {name: np.int32(value) for name, value in limit.items()}
         # Only as much of the slots' caches as is in use, and the rest of it later.
         ends = itertools.accumulate(device.blocks(self._max_new))

@@ -62,9 +62,9 @@ class _Server:
     url: str
     in_flight: int = 0
     failures: int = 0  # in a row
-    rests_until: float = 0.0  # time.monotonic(), as below
+    paused_until: float = 0.0  # time.monotonic(), as below
     failing_since: float = 0.0  # 0: not failing
-    told: float = float("-inf")  # when it was warned of
+    warned_at: float = float("-inf")
     reason: str = ""  # of the last failure
 
 
@@ -320,10 +320,10 @@ class RemoteSampler:
                     self.retries += 1
                     await asyncio.sleep(min(self._pause, self._backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1))
                 try:
-                    async with self._place(home, avoid=server) as server:
+                    async with self._acquire(home, avoid=server) as server:
                         text, n_tokens = await self._post(server, data)
                 except _Retry as error:
-                    reason = self._say(str(error))
+                    reason = self._redact(str(error))
                     self._note_failure(server, reason)
                 else:
                     server.failures = server.failing_since = 0
@@ -333,30 +333,30 @@ class RemoteSampler:
         raise UserError(f"{server.url}: {reason}; given up after {self._max_attempts} attempts")
 
     def _note_failure(self, server: _Server, reason: str) -> None:
-        """A server that goes on failing rests. When all have failed for so long, ``collect`` raises UserError."""
+        """A server that goes on failing is paused. When all have failed for so long, ``collect`` raises UserError."""
         now = time.monotonic()
         server.failures += 1
         server.failing_since, server.reason = server.failing_since or now, reason
         if server.failures < FAILURES_IN_A_ROW:
             return
-        server.rests_until = now + self._pause
-        if now - server.told >= LOG_EVERY:
-            logging.warning("%s rests for %g s: %s", server.url, self._pause, reason)
-            server.told = now
+        server.paused_until = now + self._pause
+        if now - server.warned_at >= LOG_EVERY:
+            logging.warning("%s is paused for %g s: %s", server.url, self._pause, reason)
+            server.warned_at = now
         if all(s.failing_since and now - s.failing_since > PATIENCE for s in self._servers):
-            told = "; ".join(f"{s.url}: {s.reason}" for s in self._servers)
-            self._ready.put((None, UserError(f"no answer from any server for {PATIENCE:g} s ({told})")))
+            reasons = "; ".join(f"{s.url}: {s.reason}" for s in self._servers)
+            self._ready.put((None, UserError(f"no answer from any server for {PATIENCE:g} s ({reasons})")))
 
     @contextlib.asynccontextmanager
-    async def _place(self, home: _Server, avoid: _Server | None) -> AsyncIterator[_Server]:
-        """A place at a server that does not rest: not at ``avoid`` if there is another, at ``home`` if it has room."""
+    async def _acquire(self, home: _Server, avoid: _Server | None) -> AsyncIterator[_Server]:
+        """A free slot at a server that is not paused: not ``avoid`` if there is another, ``home`` if it has room."""
         while True:
             now, freed = time.monotonic(), self._freed
-            awake = [s for s in self._servers if s.rests_until <= now]
+            awake = [s for s in self._servers if s.paused_until <= now]
             free = [s for s in awake if s.in_flight < self._concurrency and (s is not avoid or len(awake) == 1)]
             if free:
                 break
-            wake = min((s.rests_until - now for s in self._servers if s.rests_until > now), default=None)
+            wake = min((s.paused_until - now for s in self._servers if s.paused_until > now), default=None)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(freed.wait(), wake)
         server = min(free, key=lambda s: (s is not home, s.in_flight))
@@ -388,12 +388,12 @@ class RemoteSampler:
         reason = f"HTTP {status}: {data.decode(errors='replace')}"
         if status in (408, 409, 429) or status >= 500:
             with contextlib.suppress(ValueError):  # it may be a date: then the usual backoff has to do
-                asked = min(float(response.headers.get("Retry-After", "0")), self._pause)
-                server.rests_until = max(server.rests_until, time.monotonic() + asked)
+                wait = min(float(response.headers.get("Retry-After", "0")), self._pause)
+                server.paused_until = max(server.paused_until, time.monotonic() + wait)
             raise _Retry(reason)
-        raise UserError(f"{server.url}: {self._say(reason)}{_HINT if status in (401, 403, 404) else ''}")
+        raise UserError(f"{server.url}: {self._redact(reason)}{_HINT if status in (401, 403, 404) else ''}")
 
-    def _say(self, text: str) -> str:
+    def _redact(self, text: str) -> str:
         """A server's words, fit for an error: without the key, on one line, of bounded length."""
         text = text.replace(self._key, "***") if self._key else text
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())

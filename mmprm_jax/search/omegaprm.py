@@ -24,11 +24,11 @@ from mmprm_jax.search import flat, paper, tree
 from mmprm_jax.search.flight import Answered, Coroutines, Flight
 from mmprm_jax.search.settings import Settings, Steps
 
-MOST_SEGMENTS = 1024  # a tree has room for solutions of this length, whatever its searches
+MAX_SEGMENTS = 1024  # a tree has room for solutions of this length, whatever its searches
 
 
 @dataclasses.dataclass
-class _Text:
+class _TreeText:
     """What the arrays of one tree only number."""
 
     problem: Problem
@@ -57,7 +57,7 @@ class _Text:
         prefixes = dict.fromkeys(solution[:j] for solution in first for j in range(1, len(solution)))
         return [prefix for prefix in prefixes if prefix not in self.nodes]
 
-    def hang(self, prefix: Steps, rollouts: tuple[Rollout, ...]) -> None:
+    def attach(self, prefix: Steps, rollouts: tuple[Rollout, ...]) -> None:
         """Adds a node after the searches, below its longest prefix."""
         length = max(j for j in range(len(prefix)) if prefix[:j] in self.nodes)
         self.parents.append(self.nodes[prefix[:length]])
@@ -86,61 +86,61 @@ class Forest(Flight):
     def __init__(self, settings: Settings, capacity: int) -> None:
         super().__init__(capacity)
         self._settings, self._constants = settings, tree.Constants.of(settings)
-        n, most, deep = settings.num_rollouts, max(0, settings.max_searches), (MOST_SEGMENTS - 1).bit_length()
-        # The last search starts below the budget and is finished; a binary search adds at most `deep` nodes.
-        self._size = min(max(0, settings.rollout_budget - 1) // n + deep, 1 + most * deep)
+        n, searches, depth = settings.num_rollouts, max(0, settings.max_searches), (MAX_SEGMENTS - 1).bit_length()
+        # The last search starts below the budget and is finished; a binary search adds at most `depth` nodes.
+        self._size = min(max(0, settings.rollout_budget - 1) // n + depth, 1 + searches * depth)
         # One local device, whatever mesh is set outside and whatever other processes do.
         self._mesh = jax.make_mesh((1,), ("trees",), (AxisType.Explicit,), devices=jax.local_devices()[:1])
         with jax.set_mesh(self._mesh):
-            self._trees = tree.empty(capacity, self._size, n, min(most, self._size * n))
-        self._texts: dict[int, _Text] = {}
+            self._trees = tree.empty(capacity, self._size, n, min(searches, self._size * n))
+        self._texts: dict[int, _TreeText] = {}
         self._rows = list(range(capacity))  # the free ones
 
     def start(self, index: int, problem: Problem) -> None:
-        self._texts[index] = _Text(problem, self._rows.pop())
-        self._ask(index, [Request(problem, (), self._settings.num_rollouts)])
+        self._texts[index] = _TreeText(problem, self._rows.pop())
+        self._request(index, [Request(problem, (), self._settings.num_rollouts)])
 
     def drop(self, index: int) -> None:
         super().drop(index)
         self._rows.append(self._texts.pop(index).row)
 
-    def _end(self, index: int, result: Tree | Failure) -> None:
+    def _finish(self, index: int, result: Tree | Failure) -> None:
         self._rows.append(self._texts.pop(index).row)
         self._finished.append((index, result))
 
     def _advance(self, ready: dict[int, Answered]) -> None:
         """Moves trees on until each wants a prefix that it has not met, or has ended: a call for all, mostly one."""
-        event, moving = self._quiet(), []
+        event, moving = self._empty_event(), []
         for index, answered in ready.items():
             text = self._texts[index]
             for request, rollouts in answered.items():
                 if text.parents:
-                    text.hang(request.prefix, rollouts)
+                    text.attach(request.prefix, rollouts)
                 else:
                     text.add(request.prefix, rollouts)
-                    self._enter(event, text)
+                    self._add_to_event(event, text)
             if text.parents:
-                self._end(index, text.tree())
+                self._finish(index, text.tree())
             else:
                 moving.append(index)
         while moving:
             with jax.set_mesh(self._mesh):
                 self._trees, report = tree.advance(self._trees, self._constants, event)
             report = jax.device_get(report)
-            event, met = self._quiet(), {index: self._follow(index, report) for index in moving}
+            event, met = self._empty_event(), {index: self._apply_report(index, report) for index in moving}
             moving = [index for index, node in met.items() if node is not None]
             for index in moving:
                 row = self._texts[index].row
                 event.which[row], event.node[row] = True, met[index]
 
-    def _quiet(self) -> tree.Event:
-        """An event without news, on the host."""
+    def _empty_event(self) -> tree.Event:
+        """An event that changes no tree, on the host."""
         b, bn = self.capacity, (self.capacity, self._settings.num_rollouts)
         which, fresh, candidates = (np.zeros(shape, bool) for shape in (b, b, bn))
         node, k, length, segments = (np.zeros(shape, np.int32) for shape in (b, b, bn, bn))
         return tree.Event(which, fresh, node, k, length, segments, candidates)
 
-    def _enter(self, event: tree.Event, text: _Text) -> None:
+    def _add_to_event(self, event: tree.Event, text: _TreeText) -> None:
         """Puts the newest node of a tree into the event."""
         row, node = text.row, len(text.prefixes) - 1
         rollouts = text.rollouts[node]
@@ -153,30 +153,30 @@ class Forest(Flight):
                 wrong.setdefault(rollout.segments, i)
         event.candidates[row, list(wrong.values())] = True
 
-    def _follow(self, index: int, report: tree.Report) -> int | None:
+    def _apply_report(self, index: int, report: tree.Report) -> int | None:
         """Does what the arrays say of a tree. Returns the node it wants if that is an old one."""
         text, s = self._texts[index], self._settings
         row = text.row
         if report.status[row] == tree.FULL:
             reason = f"problem {text.problem.id}: its tree outgrew {self._size} nodes, which are enough for "
             reason += f"rollout_budget {s.rollout_budget}, num_rollouts {s.num_rollouts}, max_searches {s.max_searches}"
-            self._end(index, Failure(f"{reason} and solutions of up to {MOST_SEGMENTS} segments"))
+            self._finish(index, Failure(f"{reason} and solutions of up to {MAX_SEGMENTS} segments"))
         elif report.status[row] == tree.FINISHED:
             size = len(text.prefixes)
             text.parents, text.visits = (x[row, :size].tolist() for x in (report.parent, report.visits))
             text.searches = tuple((int(i), int(j)) for i, j in report.log[row, : report.searches[row]])
             missing = text.missing(s.right_solutions) if 0 < text.k(0) < s.num_rollouts else []
             if missing:
-                self._ask(index, [Request(text.problem, prefix, s.num_rollouts) for prefix in missing])
+                self._request(index, [Request(text.problem, prefix, s.num_rollouts) for prefix in missing])
             else:
-                self._end(index, text.tree())
+                self._finish(index, text.tree())
         else:
             node = report.node[row]
             rollout = text.rollouts[node][report.rollout[row]]
             prefix = text.prefixes[node] + rollout.segments[: report.middle[row]]
             if prefix in text.nodes:
                 return text.nodes[prefix]
-            self._ask(index, [Request(text.problem, prefix, s.num_rollouts)])
+            self._request(index, [Request(text.problem, prefix, s.num_rollouts)])
         return None
 
 
@@ -206,10 +206,10 @@ def grow(
             ids.add(problem.id)
             growing[index] = problem
             forest.start(index, problem)
-        wanted = forest.requests()
-        open_requests.update((request, index) for index, request in wanted)
-        if wanted:
-            sampler.submit([request for _, request in wanted])
+        requests = forest.requests()
+        open_requests.update((request, index) for index, request in requests)
+        if requests:
+            sampler.submit([request for _, request in requests])
         ended = forest.finished()
         for index, result in ended:
             sampler.release(growing.pop(index).id)

@@ -49,7 +49,7 @@ class _Builder:
         self.states: list[_State] = []
         self.searches: list[tuple[int, int]] = []
         self.rollouts = 0
-        self.asked: Counter[Steps] = Counter()
+        self.repeats: Counter[Steps] = Counter()
         self.heap: list[tuple[float, _State, Steps]] = []  # stale entries stay: the order of ties depends on them
         self.priorities: dict[tuple[int, Steps], float] = {}
 
@@ -64,10 +64,10 @@ class _Builder:
     def estimate(self, state: _State) -> Generator[list[Request], Answers, None]:
         """Samples the rollouts of a state; the wrong ones become candidates unless all are wrong."""
         prefix, n = tuple(step.strip() for step in state.prefix), self.settings.num_rollouts
-        (rollouts,) = yield [Request(self.problem, prefix, n, self.asked[prefix])]
+        (rollouts,) = yield [Request(self.problem, prefix, n, self.repeats[prefix])]
         if len(rollouts) != n:
-            raise ValueError(f"problem {self.problem.id}: asked for {n} rollouts, was sent {len(rollouts)}")
-        self.asked[prefix] += 1
+            raise ValueError(f"problem {self.problem.id}: {n} rollouts were requested, {len(rollouts)} came")
+        self.repeats[prefix] += 1
         self.rollouts += n
         state.rollouts, state.k = tuple(rollouts), sum(r.correct for r in rollouts)
         for i, rollout in enumerate(rollouts):

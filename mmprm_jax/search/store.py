@@ -43,7 +43,7 @@ def part_path(folder: epath.Path, shard: range) -> epath.Path:
     return folder / f"trees-{shard.start:06d}.part"
 
 
-def each_tree(folder: epath.Path) -> Iterator[Tree]:
+def iter_trees(folder: epath.Path) -> Iterator[Tree]:
     """All trees of the complete shards of an annotation, in the order of the problems. Raises UserError if none."""
     shards = sorted(folder.glob("trees-*.jsonl"))
     if not shards:
@@ -53,15 +53,15 @@ def each_tree(folder: epath.Path) -> Iterator[Tree]:
 
 
 def read_trees(folder: epath.Path) -> list[Tree]:
-    """As ``each_tree``, all of them at once."""
-    return list(each_tree(folder))
+    """As ``iter_trees``, all of them at once."""
+    return list(iter_trees(folder))
 
 
 class Store:
     """The trees of ``problems``, of which this worker (``index`` of ``count``) grows every count-th shard.
 
     ``writes``: False reads only, for further processes of the same worker. Creating a store writes nothing yet: all
-    processes of a worker must have read the same before one of them goes on with ``mend``.
+    processes of a worker must have read the same before one of them goes on with ``repair``.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Store:
         self.done += len(trees)
         self.todo += [i for i in shard if i not in trees]
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Does what an interruption left undone. Call it before anything is added."""
         if self._writes:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ class Store:
         del self._trees[shard.start]
         return True
 
-    def give_up(self) -> None:
+    def complete_without_failed(self) -> None:
         """Completes the shards without the trees that failed."""
         for shard in [shard for shard in self.shards if shard.start in self._trees]:
             self._complete(shard, frozenset(self.failed))
@@ -188,7 +188,7 @@ def _key(request: Request) -> Key:
     return request.problem.id, request.prefix, request.repeat, request.n
 
 
-class Recalling:
+class CachedSampler:
     """A sampler that answers from the store what an earlier run was answered, and remembers the rest there.
 
     ``poll`` is called whenever new answers were remembered; it may end the process.

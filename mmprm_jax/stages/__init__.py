@@ -19,14 +19,14 @@ from absl import logging
 
 from mmprm_jax import environment, interruption, manifest
 from mmprm_jax.manifest import Depth
-from mmprm_jax.processes import in_first, is_first, wait_for_all
+from mmprm_jax.processes import check_on_first, is_first, wait_for_all
 from mmprm_jax.records import UserError
 from mmprm_jax.report import report as report_page
 from mmprm_jax.schema import raise_for
 from mmprm_jax.settings import Config, Training
 from mmprm_jax.sharding import BATCH, row_share
 from mmprm_jax.stages import annotate, data, evaluate, models, report, sft, train_prm, training
-from mmprm_jax.stages.run import Figures, Run, mesh_of, own_mesh_of
+from mmprm_jax.stages.run import Figures, Run, process_mesh, run_mesh
 
 TRAINING = ("sft", "train_prm")  # the stages that train
 
@@ -39,37 +39,37 @@ def _data(run: Run) -> Figures:
 
 def _job(run: Run, name: str) -> training.Job:
     c: Training = run.config[name]
-    return training.Job(name, c, run.folder(name), run.config.max_tiles, run.config.seed, mesh_of(run.config))
+    return training.Job(name, c, run.folder(name), run.config.max_tiles, run.config.seed, run_mesh(run.config))
 
 
 def _sft(run: Run) -> Figures:
     if not run.config.sft.steps:
         if not run.config.policy:
-            raise UserError("sft.steps is 0: name the policy that is left as it is, --config.policy=FOLDER_OR_HUB_ID")
+            raise UserError("sft.steps is 0: name the policy to use as it is, --config.policy=FOLDER_OR_HUB_ID")
         return {}
-    language, job = models.language_of(run), _job(run, "sft")
+    language, job = models.load_language(run), _job(run, "sft")
     return sft.sft(run.config.sft, job, run.data, language, lambda: models.policy_start(run, language, job.mesh))
 
 
 def _annotate(run: Run) -> Figures:
     c = run.config.annotate
-    mesh = mesh_of(run.config) if annotate.is_together(c) else own_mesh_of(run.config)
+    mesh = run_mesh(run.config) if annotate.is_together(c) else process_mesh(run.config)
     return annotate.annotate(
-        c, run.problems("train"), run.data, run.folder("annotate"), lambda: models.policy_of(run, c, mesh), mesh,
+        c, run.problems("train"), run.data, run.folder("annotate"), lambda: models.load_policy(run, c, mesh), mesh,
         run.config.seed,
     )  # fmt: skip
 
 
 def _train_prm(run: Run) -> Figures:
     c, job = run.config.train_prm, _job(run, "train_prm")
-    language = models.language_of(run).with_prm(kappa=c.needs_kappa)
+    language = models.load_language(run).with_prm(kappa=c.needs_kappa)
     return train_prm.train(
         c, job, run.folder("annotate"), run.data, language, lambda: models.prm_start(run, language, job.mesh)
     )
 
 
 def _evaluate(run: Run) -> Figures:
-    return evaluate.evaluate(evaluate.inputs_of(run))
+    return evaluate.evaluate(evaluate.make_inputs(run))
 
 
 def _report(run: Run) -> Figures:
@@ -114,12 +114,12 @@ def run_stage(run: Run, stage: str, make: Callable[[Run], Figures] | None = None
     make: what the stage does; default: that of ``STAGES``. Raises UserError when what the stage reads is no longer what
     was written.
     """
-    mesh = mesh_of(run.config)
+    mesh = run_mesh(run.config)
     with jax.set_mesh(mesh):
         done = stage != "report" and run.figures(stage) is not None
         wait_for_all(f"stage {stage}: begin")  # before one of them can be done with it
         if done:
-            in_first(lambda: manifest.check(run, [stage], Depth.SIZES))
+            check_on_first(lambda: manifest.check(run, [stage], Depth.SIZES))
             logging.info("%s: already done", stage)
             return
         interruption.check()
@@ -129,7 +129,7 @@ def run_stage(run: Run, stage: str, make: Callable[[Run], Figures] | None = None
         if unfinished:
             raise UserError(f"{stage}: the stage {unfinished[0]} has not finished; run `mmprm {unfinished[0]}` first")
         run.folder(stage).mkdir(parents=True, exist_ok=True)
-        in_first(lambda: manifest.begin(run, stage))
+        check_on_first(lambda: manifest.begin(run, stage))
         started = time.monotonic()
         figures = (make or STAGES[stage])(run)
         if is_first():
@@ -150,7 +150,7 @@ def force(run: Run, stage: str, command: str) -> None:
 
 def pipeline(run: Run) -> None:
     """All stages, and the table of results."""
-    check_rows(run.config, mesh_of(run.config), TRAINING)
+    check_rows(run.config, run_mesh(run.config), TRAINING)
     for stage in STAGES:
         run_stage(run, stage)
     if not is_first():

@@ -20,7 +20,7 @@ from mmprm_jax import io, manifest, records, stages
 from mmprm_jax.answers.official import MODES
 from mmprm_jax.data import training_files
 from mmprm_jax.manifest import Depth
-from mmprm_jax.processes import in_first, is_first, wait_for_all
+from mmprm_jax.processes import check_on_first, is_first, wait_for_all
 from mmprm_jax.records import Candidate, Problem, UserError
 from mmprm_jax.stages import evaluate
 from mmprm_jax.stages.run import Run
@@ -73,7 +73,7 @@ class OfficialRules(evaluate.Rules):
         return str(self._rows.get(problem.id, {}).get("category") or problem.source)
 
 
-def rules_of(file: epath.Path, problems: Sequence[Problem], scoring: str) -> OfficialRules:
+def load_rules(file: epath.Path, problems: Sequence[Problem], scoring: str) -> OfficialRules:
     """The rules for a file of problems.
 
     scoring: "" for the mode of each prepared row, ``VERIFIER``, or a key of MODES for all. Raises UserError.
@@ -88,7 +88,7 @@ def rules_of(file: epath.Path, problems: Sequence[Problem], scoring: str) -> Off
     return OfficialRules(problems, rows)
 
 
-def run_of(base: Run, file: epath.Path) -> Run:
+def benchmark_run(base: Run, file: epath.Path) -> Run:
     """The run whose evaluation is that of another file of problems. It has a folder of its own."""
     section = dataclasses.replace(base.config.evaluate, calibration_problems=0)
     config = dataclasses.replace(base.config, evaluate=section)
@@ -115,14 +115,14 @@ def run(base: Run, problems: str, scoring: str) -> Mapping[str, Any]:
     """Evaluates the file. Returns the figures of ``evaluate``, and ``scoring``. Raises UserError, Interrupted."""
     if base.figures("evaluate") is None:
         raise UserError(f"{base.workdir}: its evaluation has not finished; run `mmprm evaluate` there first")
-    in_first(lambda: manifest.check(base, ["data", "sft", "train_prm", "evaluate"], Depth.RECORDS))
+    check_on_first(lambda: manifest.check(base, ["data", "sft", "train_prm", "evaluate"], Depth.RECORDS))
     file = epath.Path(problems)
-    test, other = records.read_problems(file), run_of(base, file)
-    rules = rules_of(file, test, scoring)
+    test, other = records.read_problems(file), benchmark_run(base, file)
+    rules = load_rules(file, test, scoring)
     begin(base, file, rules.modes, other.folder("evaluate"))
 
     def make(other: Run) -> dict[str, Any]:
-        own = evaluate.inputs_of(other)
+        own = evaluate.make_inputs(other)
         return evaluate.evaluate(dataclasses.replace(own, test=test, data=file.parent, controls=False, rules=rules))
 
     stages.run_stage(other, "evaluate", make)

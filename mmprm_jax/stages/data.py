@@ -32,7 +32,7 @@ def take(config: Config, data: epath.Path, folder: epath.Path) -> dict[str, Any]
     """
     problems = {split: len(records.read_problems(data / f"{split}.jsonl")) for split in digits.SPLITS}
     figures: dict[str, Any] = {"problems": problems}
-    for name in config.sft.files if config.sft.steps else ():  # told before anything is trained
+    for name in config.sft.files if config.sft.steps else ():  # found before anything is trained
         if not (data / name).exists():
             raise UserError(f"{data / name}: no such file; sft.files names it")
     if is_first() and not config.policy and not (data / "tokenizer.json").exists():

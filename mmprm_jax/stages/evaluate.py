@@ -33,7 +33,7 @@ from mmprm_jax.records import Candidate, Problem, Request, Rollout, ScoredCandid
 from mmprm_jax.rollout.rollouts import LocalSampler
 from mmprm_jax.settings import Evaluate
 from mmprm_jax.stages import models
-from mmprm_jax.stages.run import Run, own_mesh_of
+from mmprm_jax.stages.run import Run, process_mesh
 
 Grouped = dict[str, list[Candidate]]  # by problem id, in the order of the problems
 Make = Callable[[], LocalSampler]
@@ -77,12 +77,12 @@ class Inputs:
         return self.dev if split == "dev" else self.test
 
 
-def inputs_of(run: Run) -> Inputs:
+def make_inputs(run: Run) -> Inputs:
     """The evaluation of a run, with its own models and problems."""
-    mesh, folder = own_mesh_of(run.config), run.folder("evaluate")
+    mesh, folder = process_mesh(run.config), run.folder("evaluate")
     return Inputs(
         run.config.evaluate, run.problems("dev"), run.problems("test"), run.data, folder, folder,
-        lambda: models.policy_of(run, run.config.evaluate, mesh), lambda: models.prm_of(run, mesh), mesh,
+        lambda: models.load_policy(run, run.config.evaluate, mesh), lambda: models.load_prm(run, mesh), mesh,
         run.config.seed,
     )  # fmt: skip
 
@@ -123,7 +123,7 @@ def _loads(left: Sequence[Any]) -> bool:
     return bool(left) or jax.process_count() > 1
 
 
-def candidates_of(pieces: Pieces, problems: Sequence[Problem], n: int, make: Make, title: str) -> Grouped:
+def sample_candidates(pieces: Pieces, problems: Sequence[Problem], n: int, make: Make, title: str) -> Grouped:
     """``n`` solutions of each problem: what the file of ``pieces`` holds, or else sampled and written there."""
     path = pieces.path
     if not path.exists():
@@ -205,12 +205,12 @@ def _sample(inputs: Inputs, sampler: Make) -> Samples:
     def file(name: str) -> Pieces:
         return Pieces(inputs.sampled / f"{name}.jsonl")
 
-    def likeliest() -> LocalSampler:
+    def greedy_sampler() -> LocalSampler:
         return sampler().variant("greedy", temperature=0.0)
 
-    found_dev = candidates_of(file("dev_candidates"), dev, c.n, sampler, "sample dev")
-    found_test = candidates_of(file("test_candidates"), test, c.n, sampler, "sample test")
-    greedy = candidates_of(file("test_greedy"), test, 1, likeliest, "greedy test")
+    found_dev = sample_candidates(file("dev_candidates"), dev, c.n, sampler, "sample dev")
+    found_test = sample_candidates(file("test_candidates"), test, c.n, sampler, "sample test")
+    greedy = sample_candidates(file("test_greedy"), test, 1, greedy_sampler, "greedy test")
     found_test, greedy = ({p: list(map(inputs.rules.judge, g)) for p, g in x.items()} for x in (found_test, greedy))
     steps = step_values(
         file("test_steps"), test[: c.calibration_problems], found_test, c.calibration_rollouts,
@@ -219,11 +219,11 @@ def _sample(inputs: Inputs, sampler: Make) -> Samples:
     if inputs.controls:
         shown = {p.id: other for p, other in zip(test, shuffled(test), strict=True)}
 
-        def elsewhere() -> LocalSampler:
+        def shuffled_sampler() -> LocalSampler:
             own = sampler().pixels
             return sampler().variant("control", pixels=lambda p: own(shown[p.id]))
 
-        candidates_of(file("test_shuffled_candidates"), test, c.n, elsewhere, "shuffled test")
+        sample_candidates(file("test_shuffled_candidates"), test, c.n, shuffled_sampler, "shuffled test")
     return Samples(found_dev, found_test, greedy, steps)
 
 
@@ -309,11 +309,11 @@ def values(inputs: Inputs, aggregator: str) -> Callable[[Any], list[list[float]]
     prm, combine = functools.cache(inputs.prm), aggregate.AGGREGATORS[aggregator]
 
     def value(found: Sequence[tuple[Problem, Sequence[tuple[str, ...]]]]) -> list[list[float]]:
-        asked = []
+        groups = []
         for problem, solutions in found:
             pixels = prm().pixels(inputs.data)(problem)
-            asked.append(prm().tokens(problem.question, solutions, [] if pixels is None else [pixels]))
-        return [[combine(np.array(s)) for s in group] for group in prm().scorer.score(asked)]
+            groups.append(prm().tokens(problem.question, solutions, [] if pixels is None else [pixels]))
+        return [[combine(np.array(s)) for s in group] for group in prm().scorer.score(groups)]
 
     return value
 

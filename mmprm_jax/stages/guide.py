@@ -35,7 +35,7 @@ def run(run: Run, names: Sequence[str]) -> dict[str, Any]:
     if unknown:
         raise UserError(f"{unknown[0]}: no such search; there are {', '.join(METHODS)}")
     methods = {name: METHODS[name](c.beams, c.width, c.ahead) for name in names}
-    inputs, aggregator = evaluate.inputs_of(run), figures["prm_selected"]
+    inputs, aggregator = evaluate.make_inputs(run), figures["prm_selected"]
     folder.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(inputs.mesh), evaluate.lazy_sampler(inputs) as sampler:
         value = evaluate.values(inputs, aggregator)

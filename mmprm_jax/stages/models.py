@@ -18,7 +18,7 @@ from mmprm_jax.stages.run import Run
 from mmprm_jax.training.checkpoints import load_params
 
 
-def language_of(run: Run) -> Language:
+def load_language(run: Run) -> Language:
     """The policy's: that of ``config.policy``, or of a model of our own. Weights are not read for it."""
     c = run.config
     if c.policy:
@@ -32,7 +32,7 @@ def language_of(run: Run) -> Language:
     return Language.own(tokenizer, VLMConfig.from_dict(sizes))
 
 
-def params_of(run: Run, stage: str, language: Language, mesh: Any, dtype: str = "") -> Any:
+def load_stage_params(run: Run, stage: str, language: Language, mesh: Any, dtype: str = "") -> Any:
     """The weights that ``stage`` trained, or those of ``config.policy`` if there was nothing to train.
 
     dtype: default as stored.
@@ -44,23 +44,23 @@ def params_of(run: Run, stage: str, language: Language, mesh: Any, dtype: str = 
     return load_params(run.folder(stage) / "params", shapes)
 
 
-def policy_of(run: Run, settings: EngineSettings, mesh: Any) -> Policy:
+def load_policy(run: Run, settings: EngineSettings, mesh: Any) -> Policy:
     """The policy that samples with ``settings``: another checkpoint that they name, or the run's own."""
     template = getattr(settings, "template", "")  # the evaluation has none
     if other := getattr(settings, "policy", ""):
         found = Policy.from_pretrained(other, mesh=mesh, dtype=settings.dtype or None, template=template or None)
         return dataclasses.replace(found, max_tiles=run.config.max_tiles, thumbnail=True)
-    language = language_of(run)
+    language = load_language(run)
     if run.config.policy and template:
         language = Language.released(language.tokenizer, language.cfg, template)
-    params = params_of(run, "sft", language, mesh, settings.dtype)
+    params = load_stage_params(run, "sft", language, mesh, settings.dtype)
     return Policy(language, params, mesh, run.config.max_tiles)
 
 
-def prm_of(run: Run, mesh: Any) -> PRM:
+def load_prm(run: Run, mesh: Any) -> PRM:
     """The run's PRM, as the evaluation uses it."""
-    c, language = run.config.evaluate, language_of(run).with_prm()
-    params = params_of(run, "train_prm", language, mesh, c.dtype)
+    c, language = run.config.evaluate, load_language(run).with_prm()
+    params = load_stage_params(run, "train_prm", language, mesh, c.dtype)
     problems = max(1, c.score_rows // 4)
     return PRM(language, params, mesh, run.config.max_tiles, problems=problems, solutions=4, bucket=16)
 
@@ -87,6 +87,6 @@ def prm_start(run: Run, language: Language, mesh: Any) -> convert.Start:
             source, mesh, prm=True, kappa=language.cfg.kappa, remat=language.cfg.remat, seed=c.seed, **adapters
         )
     cfg, image = training.with_adapters(language.cfg, **adapters), language.image_token
-    params = build.add_token(params_of(run, "sft", language_of(run), mesh), mesh)
+    params = build.add_token(load_stage_params(run, "sft", load_language(run), mesh), mesh)
     params = build.complete(params, cfg, image, c.seed, mesh)
     return training.own_start(cfg, build.abstract(cfg, image, mesh)[0], params, language, mesh)

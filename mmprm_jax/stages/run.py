@@ -53,7 +53,7 @@ class Run:
 
     def figures(self, stage: str) -> Figures | None:
         """What a finished stage reported; None when it has not finished. Raises UserError if that is damaged."""
-        found = manifest.read_done(self.folder(stage), manifest.again(self, stage))
+        found = manifest.read_done(self.folder(stage), manifest.remedy_for(self, stage))
         return None if found is None else {key: value for key, value in found.items() if key != "manifest"}
 
     def problems(self, split: str) -> list[Problem]:
@@ -73,21 +73,21 @@ class Run:
         for split in digits.SPLITS:
             yield from (self.data / p.image for p in records.read(self.data / f"{split}.jsonl", Problem) if p.image)
         for path in (self.data / name for name in self._demonstrations()):
-            found = records.read(path, SFTExample) if path.exists() else ()  # told by the stage that needs it
+            found = records.read(path, SFTExample) if path.exists() else ()  # reported by the stage that needs it
             yield from (path.parent / x.image for x in found if x.image)
 
     def _demonstrations(self) -> Sequence[str]:
         return self.config.sft.files if self.config.sft.steps else ()
 
 
-def mesh_of(config: Config) -> Mesh:
+def run_mesh(config: Config) -> Mesh:
     """Over the devices of all processes."""
     return make_mesh(_shape(config))
 
 
-def own_mesh_of(config: Config) -> Mesh:
+def process_mesh(config: Config) -> Mesh:
     """Over the devices of this process."""
-    return mesh_of(config) if jax.process_count() == 1 else make_own_mesh(_shape(config))
+    return run_mesh(config) if jax.process_count() == 1 else make_own_mesh(_shape(config))
 
 
 def _shape(config: Config) -> dict[str, int]:

@@ -28,7 +28,7 @@ from mmprm_jax import config as configs
 from mmprm_jax import io, manifest, records, stages
 from mmprm_jax.evaluation import best_of_n, statistics
 from mmprm_jax.manifest import Depth
-from mmprm_jax.processes import in_first
+from mmprm_jax.processes import check_on_first
 from mmprm_jax.records import ScoredCandidate, UserError
 from mmprm_jax.settings import Config
 from mmprm_jax.stages import evaluate
@@ -97,7 +97,7 @@ def cell_run(base: Run, config: Config, workdir: epath.Path) -> Run:
 
 def _evaluation(base: Run, run: Run) -> evaluate.Inputs:
     """Of a cell: its PRM on what the run's policy sampled, without controls."""
-    return dataclasses.replace(evaluate.inputs_of(run), sampled=base.folder("evaluate"), controls=False)
+    return dataclasses.replace(evaluate.make_inputs(run), sampled=base.folder("evaluate"), controls=False)
 
 
 def run(base: Run, settings: Sequence[tuple[Cell, Config]], grid: Grid) -> str:
@@ -107,7 +107,7 @@ def run(base: Run, settings: Sequence[tuple[Cell, Config]], grid: Grid) -> str:
     """
     if base.figures("annotate") is None:
         raise UserError(f"{base.workdir}: its annotation has not finished; run `mmprm annotate` there first")
-    in_first(lambda: manifest.check(base, ["data", "sft", "annotate"], Depth.ALL))
+    check_on_first(lambda: manifest.check(base, ["data", "sft", "annotate"], Depth.ALL))
     folder = base.workdir / "sweep"
     runs = [cell_run(base, config, configs.guard_workdir(folder / cell.name, config)) for cell, config in settings]
     base.folder("evaluate").mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from mmprm_jax.processes import is_first, wait_for_all
 from mmprm_jax.records import StepExample, Tree, UserError
 from mmprm_jax.schema import from_config
 from mmprm_jax.search import labels, paper
-from mmprm_jax.search.store import each_tree
+from mmprm_jax.search.store import iter_trees
 from mmprm_jax.settings import TrainPRM
 from mmprm_jax.sharding import make_mesh
 from mmprm_jax.stages import training
@@ -54,7 +54,7 @@ def step_examples(
     chosen, labelled = from_config(labels.LabelSettings, config), EXAMPLES[config.mode]
 
     def write() -> None:
-        found = (example for tree in each_tree(trees) for example in labelled(tree, chosen, job.seed))
+        found = (example for tree in iter_trees(trees) for example in labelled(tree, chosen, job.seed))
         if not records.write(path, found, noted=True):
             raise UserError(
                 "train_prm: no tree has both right and wrong solutions; the policy is too weak or too strong"
@@ -88,8 +88,8 @@ def train_prm(
     config, folder = schema.given(TrainPRM, settings), epath.Path(folder)
     mesh = mesh or make_mesh({"fsdp": -1})
     source, model = convert.inspect(policy)
-    most, _ = hf_config.tiling(model.config)
-    job = training.Job("train_prm", config, folder, max_tiles or most, seed, mesh)
+    default_tiles, _ = hf_config.tiling(model.config)
+    job = training.Job("train_prm", config, folder, max_tiles or default_tiles, seed, mesh)
     language = Language.stored(Tokenizer.load(source), model.cfg, model.config).with_prm(config.needs_kappa)
 
     def start() -> convert.Start:

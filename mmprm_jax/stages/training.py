@@ -101,5 +101,5 @@ def with_adapters(cfg: VLMConfig, lora_rank: int, lora_alpha: float) -> VLMConfi
 
 def own_start(cfg: VLMConfig, graphdef: Any, params: Any, language: Language, mesh: Any) -> convert.Start:
     """A model of our own sizes, to be trained."""
-    loaded = convert.from_nothing(cfg, language.tokenizer, params, mesh)
+    loaded = convert.from_scratch(cfg, language.tokenizer, params, mesh)
     return convert.Start(cfg, graphdef, params, language.tokenizer, loaded)

@@ -27,8 +27,10 @@ _TOKENS_AT_ONCE = 1024  # logits of so many tokens are in the memory of a device
 
 def hidden_states(model: VLM, batch: Batch) -> jax.Array:
     """[B, S, D] after the final norm."""
-    most = batch["example"].shape[1] if "example" in batch else 0
-    return model(batch["tokens"], batch["segment"], batch.get("pixels"), keep=batch.get("keep"), most=most)[0]
+    max_segments = batch["example"].shape[1] if "example" in batch else 0
+    return model(
+        batch["tokens"], batch["segment"], batch.get("pixels"), keep=batch.get("keep"), max_segments=max_segments
+    )[0]
 
 
 def policy_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -158,8 +160,8 @@ def _log_beta_binomial_forward(margin: jax.Array, kappa: jax.Array, k: jax.Array
         return total, by_margin, by_kappa
 
     zero = jnp.zeros_like(margin)
-    most = jnp.max(n, initial=0.0).astype(jnp.int32)
-    total, *gradient = jax.lax.fori_loop(0, most, lambda i, sums: add(i.astype(jnp.float32), sums), (zero,) * 3)
+    largest = jnp.max(n, initial=0.0).astype(jnp.int32)
+    total, *gradient = jax.lax.fori_loop(0, largest, lambda i, sums: add(i.astype(jnp.float32), sums), (zero,) * 3)
     return total, tuple(gradient)
 
 

@@ -30,7 +30,7 @@ MATRICES: tuple[tuple[str, MuonDimensionNumbers], ...] = (
 
 
 # Learning rates of some parameters, as multiples.
-FASTER: tuple[tuple[str, float], ...] = ((r"^kappa/", 10.0),)  # the concentration's head (arXiv 2605.15529)
+UPDATE_SCALES: tuple[tuple[str, float], ...] = ((r"^kappa/", 10.0),)  # the concentration's head (arXiv 2605.15529)
 MOMENTS = ("float32", "bfloat16")
 
 
@@ -47,7 +47,7 @@ def _decayed(params: Any) -> Any:
     )
 
 
-def _kept_in_bfloat16(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def _moments_in_bfloat16(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """``optimizer`` with its float32 state kept in bfloat16 between updates, which are computed in float32.
 
     It is rounded up or down at random: a moving average that is rounded to the nearest stops where its change is below
@@ -65,13 +65,13 @@ def _kept_in_bfloat16(optimizer: optax.GradientTransformation) -> optax.Gradient
         old = cast(state["optimizer"], jnp.bfloat16, lambda x: x.astype(jnp.float32))
         updates, new = optimizer.update(grads, old, params)
         leaf, key = itertools.count(), jax.random.fold_in(jax.random.key(0), state["step"])
-        new = cast(new, jnp.float32, lambda x: round_at_random(x, jax.random.fold_in(key, next(leaf))))
+        new = cast(new, jnp.float32, lambda x: stochastic_round(x, jax.random.fold_in(key, next(leaf))))
         return updates, {"optimizer": new, "step": state["step"] + 1}
 
     return optax.GradientTransformation(init, update)
 
 
-def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     """float32 to one of its two neighbours in bfloat16, so that the mean is x; what bfloat16 holds stays as it is."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     # Adding less than one unit of the upper half carries into it as often as the lower half is large.
@@ -80,9 +80,9 @@ def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def _faster() -> optax.GradientTransformation:
+def _scale_updates() -> optax.GradientTransformation:
     def factor(path: tuple, update: Any) -> Any:
-        return update * next((times for pattern, times in FASTER if re.search(pattern, path_name(path))), 1.0)
+        return update * next((times for pattern, times in UPDATE_SCALES if re.search(pattern, path_name(path))), 1.0)
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(factor, updates))
 
@@ -122,8 +122,8 @@ def make(s: Settings, steps: int) -> optax.GradientTransformation:
     else:
         raise ValueError(f"{s.name!r} is not an optimizer")
     if s.moments != "float32":
-        optimizer = _kept_in_bfloat16(optimizer)
-    return optax.chain(optax.clip_by_global_norm(s.clip), optimizer, _faster())
+        optimizer = _moments_in_bfloat16(optimizer)
+    return optax.chain(optax.clip_by_global_norm(s.clip), optimizer, _scale_updates())
 
 
 def init(optimizer: optax.GradientTransformation, params: Any, mesh: Any) -> Any:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from mmprm_jax import settings
 from mmprm_jax.interruption import Interrupted
 from mmprm_jax.metrics import Metrics, progress
-from mmprm_jax.processes import asked_to_end
+from mmprm_jax.processes import stop_requested
 from mmprm_jax.records import UserError
 from mmprm_jax.schema import problems, raise_for
 from mmprm_jax.sharding import BATCH, fit_spec, parameter_shardings, put_rows, reshape
@@ -206,7 +206,7 @@ def fit(
                 if before:
                     _check(name, *before)
                 before = (done, scalars, examples)
-                stop = asked_to_end(done)
+                stop = stop_requested(done)
                 saved = stop or done % s.checkpoint_every == 0 or done == s.steps
                 if saved or done % s.log_every == 0:
                     values = _check(name, *before)

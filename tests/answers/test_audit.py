@@ -133,9 +133,9 @@ def test_an_interruption_does_not_promise_to_go_on():
     assert done.returncode == 143 and done.stderr.strip() == "mmprm: stopped as asked; the same command begins again"
 
 
-def test_unknown_modes_are_told():
+def test_unknown_modes_are_reported():
     with pytest.raises(UserError, match="--mode=nothing: no such mode; there are default, mathverse, mathvision, "):
-        audit.mode_of("nothing")
+        audit.find_mode("nothing")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The final answer of a free-form response, and functions that only numbers decide."""
 
 from mmprm_jax.answers.equivalence import compare
-from mmprm_jax.answers.extract import answer, committed, concluded
+from mmprm_jax.answers.extract import answer, conclusion, marked_answer
 
 COMMITTED = [
     ("<step>1+1=2</step><answer>2</answer>", "2", "tag"),
@@ -23,7 +23,7 @@ COMMITTED = [
 
 
 def test_the_last_committed_answer():
-    found = [(response, committed(response)) for response, *_ in COMMITTED]
+    found = [(response, marked_answer(response)) for response, *_ in COMMITTED]
     assert [(response, answer.text, answer.how) for response, answer in found] == COMMITTED
 
 
@@ -47,15 +47,15 @@ def test_an_answer_without_its_typesetting():
     assert [(response, answer(response)) for response, _ in BARE] == BARE
 
 
-def test_different_boxes_are_told():
-    assert committed("\\boxed{1} \\boxed{2} \\boxed{1} \\boxed{3}").earlier == ("1", "2")
-    assert committed("\\boxed{3} and so \\boxed{3}").earlier == ()
+def test_different_boxes_are_reported():
+    assert marked_answer("\\boxed{1} \\boxed{2} \\boxed{1} \\boxed{3}").earlier == ("1", "2")
+    assert marked_answer("\\boxed{3} and so \\boxed{3}").earlier == ()
 
 
 def test_nothing_is_committed():
-    assert committed("") is None and answer("") is None and answer(" \n ") is None
-    assert concluded("we add them") is None
-    assert concluded("Hence, the value is -1") == "-1"
+    assert marked_answer("") is None and answer("") is None and answer(" \n ") is None
+    assert conclusion("we add them") is None
+    assert conclusion("Hence, the value is -1") == "-1"
 
 
 def test_functions_sums_and_roundings():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmprm_jax.answers import remarks
-from mmprm_jax.answers.equivalence import compare, settings_of
+from mmprm_jax.answers.equivalence import compare, make_settings
 from mmprm_jax.answers.verdict import Verdict
 
 GOLDEN = Path(__file__).parent.parent / "golden/answers"
@@ -23,7 +23,7 @@ def rows(*paths):
 
 def amiss(row):
     """What is wrong with the verdict on a labelled pair, in a line; None: nothing."""
-    settings = settings_of(row.get("options"), row.get("unit"), row.get("precision"))
+    settings = make_settings(row.get("options"), row.get("unit"), row.get("precision"))
     verdict = compare(row["gold"], row["prediction"], settings)
     kinds = ("equal",) if row["equal"] else ("unequal", "unknown")
     good = bool(verdict) == row["equal"] and verdict.kind in kinds and verdict.reason and "\n" not in verdict.reason
@@ -41,7 +41,7 @@ def test_labelled_pairs(path):
 def test_most_of_what_differs_is_known_to_differ():
     """An unknown counts as not equal, but says less."""
     different = [row for row in rows(GIVEN, *OURS) if not row["equal"]]
-    verdicts = [compare(r["gold"], r["prediction"], settings_of(r.get("options"), r.get("unit"))) for r in different]
+    verdicts = [compare(r["gold"], r["prediction"], make_settings(r.get("options"), r.get("unit"))) for r in different]
     assert sum(verdict.kind == "unknown" for verdict in verdicts) <= 0.1 * len(different)
 
 
@@ -68,7 +68,7 @@ OPEN = [
 ]  # fmt: skip
 
 
-def test_what_cannot_be_told_is_unknown():
+def test_what_cannot_be_decided_is_unknown():
     found = [(*pair, verdict) for pair in OPEN if (verdict := compare(*pair)).kind != "unknown"]
     assert found == []
 
@@ -115,23 +115,23 @@ def test_options():
     for text, right in [("B", True), ("60°", True), ("B. 60°", True), ("(B) 60^\\circ", True),
                         ("\\frac{\\pi}{3}", True), ("A", False), ("30°", False), ("A. 30°", False),
                         ("A or B", False), ("E", False)]:  # fmt: skip
-        assert bool(compare("B", text, settings_of(options))) is right
-        assert bool(compare("60°", text, settings_of(dict(zip("ABCD", options, strict=True))))) is right
+        assert bool(compare("B", text, make_settings(options))) is right
+        assert bool(compare("60°", text, make_settings(dict(zip("ABCD", options, strict=True))))) is right
     for text in ("B. 30°", "A. 60°"):  # letter and text of different options
-        assert compare("B", text, settings_of(options)).kind == "unknown"
-    assert compare("A", "A. 90°", settings_of(options)).kind == "unknown"
-    assert compare("A", "B. 60°", settings_of(options)).kind == "unequal"
+        assert compare("B", text, make_settings(options)).kind == "unknown"
+    assert compare("A", "A. 90°", make_settings(options)).kind == "unknown"
+    assert compare("A", "B. 60°", make_settings(options)).kind == "unequal"
 
 
 def test_precision_and_rounding_come_from_the_data_alone():
     assert compare("3.14", "3.14159") and compare("3.14", "\\pi") and not compare("3.14159", "3.14")
     assert not compare("\\pi", "3.14") and not compare("3", "3.14") and not compare("3.15", "\\pi")
-    assert compare("3", "3.14", settings_of(precision=0)) and not compare("3", "3.6", settings_of(precision=0))
+    assert compare("3", "3.14", make_settings(precision=0)) and not compare("3", "3.6", make_settings(precision=0))
     assert compare("2.0", "1.95") and not compare("2.0", "1.94")
     assert not compare("0.1", "0.1000000000000000000001")  # 22 decimals are meant
     for bad in (-1, 1.5, 99):
         with pytest.raises(ValueError, match="precision"):
-            settings_of(precision=bad)
+            make_settings(precision=bad)
 
 
 def members(text):

@@ -6,7 +6,7 @@ import random
 
 from test_pairs import GOLDS, SAME, plain
 
-from mmprm_jax.answers.equivalence import compare, settings_of
+from mmprm_jax.answers.equivalence import compare, make_settings
 
 EQUAL = [
     # blocks of display mathematics, headings, several lines
@@ -211,14 +211,14 @@ def test_what_a_response_does_not_say():
 
 
 def test_segments_among_the_options_are_no_letters():
-    settings = settings_of(["\\overline{AB}", "\\overline{CD}", "\\overline{AC}", "\\overline{BD}"])
+    settings = make_settings(["\\overline{AB}", "\\overline{CD}", "\\overline{AC}", "\\overline{BD}"])
     equal = [("B", "\\overline{CD}"), ("\\overline{CD}", "B"), ("B", "\\overline{DC}"), ("B", "CD"), ("B", "segment CD"),
              ("\\overline{AC}", "\\overline{AC}"), ("\\overline{BD}", "D")]  # fmt: skip
     assert [pair for pair in equal if not compare(*pair, settings)] == []
     unequal = [("C", "\\overline{CD}"), ("D", "\\overline{CD}"), ("\\overline{AC}", "A, C"), ("B", "\\angle CD"),
                ("A", "\\overline{AC}"), ("AB", "A and B")]  # fmt: skip
     assert [pair for pair in unequal if compare(*pair, settings)] == []
-    assert compare("CD", "C, D", settings_of(["1", "2", "3", "4"]))
+    assert compare("CD", "C, D", make_settings(["1", "2", "3", "4"]))
 
 
 WORK = "We look at the figure.\nStep 1: two of the lines are given.\n\n"

@@ -80,7 +80,7 @@ def test_all_at_once(verifier, told):
     assert len(told) == 6
 
 
-def test_long_answers_are_told_in_short(verifier, told):
+def test_long_answers_are_reported_in_short(verifier, told):
     assert verifier([("hang" + "x" * 5000, "1")]) == [False]
     assert len(told) == 1 and len(told[0]) < 250
 

@@ -186,7 +186,7 @@ def test_train():
 
 def test_names_of_training_cases():
     with pytest.raises(UserError, match="no case is called big_vlm; there are: tiny_vlm, small_vlm"):
-        train.named("big_vlm")
+        train.find_case("big_vlm")
     assert all(case.cfg.decoder.head_dim == size for case, size in zip(train.CASES.values(), (16, 64), strict=True))
 
 

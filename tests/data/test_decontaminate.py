@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mmprm_jax.data import decontaminate
-from mmprm_jax.data.decontaminate import Benchmarks, Known, fingerprint, look
+from mmprm_jax.data.decontaminate import BenchmarkIndex, BenchmarkProblem, image_fingerprint, question_fingerprint
 
 K12 = Path(__file__).parent.parent / "golden" / "mm_k12"
 LONG = (
@@ -33,11 +33,13 @@ def encoded(image, kind="PNG", **settings):
 
 
 def bench(question, image=None):
-    return Benchmarks([Known("b", "1", fingerprint(question), image and look(encoded(image)))])
+    return BenchmarkIndex(
+        [BenchmarkProblem("b", "1", question_fingerprint(question), image and image_fingerprint(encoded(image)))]
+    )
 
 
 def why(benchmarks, question, image=None):
-    match = benchmarks.match(fingerprint(question), image and look(encoded(image)))
+    match = benchmarks.match(question_fingerprint(question), image and image_fingerprint(encoded(image)))
     return match and match.why
 
 
@@ -70,10 +72,10 @@ def test_image_copies_are_found_among_real_figures_and_nothing_else():
     """Each of 24 real figures, saved again in other ways, is found as itself; without itself nothing is found."""
     rows = json.loads((K12 / "mm_k12_test_24.json").read_text())
     data = [(K12 / row["image_path"]).read_bytes() for row in rows]
-    known = [Known("k", str(i), fingerprint(""), look(d)) for i, d in enumerate(data)]
+    known = [BenchmarkProblem("k", str(i), question_fingerprint(""), image_fingerprint(d)) for i, d in enumerate(data)]
     for i, d in enumerate(data):
-        rest = Benchmarks(known[:i] + known[i + 1 :])
-        assert rest.match(fingerprint(rows[i]["question"]), look(d)) is None
+        rest = BenchmarkIndex(known[:i] + known[i + 1 :])
+        assert rest.match(question_fingerprint(rows[i]["question"]), image_fingerprint(d)) is None
         layer = Image.open(io.BytesIO(d)).convert("RGBA")
         page = Image.new("RGBA", layer.size, "white")
         page.alpha_composite(layer)
@@ -81,7 +83,7 @@ def test_image_copies_are_found_among_real_figures_and_nothing_else():
         again = [encoded(page, "JPEG", quality=50), encoded(page.quantize(16)), encoded(page.convert("L")),
                  encoded(page.resize((page.width * 3 // 2, page.height * 3 // 2)))]  # fmt: skip
         for copy in again:
-            match = Benchmarks(known).match(fingerprint("Another question?"), look(copy))
+            match = BenchmarkIndex(known).match(question_fingerprint("Another question?"), image_fingerprint(copy))
             assert match and match.benchmark_id == str(i) and "image" in match.why
 
 
@@ -99,15 +101,15 @@ def test_a_figure_of_another_shape_is_another_one():
     assert why(bench("a b c d", drawing(0)), "e f g h", drawing(0).resize((120, 180))) is None
 
 
-def test_an_exact_question_is_told_before_a_like_image():
+def test_an_exact_question_comes_before_a_near_image():
     known = [
-        Known("b", "image", fingerprint("a b c d"), look(encoded(drawing(0)))),
-        Known("b", "text", fingerprint(LONG), None),
+        BenchmarkProblem("b", "image", question_fingerprint("a b c d"), image_fingerprint(encoded(drawing(0)))),
+        BenchmarkProblem("b", "text", question_fingerprint(LONG), None),
     ]
     for image in (drawing(0), drawing(0).resize((240, 180), Image.Resampling.NEAREST)):  # the same thumbnail to the bit
-        copy = look(encoded(image, "JPEG", quality=100) if image.width == 120 else encoded(image))
-        assert Benchmarks(known).match(fingerprint("e f g h"), copy).similarity < 1
-        match = Benchmarks(known).match(fingerprint(LONG), copy)
+        copy = image_fingerprint(encoded(image, "JPEG", quality=100) if image.width == 120 else encoded(image))
+        assert BenchmarkIndex(known).match(question_fingerprint("e f g h"), copy).similarity < 1
+        match = BenchmarkIndex(known).match(question_fingerprint(LONG), copy)
         assert (match.benchmark_id, match.why) == ("text", "question")
 
 
@@ -140,10 +142,10 @@ def test_similarity_is_exact_jaccard_against_brute_force():
     words = [f"w{chr(97 + i)}" for i in range(12)]
     texts = [" ".join(rng.choice(words, 30)) for _ in range(60)]
     near = [" ".join(t.split()[:27] + ["other", "end", "here"]) for t in texts]
-    known = [Known("b", str(i), fingerprint(t), None) for i, t in enumerate(texts)]
-    index = Benchmarks(known)
+    known = [BenchmarkProblem("b", str(i), question_fingerprint(t), None) for i, t in enumerate(texts)]
+    index = BenchmarkIndex(known)
     for text in texts + near:
-        mine = fingerprint(text)
+        mine = question_fingerprint(text)
         best = max(known, key=lambda k: (len(mine.shingles & k.question.shingles)
                                          / len(mine.shingles | k.question.shingles), -int(k.id)))  # fmt: skip
         similarity = len(mine.shingles & best.question.shingles) / len(mine.shingles | best.question.shingles)
@@ -154,6 +156,9 @@ def test_similarity_is_exact_jaccard_against_brute_force():
 
 
 def test_the_result_does_not_depend_on_the_order_of_the_benchmarks():
-    known = [Known("b", str(i), fingerprint(LONG), look(encoded(drawing(i)))) for i in range(5)]
-    ask = fingerprint(TEMPLATE), look(encoded(drawing(3), "JPEG", quality=70))
-    assert Benchmarks(known).match(*ask).benchmark_id == Benchmarks(known[::-1]).match(*ask).benchmark_id == "3"
+    known = [
+        BenchmarkProblem("b", str(i), question_fingerprint(LONG), image_fingerprint(encoded(drawing(i))))
+        for i in range(5)
+    ]
+    ask = question_fingerprint(TEMPLATE), image_fingerprint(encoded(drawing(3), "JPEG", quality=70))
+    assert BenchmarkIndex(known).match(*ask).benchmark_id == BenchmarkIndex(known[::-1]).match(*ask).benchmark_id == "3"

@@ -139,7 +139,7 @@ def test_nothing_left_is_an_error(tmp_path):
     assert lines(tmp_path / "o/prepare/train/refused.jsonl")[0]["id"] == "b"
 
 
-def test_images_in_which_a_model_sees_nothing_are_told(tmp_path, capsys):
+def test_images_in_which_a_model_sees_nothing_are_reported(tmp_path, capsys):
     Image.new("L", (30, 30), 7).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((K12.parent / json.loads(K12.read_text())[0]["image_path"]).read_bytes())
     rows = [{"question": f"q{name}", "answer": "1", "image_path": name} for name in ("a.png", "b.png")]
@@ -170,7 +170,7 @@ def test_an_interruption_leaves_what_was_there(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_ids_stay_unique_and_repeated_rows_are_told(tmp_path):
+def test_ids_stay_unique_and_repeated_rows_are_reported(tmp_path):
     rows = [{"id": 7, "question": "a", "answer": 1}, {"id": 7, "question": "b", "answer": 1.5},
             {"id": 7, "question": "a", "answer": 1}, {"question": "c", "answer": "x"}]  # fmt: skip
     (tmp_path / "train.json").write_text(json.dumps(rows))
@@ -389,7 +389,7 @@ def test_step_detection_rows(tmp_path):
         (["mm_k12", str(K12), "--against=/nothing", "--output=o"], "no prepared benchmark"),
     ],
 )
-def test_wrong_command_lines_are_told(argv, message, tmp_path, monkeypatch):
+def test_wrong_command_lines_are_reported(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         run(*argv)

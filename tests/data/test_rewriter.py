@@ -121,7 +121,7 @@ def test_prepare_with_a_rewriter(stub, tmp_path):
     assert summary["rewriter"] == {"by the server": 1, "by rules: the server changed the final answer": 1}
 
 
-def test_a_refusing_server_is_told_at_once(stub):
+def test_a_refusing_server_is_reported_at_once(stub):
     with Rewriter(stub(lambda content, nth: 401).url, "m") as rewriter, pytest.raises(UserError, match="HTTP 401"):
         list(rewriter.rewrite(items(3)))
 

@@ -57,7 +57,7 @@ def test_nothing_is_lost_but_what_says_only_the_answer():
         "####",
     ],
 )
-def test_no_answer_is_told(solution):
+def test_no_answer_is_reported(solution):
     assert restructure(solution) is None
 
 

@@ -52,7 +52,7 @@ def test_data_source_and_grain_read_what_was_written(tmp_path):
     assert list((tmp_path / "tfds" / "mm_k12").rglob("*.array_record-*"))
 
 
-def test_a_folder_without_records_is_told(tmp_path):
+def test_a_folder_without_records_is_reported(tmp_path):
     from mmprm_jax.data.tfds import MmK12
 
     with pytest.raises(UserError, match="mmprm prepare mm_k12 writes them"):

@@ -53,7 +53,7 @@ def candidate(problem, answer, correct=False):
 
 def test_official_rules_decide(base, file):
     prepared(file, CHOICES, FLOAT)
-    rules, run = benchmark.rules_of(file, PROBLEMS, ""), benchmark.run_of(base, file)
+    rules, run = benchmark.load_rules(file, PROBLEMS, ""), benchmark.benchmark_run(base, file)
     for problem, answer, right in [
         ("1", "B", True), ("1", "(B) 15", True), ("1", "A", False), ("2", "0.26", True), ("2", "0.36", False),
         ("2", None, False),
@@ -68,7 +68,7 @@ def test_official_rules_decide(base, file):
 
 def test_without_scoring_rows_the_verifier_decides(base, file):
     for scoring in ("", benchmark.VERIFIER):
-        rules = benchmark.rules_of(file, PROBLEMS, scoring)
+        rules = benchmark.load_rules(file, PROBLEMS, scoring)
         for right in (False, True):
             assert rules.judge(candidate("1", "B", right)).correct == right
         assert not rules.verdicts
@@ -76,7 +76,7 @@ def test_without_scoring_rows_the_verifier_decides(base, file):
 
 
 def test_what_only_a_judge_could_tell_counts_as_wrong(base, file):
-    rules = benchmark.rules_of(file, PROBLEMS, "mm_k12")
+    rules = benchmark.load_rules(file, PROBLEMS, "mm_k12")
     assert not rules.judge(candidate("1", "15 (students)", True)).correct and rules.verdicts == {"unknown": 1}
 
 
@@ -89,30 +89,30 @@ def test_scoring_rows_may_hold_any_text(base, file):
 
 
 def test_one_mode_for_all(base, file):
-    rules = benchmark.rules_of(file, PROBLEMS, "olympiadbench")
+    rules = benchmark.load_rules(file, PROBLEMS, "olympiadbench")
     assert rules.judge(candidate("2", "\\frac{3}{10}")).correct and not rules.judge(candidate("2", "0.4")).correct
 
 
 def test_what_is_wrong_is_said(base, file):
     with pytest.raises(UserError, match="--scoring: 'best' is not one of mathvista"):
-        benchmark.rules_of(file, PROBLEMS, "best")
+        benchmark.load_rules(file, PROBLEMS, "best")
     prepared(file, CHOICES)
     with pytest.raises(UserError, match="no scoring row for problem 2"):
-        benchmark.rules_of(file, PROBLEMS, "")
+        benchmark.load_rules(file, PROBLEMS, "")
     prepared(file, CHOICES, {"mode": "mathvisor"})
     with pytest.raises(UserError, match="no official scoring 'mathvisor'"):
-        benchmark.rules_of(file, PROBLEMS, "")
+        benchmark.load_rules(file, PROBLEMS, "")
     (file.parent / "prepare" / "testmini" / "benchmark.jsonl").write_text("{")
     with pytest.raises(UserError, match="damaged; run mmprm prepare again"):
-        benchmark.rules_of(file, PROBLEMS, "")
+        benchmark.load_rules(file, PROBLEMS, "")
     (base.folder("evaluate") / "done.json").unlink()
     with pytest.raises(UserError, match="its evaluation has not finished"):
         benchmark.run(base, file, benchmark.VERIFIER)
 
 
 def begin(base, file, scoring):
-    rules = benchmark.rules_of(file, records.read_problems(file), scoring)
-    benchmark.begin(base, file, rules.modes, benchmark.run_of(base, file).folder("evaluate"))
+    rules = benchmark.load_rules(file, records.read_problems(file), scoring)
+    benchmark.begin(base, file, rules.modes, benchmark.benchmark_run(base, file).folder("evaluate"))
 
 
 def test_a_folder_of_other_problems_or_rules(base, file):

@@ -27,7 +27,7 @@ def world():
     return p, rng.binomial(n, p), n
 
 
-def test_a_perfect_prm_is_told_so(world):
+def test_a_perfect_prm_looks_perfect(world):
     p, k, n = world
     got = calibrate(p, k, n)
     assert got["squared_error"] == pytest.approx(0, abs=0.005)

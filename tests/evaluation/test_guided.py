@@ -19,11 +19,11 @@ class Language:
     """A step is a letter, drawn by a hash of what it is for; the answer is right if all of a solution's are "a"."""
 
     def __init__(self, purpose, letters=LETTERS):
-        self.purpose, self.letters, self.asked = purpose, letters, []
+        self.purpose, self.letters, self.requested = purpose, letters, []
 
     def solve(self, requests):
         assert len(set(requests)) == len(requests)
-        self.asked += requests
+        self.requested += requests
         return [[self._one(request, i) for i in range(request.n)] for request in requests]
 
     def _one(self, request, i):
@@ -76,29 +76,30 @@ def test_problems_do_not_depend_on_each_other(name):
 def test_every_sampled_token_counts_and_the_budget_is_kept(name):
     found, steps, greedy = run(name)
     for x in found:
-        own = [r for r in steps.asked + greedy.asked if r.problem.id == x.problem_id]
-        both = [(steps, r) for r in steps.asked] + [(greedy, r) for r in greedy.asked]
+        own = [r for r in steps.requested + greedy.requested if r.problem.id == x.problem_id]
+        both = [(steps, r) for r in steps.requested] + [(greedy, r) for r in greedy.requested]
         mine = [(who, r) for who, r in both if r.problem.id == x.problem_id]
         assert len(mine) == len(own)
         assert x.n_tokens == sum(who._one(r, i)[0].n_tokens for who, r in mine for i in range(r.n))
-        rounds = itertools.groupby((r for r in steps.asked if r.problem.id == x.problem_id), lambda r: len(r.prefix))
+        own_requests = (r for r in steps.requested if r.problem.id == x.problem_id)
+        rounds = itertools.groupby(own_requests, lambda r: len(r.prefix))
         assert all(sum(r.n for r in part) <= 24 for _, part in rounds)
-    assert bool(greedy.asked) == (name == "lookahead")
+    assert bool(greedy.requested) == (name == "lookahead")
 
 
 def test_the_best_of_all_go_on_in_a_beam_and_one_of_each_search_in_dvts():
     _, steps, _ = run("beam", beams=6, width=2, problems=PROBLEMS[:1])
-    first = [r for r in steps.asked if r.prefix == ()]
-    second = [r.prefix for r in steps.asked if len(r.prefix) == 1]
+    first = [r for r in steps.requested if r.prefix == ()]
+    second = [r.prefix for r in steps.requested if len(r.prefix) == 1]
     drawn = dict.fromkeys(s for r in first for i in range(r.n) for s in [steps._one(r, i)[0].segments] if s)
     best = sorted(drawn, key=lambda s: -(s[0] == "a"))[:3]
     assert [r.n for r in first] == [6] and sorted(second) == sorted(best)
     _, steps, _ = run("dvts", beams=6, width=2, problems=PROBLEMS[:1])
-    first = [r for r in steps.asked if r.prefix == ()]
+    first = [r for r in steps.requested if r.prefix == ()]
     assert [(r.n, r.repeat) for r in first] == [(2, 0), (2, 1), (2, 2)]
     for r in first:
         drawn = [s for i in range(2) for s in [steps._one(r, i)[0].segments] if s]
-        after = [x.prefix for x in steps.asked if len(x.prefix) == 1 and x.repeat == r.repeat]
+        after = [x.prefix for x in steps.requested if len(x.prefix) == 1 and x.repeat == r.repeat]
         assert after == sorted(dict.fromkeys(drawn), key=lambda s: -(s[0] == "a"))[:1]
 
 
@@ -106,10 +107,10 @@ class Scripted:
     """Continues a prefix with the next ones of its list."""
 
     def __init__(self, script):
-        self.script, self.asked = script, []
+        self.script, self.requested = script, []
 
     def solve(self, requests):
-        self.asked += [r.prefix for r in requests]
+        self.requested += [r.prefix for r in requests]
         return [
             [(Rollout((s,), s == "<answer>right</answer>", 1), 0.0) for s in self.script[r.prefix][: r.n]]
             for r in requests
@@ -125,8 +126,8 @@ def test_the_look_ahead_decides():
         return [[float(s[-1] in ("good", "<answer>right</answer>")) for s in group] for _, group in found]
 
     (found,) = guided.search(PROBLEMS[:1], guided.Method(2, 2, ahead=1), steps, greedy, value, 4)
-    assert found.segments == ("b", "<answer>right</answer>") and found.correct and steps.asked == [(), ("b",)]
-    assert greedy.asked == [("a",), ("b",)] and found.n_tokens == 2 + 2 + 2
+    assert found.segments == ("b", "<answer>right</answer>") and found.correct and steps.requested == [(), ("b",)]
+    assert greedy.requested == [("a",), ("b",)] and found.n_tokens == 2 + 2 + 2
 
 
 def test_a_finished_solution_keeps_its_place():
@@ -137,7 +138,7 @@ def test_a_finished_solution_keeps_its_place():
         return [[scores[s[-1]] for s in group] for _, group in found]
 
     (found,) = guided.search(PROBLEMS[:1], guided.Method(2, 1), steps, Scripted({}), value, 4)
-    assert found.segments == ("<answer>right</answer>",) and found.score == 0.9 and steps.asked == [(), ("a",)]
+    assert found.segments == ("<answer>right</answer>",) and found.score == 0.9 and steps.requested == [(), ("a",)]
 
 
 def test_no_finished_solution_is_a_wrong_one():

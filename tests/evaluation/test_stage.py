@@ -31,7 +31,7 @@ class Policy:
     """Answers one request after the other, in an order of its own; ends the process at the k-th one."""
 
     def __init__(self, end=None, how=None):
-        self.asked, self.loaded, self._end, self._how = [], False, end, how
+        self.requested, self.loaded, self._end, self._how = [], False, end, how
 
     def load(self):
         self.loaded = True
@@ -39,9 +39,9 @@ class Policy:
 
     def answers(self, requests):
         for request in sorted(requests, key=lambda r: (r.problem.id[::-1], len(r.prefix)), reverse=True):
-            if len(self.asked) == self._end:
+            if len(self.requested) == self._end:
                 self._how()
-            self.asked.append((request.problem.id, len(request.prefix)))
+            self.requested.append((request.problem.id, len(request.prefix)))
             right = int(request.problem.answer) % 2 == 0
             rollout = Rollout(("a", "b", f"<answer>{request.problem.answer}</answer>"), right, 3)
             yield request, [(rollout, -float(i)) for i in range(request.n)]
@@ -57,7 +57,7 @@ def terminate():
 
 def candidates(path, policy):
     with handling():
-        return evaluate.candidates_of(Pieces(path), PROBLEMS, 2, policy.load, "sample")
+        return evaluate.sample_candidates(Pieces(path), PROBLEMS, 2, policy.load, "sample")
 
 
 def steps(path, policy):
@@ -79,13 +79,13 @@ def test_nothing_is_asked_twice(tmp_path, make, how, error, code, end, capfd):
     if code:
         assert caught.value.code == code and "the same command goes on" in capfd.readouterr().err
     assert make(path, second) == whole
-    assert not set(first.asked) & set(second.asked)
+    assert not set(first.requested) & set(second.requested)
     everything = Policy()
     make(epath.Path(tmp_path / "third.jsonl"), everything)
-    assert sorted(first.asked + second.asked) == sorted(everything.asked)
+    assert sorted(first.requested + second.requested) == sorted(everything.requested)
     assert [p.name for p in tmp_path.iterdir()] and not list(tmp_path.glob("*.parts"))
     third = Policy()
-    assert make(path, third) == whole and third.asked == [] and not third.loaded
+    assert make(path, third) == whole and third.requested == [] and not third.loaded
 
 
 def test_the_steps_of_an_empty_solution_and_the_last_segment_have_no_value(tmp_path):
@@ -192,8 +192,8 @@ def test_processes_share_the_work_and_what_is_left_of_it(tmp_path, make, monkeyp
     assert isinstance(waited, threading.BrokenBarrierError) and isinstance(failed, UserError) and not path.exists()
     assert processes.run(*(lambda p=p: make(path, p) for p in policies[2:])) == [whole, whole]
     assert path.read_text() == (tmp_path / "whole.jsonl").read_text() and not list(tmp_path.glob("*.parts"))
-    assert sorted(asked for p in policies for asked in p.asked) == sorted(everything.asked)
-    assert policies[0].asked and policies[1].asked and not policies[2].asked
+    assert sorted(request for p in policies for request in p.requested) == sorted(everything.requested)
+    assert policies[0].requested and policies[1].requested and not policies[2].requested
     assert policies[2].loaded and policies[3].loaded  # which several processes can only do together
 
 

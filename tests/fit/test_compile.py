@@ -225,7 +225,7 @@ def test_score_fits():
     assert 1.0 < sum(p["flops"] for p in found["programs"]) * 8 / found["flops"] < 1.3
 
 
-def test_too_large_is_told_at_once():
+def test_too_large_is_reported_at_once():
     """78B on four chips of 16 GB: the arguments alone exceed them, and nothing is compiled."""
     found = measured("model=internvl2_5-78b", "topology=v5e-4", "rows=4")
     (program,) = found["programs"]

@@ -86,9 +86,9 @@ def test_a_model_folder(bucket, golden, monkeypatch):
     written = []
     monkeypatch.setattr(convert, "save_params", lambda path, params: written.append((str(path), params)))
     params = {"w": np.zeros(2, np.float32)}
-    assert not convert.is_ours(bucket / "sft")
+    assert not convert.is_model_folder(bucket / "sft")
     convert.write_folder(bucket / "sft", convert.Loaded(source, model, params, None))
-    assert written == [("gs://bucket/run/sft/params", params)] and convert.is_ours("gs://bucket/run/sft")
+    assert written == [("gs://bucket/run/sft/params", params)] and convert.is_model_folder("gs://bucket/run/sft")
     folder, again = convert.inspect("gs://bucket/run/sft")
     assert again == model and (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
@@ -116,17 +116,17 @@ def grow(folder, sampler, worker=0, workers=1):
 
 def test_an_interrupted_annotation_of_two_processes_goes_on(bucket, tmp_path):
     local = epath.Path(tmp_path / "annotate")
-    grow(local, toy.MadeUp())
+    grow(local, toy.SeededSampler())
     folder, answered = bucket / "annotate", 0
     for worker in range(2):
         with pytest.raises(toy.Interrupted):
-            grow(folder, toy.MadeUp(most=20), worker, 2)
+            grow(folder, toy.SeededSampler(limit=20), worker, 2)
     assert [path for path in folder.glob("in_flight-*.part")]
     for worker in range(2):
-        sampler = toy.MadeUp()
+        sampler = toy.SeededSampler()
         assert grow(folder, sampler, worker, 2) == {}
         answered += len(sampler.answered)
-    whole = toy.MadeUp()
+    whole = toy.SeededSampler()
     grow(epath.Path(tmp_path / "again"), whole)
     assert answered < len(whole.answered)  # what was answered before was not asked again
     assert toy.files(folder) == toy.files(local)

@@ -121,8 +121,7 @@ def test_a_package_without_its_clone_says_so(target, monkeypatch, tmp_path):
 
 def test_the_commands_of_the_readme(dry_run, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    section = (ROOT / "README.md").read_text().split("\n## Launch\n")[1].split("\n## ")[0]
-    block = section.split("```bash\n")[1].split("```")[0]
+    block = (ROOT / "launch" / "README.md").read_text().split("```bash\n")[1].split("```")[0]
     commands = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
     commands = [words for words in commands if words]
     assert sorted(words[2] for words in commands) == sorted(OPTIONS)

@@ -211,7 +211,7 @@ def test_an_interrupted_launcher_leaves_the_slice_alone(scenario, monkeypatch):
     monkeypatch.setattr(Slice, "attempt", interrupted)
     with pytest.raises(Interrupted) as ended:
         tpu()
-    assert re.search("pod, which goes on .* queued-resources delete pod --zone=ZONE --force", ended.value.said)
+    assert re.search("pod, which goes on .* queued-resources delete pod --zone=ZONE --force", ended.value.message)
     assert verbs(scenario) == ["describe", "scp", "install"]
 
 

@@ -76,24 +76,24 @@ def test_back_ends(mesh):
 
 def test_where_examples_begin():
     rng = np.random.default_rng(0)
-    for most in (3, 6):
+    for max_segments in (3, 6):
         segment = np.zeros((5, 20), np.int32)
         for row in segment:
-            ends = np.sort(rng.choice(np.arange(1, 20), rng.integers(1, most), replace=False))
+            ends = np.sort(rng.choice(np.arange(1, 20), rng.integers(1, max_segments), replace=False))
             for number, part in enumerate(np.split(row, ends)[:-1], 1):
                 part[:] = number  # the last one stays padding
-        starts, sizes = attention.starts_of(jnp.array(segment), most)
+        starts, sizes = attention.segment_runs(jnp.array(segment), max_segments)
         for row, start, size in zip(segment, starts.tolist(), sizes.tolist(), strict=True):
             runs = [list(run) for _, run in itertools.groupby(row)]
             want = [len(run) for run in runs]
-            assert size == want + [-1] * (most - len(runs))
-            assert start == [sum(want[:i]) for i in range(len(runs))] + [-1] * (most + 1 - len(runs))
+            assert size == want + [-1] * (max_segments - len(runs))
+            assert start == [sum(want[:i]) for i in range(len(runs))] + [-1] * (max_segments + 1 - len(runs))
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("most", [0, 4], ids=["mask", "packed"])
+@pytest.mark.parametrize("max_segments", [0, 4], ids=["mask", "packed"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_cudnn_is_the_reference(mesh_of, causal, most):
+def test_cudnn_is_the_reference(mesh_of, causal, max_segments):
     """Two rows with different numbers of examples, bfloat16: forward and backward."""
     q, k, v = draw(2, 640, 2, 3, 64)
     segment = np.repeat([[1, 1, 1, 0, 0], [1, 2, 2, 3, 4]], 128, axis=1).astype(np.int32)
@@ -103,7 +103,7 @@ def test_cudnn_is_the_reference(mesh_of, causal, most):
     def run(backend, dtype):
         def total(x):
             q, k, v = (x[name].astype(dtype) for name in "qkv")
-            out = attention.self_attention(q, k, v, x["segment"], causal, backend, most)
+            out = attention.self_attention(q, k, v, x["segment"], causal, backend, max_segments)
             return jnp.sum(out.astype(jnp.float32) * x["w"])
 
         mesh = mesh_of(data=1)

@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mmprm_jax.models import build, hf
-from mmprm_jax.models.attention import places_of
-from mmprm_jax.models.hf_config import decoder_kind, kind_of
+from mmprm_jax.models.attention import segment_positions
+from mmprm_jax.models.hf_config import checkpoint_kind, decoder_kind
 from mmprm_jax.models.hf_layout import layout
 from mmprm_jax.models.layers import attention, scan_layers
 from mmprm_jax.models.vision import pixel_shuffle
@@ -134,7 +134,7 @@ def test_language_model(case):
     def states(model, batch):
         first = model.embed(batch["tokens"], batch["pixels"])
         valid = batch["valid"]
-        rope = model.decoder.rope(places_of(valid)[0], valid.sum(axis=1))
+        rope = model.decoder.rope(segment_positions(valid)[0], valid.sum(axis=1))
         mask = jnp.tril(jnp.ones((valid.shape[1],) * 2, bool)) & valid[:, None, :]
 
         def body(layer, x, _):
@@ -183,7 +183,7 @@ def gradients(case, prefix):
     with jax.set_mesh(case.mesh):
         value, grads = jax.jit(jax.value_and_grad(mean))(case.params, put_batch(batch, case.mesh))
         config = case.config
-        groups = layout(case.cfg, kind_of(config), decoder_kind(config), prefixed=True)  # names of modules
+        groups = layout(case.cfg, checkpoint_kind(config), decoder_kind(config), prefixed=True)  # names of modules
         names = {key: jnp.float32 for group in groups for key, _, _ in group.tensors()}
         return float(value), dict(hf.tensors(groups, grads, names))
 

@@ -16,13 +16,15 @@ from safetensors.numpy import load_file, save_file
 from mmprm_jax import convert
 from mmprm_jax.models import hf, hf_config
 from mmprm_jax.models.hf_layout import get, layout
-from mmprm_jax.models.released import NAMED, named
+from mmprm_jax.models.released import RELEASED, released_config
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import UserError
 
 SLOW = pytest.mark.slow
 NATIVE_MODELS = [
-    m for m in MODELS if hf_config.kind_of(hf.read_json(GOLDEN / "models" / m / "config.json")) == hf_config.NATIVE
+    m
+    for m in MODELS
+    if hf_config.checkpoint_kind(hf.read_json(GOLDEN / "models" / m / "config.json")) == hf_config.NATIVE
 ]
 POLICY_TOKENIZERS = sorted(
     path.parent.name
@@ -107,7 +109,7 @@ def test_both_ways_of_naming_the_native_keys(golden, tmp_path, mesh, name):
 def random_checkpoint(folder, cfg, config, dtype=np.float32, shards=1, seed=0):
     """A checkpoint of random weights in the layout that its config.json asks for."""
     folder.mkdir()
-    groups = layout(cfg, hf_config.kind_of(config), hf_config.decoder_kind(config))
+    groups = layout(cfg, hf_config.checkpoint_kind(config), hf_config.decoder_kind(config))
     rng = np.random.default_rng(seed)
     tensors = [(key, shape) for group in groups for key, shape, _ in group.tensors()]
     sizes = np.cumsum([np.prod(shape, dtype=np.int64) for _, shape in tensors])
@@ -176,7 +178,7 @@ def chat_config(cfg, decoder, **text):
     ],
 )
 def test_every_kind_of_bias_goes_through(tmp_path, mesh, mesh8, name, decoder, text, extra):
-    config = chat_config(named(name), decoder, **text)
+    config = chat_config(released_config(name), decoder, **text)
     cfg = hf_config.from_hf_config(config)
     source = random_checkpoint(tmp_path / "source", cfg, config)
     params = hf.load_params(hf.open_checkpoint(source), mesh8)
@@ -190,8 +192,8 @@ def test_every_kind_of_bias_goes_through(tmp_path, mesh, mesh8, name, decoder, t
 
 
 def test_named_models_are_what_their_config_json_says():
-    for name in NAMED:
-        cfg = named(name)
+    for name in RELEASED:
+        cfg = released_config(name)
         qwen = "Qwen3ForCausalLM" if cfg.decoder.qk_norm else "Qwen2ForCausalLM"
         decoder = qwen if cfg.decoder.qkv_bias or cfg.decoder.qk_norm else "InternLM2ForCausalLM"
         got = hf_config.from_hf_config(chat_config(cfg, decoder))
@@ -200,7 +202,7 @@ def test_named_models_are_what_their_config_json_says():
 
 def test_wqkv_rows_are_grouped_by_key_value_head(mesh, tmp_path):
     """[queries of the group, key, value] for each key/value head, written out by hand."""
-    cfg = named("tiny-internlm2")
+    cfg = released_config("tiny-internlm2")
     config = chat_config(cfg, "InternLM2ForCausalLM")
     source = random_checkpoint(tmp_path / "source", cfg, config)
     d = cfg.decoder
@@ -224,7 +226,7 @@ def test_a_policy_becomes_a_prm(golden, tmp_path, mesh, mesh8, name, padded):
     """The new row is the mean of the old ones; it goes to the tokenizer's next id, also in a padded vocabulary."""
     old = Tokenizer.load(golden / "tokenizer" / name)
     size = len(old)
-    cfg = named("tiny-internlm2")
+    cfg = released_config("tiny-internlm2")
     config = chat_config(cfg, "InternLM2ForCausalLM", vocab_size=size + padded)
     source = random_checkpoint(tmp_path / "source", hf_config.from_hf_config(config), config)
     for file in (golden / "tokenizer" / name).iterdir():
@@ -385,7 +387,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_folder(tmp_path, what):
     change, expected = BAD[what]
-    cfg = named("tiny-internlm2")
+    cfg = released_config("tiny-internlm2")
     folder = random_checkpoint(tmp_path / "source", cfg, chat_config(cfg, "InternLM2ForCausalLM"))
     change(folder)
     with pytest.raises(UserError) as error:

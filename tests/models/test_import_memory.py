@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from mmprm_jax.models import hf, hf_config
 from mmprm_jax.models.hf_layout import layout
-from mmprm_jax.models.released import named
+from mmprm_jax.models.released import released_config
 
 SHARDS = 4
 MEASURE = """
@@ -50,7 +50,7 @@ print(json.dumps({"extra": peak - before - model, "model": model, "after": resid
 
 def write_8b_shaped(folder):
     """InternVL2.5-8B with 4 decoder and 2 vision layers, random bfloat16, in 4 files; the largest one's size."""
-    cfg = named("internvl2_5-8b")
+    cfg = released_config("internvl2_5-8b")
     cfg = dataclasses.replace(
         cfg,
         vision=dataclasses.replace(cfg.vision, num_layers=2),

@@ -148,12 +148,12 @@ def as_torch(batch, tokens_per_tile):
     }
 
 
-def theirs(model, inputs):
+def torch_logits(model, inputs):
     with torch.no_grad():
         return model(**inputs).logits.numpy()
 
 
-class Ours:
+class Port:
     """A checkpoint, imported by us."""
 
     def __init__(self, folder, mesh):
@@ -178,19 +178,19 @@ class Pair:
         self.name, self.folder, settings = name, folder, CASES[name]
         self.model = make(**settings["sections"], features=settings["features"])
         self.model.save_pretrained(folder, max_shard_size=settings["shard"])
-        self.ours = Ours(folder, mesh)
+        self.port = Port(folder, mesh)
         # Left and right padding, several tiles in a row, none in another.
         rows = [(24, 5, 0, 2), (24, 0, 7, 1), (24, 0, 0, 3), (24, 3, 0, 0)]
-        self.batch = batch_of(self.ours.cfg, rows)
-        self.inputs = as_torch(self.batch, self.ours.cfg.tokens_per_tile)
+        self.batch = batch_of(self.port.cfg, rows)
+        self.inputs = as_torch(self.batch, self.port.cfg.tokens_per_tile)
 
     @functools.cached_property
     def want(self):
-        return theirs(self.model, self.inputs)[self.batch["valid"]]
+        return torch_logits(self.model, self.inputs)[self.batch["valid"]]
 
     @functools.cached_property
     def got(self):
-        return self.ours.logits(self.batch)[self.batch["valid"]]
+        return self.port.logits(self.batch)[self.batch["valid"]]
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_logits(pair_of, name):
     pair = pair_of(name)
     close(pair.got, pair.want)
     other = {**pair.inputs, "pixel_values": pair.inputs["pixel_values"].flip(0)}
-    differ(theirs(pair.model, other)[pair.batch["valid"]], pair.want)
+    differ(torch_logits(pair.model, other)[pair.batch["valid"]], pair.want)
     files = [p.name for p in pair.folder.glob("*.safetensors")]
     assert len(files) == 1 if "sharded" not in name else len(files) > 2
 
@@ -226,23 +226,23 @@ def test_logits(pair_of, name):
 def test_sequence_longer_than_trained(pair_of, name):
     """One row at a time there, where the longest of a batch counts; rows of several lengths at once here."""
     pair = pair_of(name)
-    longest = pair.ours.cfg.decoder.rope_scaling.max_position
+    longest = pair.port.cfg.decoder.rope_scaling.max_position
     rows = [
         (3 * longest, left, 3 * longest - left - n, 2) for n, left in zip((16, 17, 40, 48), (3, 0, 8, 0), strict=True)
     ]
     assert longest == 16
-    batch = batch_of(pair.ours.cfg, rows, seed=1)
-    got = pair.ours.logits(batch)
+    batch = batch_of(pair.port.cfg, rows, seed=1)
+    got = pair.port.logits(batch)
     sections = CASES[name]["sections"]
     unscaled = make(**{**sections, "text": {**sections["text"], "rope_parameters": rope()}})
     unscaled.load_state_dict(pair.model.state_dict())
     for r, valid in enumerate(batch["valid"]):
         row = {key: value[r : r + 1] for key, value in batch.items()}
         row = {**row, "tokens": row["tokens"][:, valid], "valid": row["valid"][:, valid]}
-        inputs = as_torch(row, pair.ours.cfg.tokens_per_tile)
-        want = theirs(pair.model, inputs)
+        inputs = as_torch(row, pair.port.cfg.tokens_per_tile)
+        want = torch_logits(pair.model, inputs)
         close(got[r : r + 1, valid], want)
-        without = theirs(unscaled, inputs)
+        without = torch_logits(unscaled, inputs)
         if valid.sum() > longest + 1:
             differ(without, want)
         elif valid.sum() <= longest:
@@ -262,10 +262,10 @@ def test_config_of_an_older_transformers(tmp_path, mesh, pair_of, kind):
     text["rope_scaling"] = {"type": scaling["rope_type"], "factor": scaling["factor"]}
     del text["tie_word_embeddings"]
     (tmp_path / "old/config.json").write_text(json.dumps(config))
-    old = Ours(tmp_path / "old", mesh)
-    assert old.cfg == pair.ours.cfg
+    old = Port(tmp_path / "old", mesh)
+    assert old.cfg == pair.port.cfg
     row = {key: value[2:3] for key, value in pair.batch.items()}  # the one without padding
-    close(old.logits(row), theirs(reload(tmp_path / "old"), as_torch(row, old.cfg.tokens_per_tile)))
+    close(old.logits(row), torch_logits(reload(tmp_path / "old"), as_torch(row, old.cfg.tokens_per_tile)))
 
 
 def there_and_back(folder, target, mesh, other=None):
@@ -291,7 +291,7 @@ def test_exported_model_loads(tmp_path, mesh, pair_of, name):
     model = reload(back)
     for key, value in pair.model.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
-    close(theirs(model, pair.inputs)[pair.batch["valid"]], pair.want, 1e-5)
+    close(torch_logits(model, pair.inputs)[pair.batch["valid"]], pair.want, 1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (GOLDEN / "models").glob("hf_*")))
@@ -302,7 +302,7 @@ def test_exported_golden_model_loads(golden, tmp_path, mesh, name):
     reference = np.load(source / "reference.npz")
     mask = reference["attention_mask"].astype(bool)
     inputs = {key: torch.tensor(reference[key]) for key in ("input_ids", "attention_mask", "pixel_values")}
-    close(theirs(reload(back), inputs)[mask], reference["logits"][mask])
+    close(torch_logits(reload(back), inputs)[mask], reference["logits"][mask])
 
 
 def module_names(pair, folder, drop=()):
@@ -321,10 +321,10 @@ def test_names_of_modules(tmp_path, mesh, pair_of, name):
     keys = hf.open_checkpoint(source).where
     roots = {"model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head.weight"}
     assert {".".join(key.split(".")[:2]) for key in keys} == roots - ({"lm_head.weight"} if "tied" in name else set())
-    jax.tree.map(np.testing.assert_array_equal, convert.load(source, mesh).params, pair.ours.params)
+    jax.tree.map(np.testing.assert_array_equal, convert.load(source, mesh).params, pair.port.params)
     back = there_and_back(source, tmp_path, mesh)
     assert weight_files(back) == weight_files(source)
-    close(theirs(reload(back), pair.inputs)[pair.batch["valid"]], pair.want, 1e-5)
+    close(torch_logits(reload(back), pair.inputs)[pair.batch["valid"]], pair.want, 1e-5)
 
 
 def trained(params, seed=0):
@@ -346,14 +346,14 @@ def test_trained_model_is_exported(tmp_path, mesh, mesh_of, pair_of, name):
     source = module_names(pair, tmp_path / "source") if whole else pair.folder
     there_and_back(source, tmp_path, mesh)
     shutil.rmtree(tmp_path / "back")
-    ours = Ours(source, mesh) if whole else pair.ours
+    port = Port(source, mesh) if whole else pair.port
     with jax.set_mesh(mesh):
-        params = trained(ours.params)
+        params = trained(port.params)
     save_params(tmp_path / "ours/params", params)
     convert.convert(str(tmp_path / "ours"), str(tmp_path / "back"), mesh_of(data=2, fsdp=2, tensor=2), verify=True)
-    got = ours.logits(pair.batch, params)[pair.batch["valid"]]
+    got = port.logits(pair.batch, params)[pair.batch["valid"]]
     differ(got, pair.want)
-    close(got, theirs(reload(tmp_path / "back"), pair.inputs)[pair.batch["valid"]])
+    close(got, torch_logits(reload(tmp_path / "back"), pair.inputs)[pair.batch["valid"]])
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -380,9 +380,9 @@ def test_text_only_prm(tmp_path, mesh, head, kv_heads):
     question = rng.integers(FIRST, TEXT["vocab_size"], 9).tolist()
     rows = [question + rng.integers(FIRST, TEXT["vocab_size"], n).tolist() for n in (12, 5, 20)]
     marks = [[12, 15, 20], [13], [9, 17, 22, 28]]
-    ours = Ours(source, mesh)
+    port = Port(source, mesh)
     with jax.set_mesh(mesh):
-        scorer = Scorer(ours.graphdef, ours.params, mesh, None, problems=1, solutions=3)
+        scorer = Scorer(port.graphdef, port.params, mesh, None, problems=1, solutions=3)
         found = scorer.score([Solutions(list(zip(rows, marks, strict=True)), None)])[0]
     with torch.no_grad():
         for ids, places, got in zip(rows, marks, found, strict=True):
@@ -392,7 +392,7 @@ def test_text_only_prm(tmp_path, mesh, head, kv_heads):
     every = np.concatenate(found)
     assert len(every) == 8 and np.ptp(every) > 0.1
 
-    assert ("lm_head" in ours.params["decoder"]) == head
+    assert ("lm_head" in port.params["decoder"]) == head
     back = there_and_back(source, tmp_path, mesh)
     assert weight_files(back) == weight_files(source)
 
@@ -402,8 +402,8 @@ def test_greedy_generation(pair_of, name):
     """Left-padded prompts with images. With dynamic scaling the engine takes nothing beyond the trained length."""
     pair, new = pair_of(name), 8
     rows = [(20, 2, 0, 1), (20, 0, 0, 3), (20, 6, 0, 2), (20, 9, 0, 0)]
-    batch = batch_of(pair.ours.cfg, rows, seed=3)
-    inputs = as_torch(batch, pair.ours.cfg.tokens_per_tile)
+    batch = batch_of(pair.port.cfg, rows, seed=3)
+    inputs = as_torch(batch, pair.port.cfg.tokens_per_tile)
     told = pair.model.generate(
         **inputs, do_sample=False, max_new_tokens=new, return_dict_in_generate=True, output_logits=True
     )
@@ -411,6 +411,6 @@ def test_greedy_generation(pair_of, name):
     best = torch.stack(told.logits).topk(2).values
     assert (best[..., 0] - best[..., 1]).min() > 2 * TOLERANCE  # no ties
     assert want.shape == (len(rows), new) and len(np.unique(want)) > 3
-    ours = pair.ours
-    got = generate_greedily(ours.graphdef, ours.params, ours.cfg, IMAGE, ours.mesh, batch, new)
+    port = pair.port
+    got = generate_greedily(port.graphdef, port.params, port.cfg, IMAGE, port.mesh, batch, new)
     np.testing.assert_array_equal(got, want)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from mmprm_jax.models import build
-from mmprm_jax.models.released import NAMED, named
+from mmprm_jax.models.released import RELEASED, released_config
 from mmprm_jax.records import UserError
 
 # Parameters in millions, as the models' cards and hubs state them.
@@ -37,7 +37,7 @@ PUBLISHED = {
 
 
 def parameters(name, mesh):
-    return jax.tree.leaves(build.abstract(named(name), 0, mesh)[1])
+    return jax.tree.leaves(build.abstract(released_config(name), 0, mesh)[1])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -47,16 +47,16 @@ def test_parameter_count(mesh, name):
 
 
 def test_every_named_model_is_counted_or_tiny(mesh):
-    tiny = set(NAMED) - set(PUBLISHED)
+    tiny = set(RELEASED) - set(PUBLISHED)
     assert all(name.startswith("tiny-") for name in tiny) and len(tiny) == 3
     for name in tiny:
         assert sum(math.prod(x.shape) for x in parameters(name, mesh)) < 200_000
 
 
 def test_tiny_models_compute(mesh):
-    for name in NAMED:
+    for name in RELEASED:
         if name.startswith("tiny-"):
-            cfg = named(name)
+            cfg = released_config(name)
             graphdef, params = build.initialise(cfg, 5, 0, mesh)
             logits = jax.jit(functools.partial(_logits, graphdef, cfg.tile))(params)
             assert logits.shape == (1, 8, 320) and bool(jnp.all(jnp.isfinite(logits)))
@@ -80,4 +80,4 @@ def test_large_models_are_spread_over_the_mesh(mesh_of):
 
 def test_unknown_name():
     with pytest.raises(UserError, match="internvl2_5-8b"):
-        named("InternVL2.5-8B")
+        released_config("InternVL2.5-8B")

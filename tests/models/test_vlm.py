@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from scipy.special import erf
 
 from mmprm_jax.models import build
-from mmprm_jax.models.attention import places_of
+from mmprm_jax.models.attention import segment_positions
 from mmprm_jax.sharding import put_batch
 from mmprm_jax.training.losses import policy_loss
 
@@ -156,7 +156,7 @@ def test_padding_changes_nothing(forward, tiny, batch):
 
 
 def test_positions_and_lengths_of_packed_rows():
-    positions, lengths = places_of(jnp.array([[0, 0, 1, 1, 1, 2], [1, 2, 2, 3, 0, 0]]))
+    positions, lengths = segment_positions(jnp.array([[0, 0, 1, 1, 1, 2], [1, 2, 2, 3, 0, 0]]))
     np.testing.assert_array_equal(positions, [[0, 1, 0, 1, 2, 0], [0, 0, 1, 0, 0, 1]])
     np.testing.assert_array_equal(lengths, [[2, 2, 3, 3, 3, 1], [1, 2, 2, 1, 2, 2]])
 

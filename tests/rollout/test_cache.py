@@ -1,4 +1,4 @@
-"""The trie of known prefixes over a pool of places."""
+"""The trie of known prefixes over a pool of entries."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from mmprm_jax.rollout.cache import CacheFull, PrefixCache
 
 
 def remember(cache, problem, tokens, keep=()):
-    """Adds what is new of a prefix; the places of all of it and the number of new ones."""
+    """Adds what is new of a prefix; the entries of all of it and the number of new ones."""
     known = cache.find(problem, tokens)
     new = cache.add(problem, known, tokens[len(known) :], set(keep))
     return known + new, len(new)
@@ -105,9 +105,9 @@ def test_release():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_use(seed):
-    """Against a dict of what was added: no place is shared by two contexts, none is lost."""
-    rng, places, shards = np.random.default_rng(seed), 40, 2
-    cache, known, shard = PrefixCache(places, shards), {}, {}  # known: problem -> {prefix: place}
+    """Against a dict of what was added: no entry is shared by two contexts, none is lost."""
+    rng, entries, shards = np.random.default_rng(seed), 40, 2
+    cache, known, shard = PrefixCache(entries, shards), {}, {}  # known: problem -> {prefix: entry}
     evictions = full = 0
     for _ in range(600):
         problem, tokens = str(rng.integers(8)), rng.integers(0, 3, rng.integers(1, 12)).tolist()
@@ -129,17 +129,17 @@ def test_random_use(seed):
             full += 1
         else:
             mine |= dict(zip(prefixes[len(found) :], new, strict=True))
-            assert all(0 <= place < places for place in new)
+            assert all(0 <= entry < entries for entry in new)
         for other in known.keys() - {problem}:
             if known[other] and not cache.find(other, min(known[other], key=len)):
                 assert other not in keep and shard[other] == shard[problem]
                 del known[other]
                 evictions += 1
-        used = [(shard[other], place) for other in known for place in known[other].values()]
+        used = [(shard[other], entry) for other in known for entry in known[other].values()]
         assert len(used) == len(set(used))
     assert evictions > 20 and full > 3
     for problem in map(str, range(8)):
         cache.release(problem)
     for i in range(shards):  # all of them are free
-        assert sorted(cache.add(f"new {i}", cache.find(f"new {i}", [1]), range(places), set())) == list(range(places))
+        assert sorted(cache.add(f"new {i}", cache.find(f"new {i}", [1]), range(entries), set())) == list(range(entries))
     assert {cache.shard(f"new {i}") for i in range(shards)} == set(range(shards))

@@ -22,7 +22,7 @@ from mmprm_jax.sharding import put_batch
 
 STOP = 18  # a token that this model likes
 MAX_NEW, WIDTH, ROWS, TILES = 8, 112, 16, 2  # WIDTH, ROWS and TILES: of the full forwards
-BASE = dict(slots=16, samples=4, max_new=MAX_NEW, places=1024, steps=5, least=64)
+BASE = dict(slots=16, samples=4, max_new=MAX_NEW, cache_tokens=1024, steps=5, min_bucket=64)
 GREEDY = Sampling(temperature=0.0, max_new_tokens=MAX_NEW)
 TEXT = range(8, 40)
 
@@ -199,8 +199,11 @@ def test_logprobs_of_full_forwards(groups, samples, logits_of):
     check_against_full_forwards(groups, samples, logits_of)
 
 
-FEW = 40  # places of one shard: just enough for the longest problem
-SHAPES = [dict(shape=dict(data=8), places=8 * FEW), dict(shape=dict(data=2, fsdp=2, tensor=2), places=4 * FEW)]
+FEW = 40  # cache entries of one shard: just enough for the longest problem
+SHAPES = [
+    dict(shape=dict(data=8), cache_tokens=8 * FEW),
+    dict(shape=dict(data=2, fsdp=2, tensor=2), cache_tokens=4 * FEW),
+]
 
 
 def slow(**settings):
@@ -216,7 +219,7 @@ def slow(**settings):
         dict(rows=3, samples=2, steps=3),
         dict(steps=1),
         dict(steps=1000),
-        dict(places=FEW),
+        dict(cache_tokens=FEW),
         slow(**SHAPES[0]),
         SHAPES[1],
     ],
@@ -268,7 +271,7 @@ def contexts(groups):
 def test_order_and_time_of_submission(make, groups, samples, seed):
     """In random order, some while others are under way, with a small pool; problems are released when they are done."""
     rng = np.random.default_rng(seed)
-    engine = make(**[{}, dict(places=FEW), SHAPES[0]][seed])
+    engine = make(**[{}, dict(cache_tokens=FEW), SHAPES[0]][seed])
     waiting, found, released = [groups[i] for i in rng.permutation(len(groups))], {}, 0
     while waiting or engine.busy:
         for _ in range(rng.integers(0, 4)):
@@ -300,7 +303,7 @@ def test_problems_are_released_while_others_wait(make, groups, samples, settings
     assert_same([found[g.id] for g in groups], samples)
 
 
-@pytest.mark.parametrize("settings", [dict(places=FEW), *(slow(**shape) for shape in SHAPES)], ids=str)
+@pytest.mark.parametrize("settings", [dict(cache_tokens=FEW), *(slow(**shape) for shape in SHAPES)], ids=str)
 def test_problems_that_were_forgotten_come_back(make, base, settings):
     """The pools are too small for the problems of a shard; others may have more room when one comes back."""
     rng = np.random.default_rng(3)
@@ -418,7 +421,7 @@ def border_groups(tiles, sampling):
 @pytest.fixture(scope="module")
 def narrow(make):
     """Like ``base``, with padding to multiples of 8 tokens."""
-    return make(least=8)
+    return make(min_bucket=8)
 
 
 @pytest.mark.parametrize("tiles", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -507,7 +510,7 @@ def test_prefixes_longer_than_a_chunk(make, logits_of, monkeypatch, at):
             prefix, pixels = prefix_of(rng, length, tiles, at), pixels_of(rng, tiles)
             groups.append(Group((length, tiles), f"{length} {tiles}", prefix, pixels, key_of(rng), 2, GREEDY))
     monkeypatch.setattr(engine_module, "_CHUNK", 16)
-    engine = make(least=8)
+    engine = make(min_bucket=8)
     shapes = watch_extensions(engine)
     check_against_full_forwards(groups, engine.sample(groups), logits_of)
     assert {width for _, _, width in shapes} == {16}
@@ -680,7 +683,7 @@ def test_every_token_of_a_prefix_is_computed_once(make, seed):
 
 def test_padding(make):
     """Four new prefixes of one length: only the padding up to the bucket."""
-    rng, engine = np.random.default_rng(0), make(least=8)
+    rng, engine = np.random.default_rng(0), make(min_bucket=8)
     engine.sample([Group(i, f"{i}", prefix_of(rng, 61), None, key_of(rng), 1, SAMPLINGS[5]) for i in range(4)])
     assert (engine.counts.prefix_tokens, engine.counts.padded_tokens) == (4 * 61, 4 * 3)
 
@@ -739,7 +742,7 @@ def test_slots_are_refilled(make):
 # Guards.
 
 
-def test_recompilation_is_told(make, groups, monkeypatch):
+def test_recompilation_is_reported(make, groups, monkeypatch):
     """A parameter of another type."""
     engine, told = make(), []
     monkeypatch.setattr(engine_module.logging, "warning", lambda text, *args: told.append(text % args))
@@ -782,7 +785,7 @@ def one(**values):
 
 @pytest.fixture(scope="module")
 def small(make):
-    return make(places=FEW)
+    return make(cache_tokens=FEW)
 
 
 @pytest.mark.parametrize(
@@ -821,7 +824,7 @@ def test_the_end_of_the_positions(make, tiny):
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_one_problem_fills_the_cache(make, at_once):
-    engine = make(places=FEW)
+    engine = make(cache_tokens=FEW)
     groups = [one(id=i, prefix=(10 + i,) * 15) for i in range(3)]
     with pytest.raises(UserError, match="problem the problem: 15 more tokens do not fit into 40"):
         engine.sample(groups) if at_once else [engine.sample([group]) for group in groups]

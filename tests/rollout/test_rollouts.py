@@ -291,7 +291,7 @@ def test_with_an_engine(tokenizer, tiny, mesh, folder):
     head[:, len(tokenizer) :] = 0
     params["decoder"]["lm_head"] = jax.device_put(head, params["decoder"]["lm_head"].sharding)
 
-    settings = dict(slots=16, samples=4, max_new=8, places=1024, steps=5, least=64)
+    settings = dict(slots=16, samples=4, max_new=8, cache_tokens=1024, steps=5, min_bucket=64)
     engine = Engine(tiny.graphdef, params, tiny.cfg, tiny.image_token, mesh, **settings)
     local = LocalSampler(engine, language, pixels, sampling, 1, "test", Verify())
     requests = requests_of(*PROBLEMS[:2], n=5)

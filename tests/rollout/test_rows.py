@@ -25,4 +25,4 @@ def test_samples_of_every_schedule_are_the_same(kernels):
 
 @pytest.mark.parametrize(("rows", "left_over"), [(0, False), (1, True), (8, True), (9, True), (10, False), (48, False)])
 def test_rows_left_over(rows, left_over):
-    assert device.leaves_over(rows) == left_over
+    assert device.has_remainder_rows(rows) == left_over

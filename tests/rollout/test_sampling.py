@@ -235,7 +235,7 @@ def test_values_out_of_range(values, message):
         Sampling(**values)
 
 
-def test_all_that_is_wrong_is_told():
+def test_all_that_is_wrong_is_reported():
     with pytest.raises(ValueError, match="top_k.*min_p"):
         Sampling(top_k=-1, min_p=2)
 

@@ -28,7 +28,7 @@ CFG = VLMConfig.from_dict(
     }
 )  # fmt: skip
 SAMPLING = Sampling(temperature=0.8, max_new_tokens=16, top_k=50, top_p=0.9)
-BASE = dict(slots=64, samples=4, max_new=16, places=20_000)
+BASE = dict(slots=64, samples=4, max_new=16, cache_tokens=20_000)
 SCHEDULES = [dict(slots=1), dict(samples=16)]
 
 

@@ -38,6 +38,6 @@ class FakeSampler:
         self.released.append(problem_id)
 
     @property
-    def asked(self):
+    def requested(self):
         """All requests so far."""
         return [request for requests in self.rounds for request in requests]

@@ -31,8 +31,8 @@ def drive(settings, script, problem=PROBLEM):
     """Runs one search on ``script`` (prefix as a string -> rollouts); returns the tree and the prefixes asked for."""
     sampler = FakeSampler(lambda request: tuple(script[" ".join(request.prefix)]))
     (found,) = trees_of([problem], settings, sampler)
-    assert all(r.problem is problem and r.n == settings.num_rollouts and r.repeat == 0 for r in sampler.asked)
-    return found, [" ".join(request.prefix) for request in sampler.asked]
+    assert all(r.problem is problem and r.n == settings.num_rollouts and r.repeat == 0 for r in sampler.requested)
+    return found, [" ".join(request.prefix) for request in sampler.requested]
 
 
 def trees_of(problems, settings, sampler, capacity=1):
@@ -69,15 +69,15 @@ def test_hand_worked_tree():
     3: "t"/1 .5^.25*.9 + .125*sqrt(2) = .934 beats "a"/0 .588 + .177. "t v" right, "t v w" wrong.
     4: "a"/0 is left alone; its copy "a"/2 and the empty "a"/1 are no candidates.
     """
-    tree, asked = drive(Settings(num_rollouts=4), HAND)
-    assert asked == ["", "a b", "a", "t", "t v", "t v w", "a u"]
+    tree, prefixes = drive(Settings(num_rollouts=4), HAND)
+    assert prefixes == ["", "a b", "a", "t", "t v", "t v w", "a u"]
     assert tree.searches == ((0, 0), (0, 2), (3, 1), (2, 0))
     assert [n.parent for n in tree.nodes] == [-1, 0, 0, 0, 3, 4, 2]
     assert [" ".join(n.segments) for n in tree.nodes] == ["", "a b", "a", "t", "v", "w", "u"]
     assert [(n.k, n.n) for n in tree.nodes] == [(2, 4), (0, 4), (1, 4), (3, 4), (4, 4), (0, 4), (0, 4)]
     assert [n.visits for n in tree.nodes] == [2, 0, 1, 1, 0, 0, 0]
-    assert [" ".join(tree.prefix(i)) for i in range(7)] == asked
-    assert [list(n.rollouts) for n in tree.nodes] == [HAND[prefix] for prefix in asked]
+    assert [" ".join(tree.prefix(i)) for i in range(7)] == prefixes
+    assert [list(n.rollouts) for n in tree.nodes] == [HAND[prefix] for prefix in prefixes]
 
 
 def test_visits_change_the_choice():
@@ -91,8 +91,8 @@ def test_the_shared_prefix_is_asked_once_and_keeps_its_first_parent():
         "a b": [roll("c X")] * 4,  # first met below the root
         "a": [RIGHT, roll("b Z"), RIGHT, RIGHT],  # its own candidate runs through "a b" again
     }
-    tree, asked = drive(Settings(num_rollouts=4), script)
-    assert asked == ["", "a b", "a"]
+    tree, prefixes = drive(Settings(num_rollouts=4), script)
+    assert prefixes == ["", "a b", "a"]
     assert sorted(tree.searches) == [(0, 0), (0, 2), (2, 1)]
     assert [n.parent for n in tree.nodes] == [-1, 0, 0]
     assert [tree.prefix(i) for i in range(3)] == [(), ("a", "b"), ("a",)]
@@ -105,21 +105,21 @@ def test_a_reused_right_prefix_becomes_the_parent():
         "a b": [roll("X")] * 4,
         "a c": [roll("Y")] * 4,
     }
-    tree, asked = drive(Settings(num_rollouts=4), script)
-    assert asked == ["", "a", "a b", "a c"]
+    tree, prefixes = drive(Settings(num_rollouts=4), script)
+    assert prefixes == ["", "a", "a b", "a c"]
     assert [(n.parent, n.segments) for n in tree.nodes] == [(-1, ()), (0, ("a",)), (1, ("b",)), (1, ("c",))]
 
 
 @pytest.mark.parametrize("correct", [False, True])
 def test_a_uniform_root_ends_the_search(correct):
-    tree, asked = drive(Settings(num_rollouts=3), {"": [roll("a b X", correct=correct)] * 3})
-    assert asked == [""] and len(tree.nodes) == 1 and tree.searches == ()
+    tree, prefixes = drive(Settings(num_rollouts=3), {"": [roll("a b X", correct=correct)] * 3})
+    assert prefixes == [""] and len(tree.nodes) == 1 and tree.searches == ()
     assert (tree.nodes[0].k, tree.nodes[0].n) == (3 * correct, 3)
 
 
 def test_empty_and_answer_only_rollouts_count_but_are_never_searched():
-    tree, asked = drive(Settings(num_rollouts=4), {"": [roll(""), roll("X"), RIGHT, roll("")]})
-    assert asked == [""] and tree.searches == () and (tree.nodes[0].k, tree.nodes[0].n) == (1, 4)
+    tree, prefixes = drive(Settings(num_rollouts=4), {"": [roll(""), roll("X"), RIGHT, roll("")]})
+    assert prefixes == [""] and tree.searches == () and (tree.nodes[0].k, tree.nodes[0].n) == (1, 4)
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,12 @@ def test_binary_search_finds_the_first_error_wherever_it_is(length):
         script = {"": [wrong, RIGHT]}
         for j in range(1, length):
             script[" ".join(segments[:j])] = [RIGHT if j < error else roll("X")] * 2
-        tree, asked = drive(Settings(num_rollouts=2), script)
+        tree, prefixes = drive(Settings(num_rollouts=2), script)
         found = {len(tree.prefix(i)): node.k for i, node in enumerate(tree.nodes)}
         assert error == length or found[error] == 0
         assert error == 1 or found[error - 1] == 2
         assert length not in found
-        assert len(asked) - 1 <= math.ceil(math.log2(length)) and len(set(asked)) == len(asked)
+        assert len(prefixes) - 1 <= math.ceil(math.log2(length)) and len(set(prefixes)) == len(prefixes)
         for node in tree.nodes[1:]:
             assert node.segments and (node.parent == 0 or tree.nodes[node.parent].k > 0)
 
@@ -184,17 +184,17 @@ def test_no_search_starts_beyond_the_budget(budget):
 
 
 def test_answers_that_do_not_fit():
-    with pytest.raises(ValueError, match="problem p: asked for 16 rollouts, was sent 1"):
+    with pytest.raises(ValueError, match="problem p: 16 rollouts were requested, 1 came"):
         trees_of([PROBLEM], Settings(), FakeSampler(lambda request: (RIGHT,)))
     forest = Forest(Settings(num_rollouts=2), 1)
     forest.start(7, PROBLEM)
     ((index, request),) = forest.requests()
     assert (index, request) == (7, Request(PROBLEM, (), 2)) and forest.requests() == []
     for wrong in ((8, request), (7, dataclasses.replace(request, prefix=("a",)))):
-        with pytest.raises(ValueError, match="problem p: no answer is wanted"):
+        with pytest.raises(ValueError, match="problem p: an answer to no open request"):
             forest.answer(*wrong, (RIGHT,) * 2)
     forest.answer(7, request, (RIGHT,) * 2)
-    with pytest.raises(ValueError, match="problem p: no answer is wanted"):
+    with pytest.raises(ValueError, match="problem p: an answer to no open request"):
         forest.answer(7, request, (RIGHT,) * 2)
 
 
@@ -242,7 +242,7 @@ def test_trees_do_not_depend_on_the_number_in_flight_nor_on_the_order_of_answers
     sampler = FakeSampler(sample_world, order)
     assert trees_of(PROBLEMS, WORLD, sampler, capacity) == alone
     assert len(sampler.rounds[0]) == min(capacity, len(PROBLEMS))
-    assert len(sampler.asked) == len(set(sampler.asked)) == sum(len(t.nodes) for t in alone)
+    assert len(sampler.requested) == len(set(sampler.requested)) == sum(len(t.nodes) for t in alone)
     if (capacity, order) == (7, "all"):  # kept full until the problems run out
         assert set(sampler.waits[: len(sampler.waits) // 2]) == {7} and max(sampler.waits) == 7
 
@@ -398,7 +398,7 @@ def test_late_answers_to_a_tree_that_failed_are_dropped():
     for order in ORDERS:
         sampler = FakeSampler(sample, order)
         assert trees_of(problems, Settings(2, 4, 100, right_solutions=1), sampler, 1) == [Failure("lost")] * 2
-        assert len(sampler.asked) == 2 * 7 and not sampler.open
+        assert len(sampler.requested) == 2 * 7 and not sampler.open
 
 
 def test_a_tree_that_outgrows_its_arrays_fails_alone():
@@ -411,7 +411,7 @@ def test_a_tree_that_outgrows_its_arrays_fails_alone():
 
     problems = [Problem(name, "q", "1") for name in wrong]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(omegaprm, "MOST_SEGMENTS", 8)
+        patch.setattr(omegaprm, "MAX_SEGMENTS", 8)
         settings = Settings(num_rollouts=2, max_searches=1)
         found = trees_of(problems, settings, FakeSampler(sample), 2)
     assert [len(found[i].nodes) for i in (0, 2)] == [4, 4]
@@ -427,7 +427,7 @@ def test_the_longest_solutions_fit(settings, right):
 
     def sample(request):
         name = "".join(request.prefix[-1:])
-        wrong = roll(" ".join(f"{name}.{i}" for i in range(omegaprm.MOST_SEGMENTS)))
+        wrong = roll(" ".join(f"{name}.{i}" for i in range(omegaprm.MAX_SEGMENTS)))
         return (RIGHT, wrong) if right or not request.prefix else (roll("X"), roll("Y"))
 
     (found,) = trees_of([PROBLEM], settings, FakeSampler(sample))

@@ -179,5 +179,5 @@ def test_a_repeated_prefix_is_sampled_anew():
 def test_wrong_number_of_rollouts():
     search = paper.search(Problem("p", "q", "a"), omegaprm.Settings(num_rollouts=4))
     next(search)
-    with pytest.raises(ValueError, match="problem p: asked for 4 rollouts, was sent 0"):
+    with pytest.raises(ValueError, match="problem p: 4 rollouts were requested, 0 came"):
         search.send([()])

@@ -8,12 +8,12 @@ import zlib
 
 import pytest
 from etils import epath
-from toy_annotation import Interrupted, files, made_up, problems
+from toy_annotation import Interrupted, files, problems, seeded_rollouts
 
 from mmprm_jax import annotation, records
 from mmprm_jax.records import Failure, Node, Problem, Request, Rollout, Tree, UserError
 from mmprm_jax.search import store as store_module
-from mmprm_jax.search.store import Recalling, Store, checked_line, missing, read_checked, read_trees
+from mmprm_jax.search.store import CachedSampler, Store, checked_line, missing, read_checked, read_trees
 
 PROBLEMS = problems(7)
 SHARD = 3
@@ -21,7 +21,7 @@ SHARD = 3
 
 def open_store(folder, index=0, count=1, seconds=0.0, writes=True, todo=PROBLEMS):
     store = Store(epath.Path(folder), todo, SHARD, index, count, seconds, writes)
-    store.mend()
+    store.repair()
     return store
 
 
@@ -31,7 +31,7 @@ def requests_of(problem):
 
 def tree_of(problem, answers):
     """Any tree will do, if it comes from its answers."""
-    answers = answers or [made_up(requests_of(problem)[0])]
+    answers = answers or [seeded_rollouts(requests_of(problem)[0])]
     nodes = [
         Node(i - 1, ("<step>1</step>",) * (i > 0), sum(r.correct for r in rollouts), len(rollouts), i, rollouts)
         for i, rollouts in enumerate(answers)
@@ -48,7 +48,7 @@ def annotated(folder, order=lambda todo: todo[::-1], sampled=None, todo=PROBLEMS
             request = requests_of(todo[i])[number]
             found = store.recall(request)
             if found is None:
-                found = made_up(request)
+                found = seeded_rollouts(request)
                 if sampled is not None:
                     sampled.append(request)
                 store.keep(request, found)
@@ -81,7 +81,7 @@ def whole(tmp_path):
 
 def test_the_files_of_an_annotation(whole, tmp_path):
     assert sorted(whole) == ["failed.jsonl", "trees-000000.jsonl", "trees-000003.jsonl", "trees-000006.jsonl"]
-    trees = [tree_of(p, [made_up(r) for r in requests_of(p)]) for p in PROBLEMS]
+    trees = [tree_of(p, [seeded_rollouts(r) for r in requests_of(p)]) for p in PROBLEMS]
     assert read_trees(epath.Path(tmp_path / "whole")) == trees
     lines = b"".join(whole[name] for name in sorted(whole)).decode().split("\n")
     assert lines == [*map(records.to_json, trees), ""]
@@ -97,7 +97,7 @@ def test_the_order_in_which_trees_finish_does_not_show(whole, tmp_path, order):
 def test_a_finished_tree_is_on_disk_at_once(tmp_path, monkeypatch):
     store, synced = open_store(tmp_path), []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
-    answers = [made_up(r) for r in requests_of(PROBLEMS[1])]
+    answers = [seeded_rollouts(r) for r in requests_of(PROBLEMS[1])]
     assert store.add(1, tree_of(PROBLEMS[1], answers)) is False
     (line,) = (tmp_path / "trees-000000.part").read_bytes().splitlines()
     assert synced == [len(line) + 1]
@@ -244,7 +244,7 @@ def test_what_was_answered_is_not_sampled_again(tmp_path):
     store = open_store(tmp_path)
     for problem in PROBLEMS[2:5]:
         for request in requests_of(problem)[:2]:
-            store.keep(request, made_up(request))
+            store.keep(request, seeded_rollouts(request))
     sampled = []
     annotated(tmp_path, sampled=sampled)
     assert len(sampled) == 21 - 6
@@ -257,9 +257,9 @@ def test_a_finished_tree_is_not_kept_twice(tmp_path):
     store = open_store(tmp_path)
     requests = requests_of(PROBLEMS[0])
     for request in requests:
-        store.keep(request, made_up(request))
-    store.keep(requests_of(PROBLEMS[1])[0], made_up(requests[0]))
-    store.add(0, tree_of(PROBLEMS[0], [made_up(r) for r in requests]))
+        store.keep(request, seeded_rollouts(request))
+    store.keep(requests_of(PROBLEMS[1])[0], seeded_rollouts(requests[0]))
+    store.add(0, tree_of(PROBLEMS[0], [seeded_rollouts(r) for r in requests]))
     store.save()
     texts, intact = read_checked(epath.Path(tmp_path) / "in_flight-000.part")
     assert intact and [json.loads(text)[0] for text in texts] == ["p1"]
@@ -272,7 +272,7 @@ def test_answers_in_flight_are_saved_when_it_is_time(tmp_path, monkeypatch):
     store, saved = open_store(tmp_path, seconds=30.0), []
     monkeypatch.setattr(store, "save", lambda: (saved.append(now[0]), Store.save(store)))
     for request in [r for p in PROBLEMS for r in requests_of(p)]:
-        store.keep(request, made_up(request))
+        store.keep(request, seeded_rollouts(request))
         now[0] += 7.0
     assert saved == [135.0, 170.0, 205.0, 240.0]
     assert len((tmp_path / "in_flight-000.part").read_bytes().splitlines()) == 21
@@ -285,7 +285,7 @@ def part_of(folder, count=2, **options):
     """An annotation of which the first trees of the first shard are there."""
     store = open_store(folder, **options)
     for i in range(count):
-        store.add(i, tree_of(PROBLEMS[i], [made_up(r) for r in requests_of(PROBLEMS[i])]))
+        store.add(i, tree_of(PROBLEMS[i], [seeded_rollouts(r) for r in requests_of(PROBLEMS[i])]))
     return folder / "trees-000000.part"
 
 
@@ -330,7 +330,7 @@ def test_a_changed_byte_costs_its_tree_only(whole, tmp_path, where):
 def test_damaged_answers_in_flight_cost_themselves_only(whole, tmp_path, damage):
     store, kept = open_store(tmp_path / "w"), requests_of(PROBLEMS[0]) + requests_of(PROBLEMS[5])
     for request in kept:
-        store.keep(request, made_up(request))
+        store.keep(request, seeded_rollouts(request))
     path = tmp_path / "w" / "in_flight-000.part"
     data = bytearray(path.read_bytes())
     data[20] ^= 1
@@ -386,7 +386,7 @@ def test_parts_of_other_problems_are_refused(tmp_path, change):
 def test_answers_of_other_problems_are_not_taken(tmp_path):
     store = open_store(tmp_path)
     for request in requests_of(PROBLEMS[0]):
-        store.keep(request, made_up(request))
+        store.keep(request, seeded_rollouts(request))
     other = [Problem(f"x{i}", "?", "1") for i in range(2)]
     store = open_store(tmp_path, todo=other)
     assert store.recall(requests_of(PROBLEMS[0])[0]) is None
@@ -396,9 +396,9 @@ def test_answers_of_other_problems_are_not_taken(tmp_path):
 
 def test_an_answer_is_that_to_the_whole_request(tmp_path):
     request = Request(PROBLEMS[0], ("a", "b"), 4, repeat=1)
-    open_store(tmp_path).keep(request, made_up(request))
+    open_store(tmp_path).keep(request, seeded_rollouts(request))
     store = open_store(tmp_path)
-    assert store.recall(request) == made_up(request)
+    assert store.recall(request) == seeded_rollouts(request)
     for other in (
         Request(PROBLEMS[1], ("a", "b"), 4, 1), Request(PROBLEMS[0], ("ab",), 4, 1), Request(PROBLEMS[0], ("a",), 4, 1),
         Request(PROBLEMS[0], ("a", "b"), 4, 0), Request(PROBLEMS[0], ("a", "b"), 5, 1),
@@ -444,17 +444,17 @@ def test_another_number_of_workers_goes_on(whole, tmp_path, before, after):
         store = open_store(folder, index=index, count=before)
         for i in store.todo[:3:2]:
             for request in requests_of(PROBLEMS[i])[:2]:
-                store.keep(request, made_up(request))
+                store.keep(request, seeded_rollouts(request))
                 kept.append(request)
         if len(store.todo) > 1:
             i = store.todo[1]
-            store.add(i, tree_of(PROBLEMS[i], [made_up(r) for r in requests_of(PROBLEMS[i])]))
+            store.add(i, tree_of(PROBLEMS[i], [seeded_rollouts(r) for r in requests_of(PROBLEMS[i])]))
     assert len(list(folder.glob("in_flight-*"))) == before
     sampled = []
     stores = [open_store(folder, index=index, count=after) for index in range(after)]
     assert sum(len(store.todo) for store in stores) < 7
     for request in kept:
-        assert any(store.recall(request) == made_up(request) for store in stores)
+        assert any(store.recall(request) == seeded_rollouts(request) for store in stores)
     for index in range(after):
         annotated(folder, index=index, count=after, sampled=sampled)
     finish(folder)
@@ -465,7 +465,7 @@ def test_a_store_that_only_reads(tmp_path):
     path = part_of(tmp_path / "w", count=1)
     store = open_store(tmp_path / "w")
     for request in requests_of(PROBLEMS[4]):
-        store.keep(request, made_up(request))
+        store.keep(request, seeded_rollouts(request))
     path.write_bytes(path.read_bytes() + b"torn")
     full = checked_line(f"[6,{records.to_json(tree_of(PROBLEMS[6], []))}]")
     (tmp_path / "w" / "trees-000006.part").write_text(full)
@@ -486,7 +486,7 @@ def test_creating_a_store_writes_nothing(tmp_path):
     before = content(tmp_path)
     store = Store(epath.Path(tmp_path), PROBLEMS, SHARD, 0, 1, 0.0)
     assert content(tmp_path) == before
-    store.mend()
+    store.repair()
     assert not path.read_bytes().endswith(b"torn") and (tmp_path / "trees-000006.jsonl").exists()
 
 
@@ -501,7 +501,7 @@ def test_failures_are_noted_and_given_up_on_demand(tmp_path):
     assert sorted(files(tmp_path)) == ["trees-000000.part", "trees-000003.jsonl"]
     again = open_store(tmp_path)
     assert again.todo == [1, 6] and again.done == 5 and not again.failed
-    store.give_up()
+    store.complete_without_failed()
     assert sorted(files(tmp_path)) == ["trees-000000.jsonl", "trees-000003.jsonl", "trees-000006.jsonl"]
     assert (tmp_path / "trees-000006.jsonl").read_bytes() == b""
     assert finish(tmp_path)["failed"] == 2
@@ -512,7 +512,7 @@ def test_only_shards_without_open_problems_are_given_up(tmp_path):
     store = open_store(tmp_path)
     store.add(0, Failure("no"))
     store.add(1, tree_of(PROBLEMS[1], []))
-    store.give_up()
+    store.complete_without_failed()
     assert sorted(files(tmp_path)) == ["trees-000000.part"]
 
 
@@ -579,7 +579,7 @@ def test_a_recalling_sampler_asks_for_what_is_not_known_only(tmp_path):
         def submit(self, requests):
             assert requests
             asked.extend(requests)
-            ready.extend((r, Failure("no") if r.prefix else made_up(r)) for r in requests)
+            ready.extend((r, Failure("no") if r.prefix else seeded_rollouts(r)) for r in requests)
 
         def collect(self):
             return [ready.pop()] if ready else []
@@ -589,18 +589,18 @@ def test_a_recalling_sampler_asks_for_what_is_not_known_only(tmp_path):
 
     first, second, third = requests_of(PROBLEMS[0])
     store = open_store(tmp_path)
-    store.keep(first, made_up(first))
-    sampler = Recalling(Sampler(), store)
+    store.keep(first, seeded_rollouts(first))
+    sampler = CachedSampler(Sampler(), store)
     sampler.submit([first])
     assert asked == []
-    assert sampler.collect() == [(first, made_up(first))]
+    assert sampler.collect() == [(first, seeded_rollouts(first))]
     other = requests_of(PROBLEMS[1])[0]
     sampler.submit([first, second, other])
     assert asked == [second, other]
-    assert sampler.collect() == [(first, made_up(first))]
-    assert sampler.collect() == [(other, made_up(other))]
+    assert sampler.collect() == [(first, seeded_rollouts(first))]
+    assert sampler.collect() == [(other, seeded_rollouts(other))]
     assert sampler.collect() == [(second, Failure("no"))]
     assert sampler.collect() == []
-    assert store.recall(other) == made_up(other) and store.recall(second) is None
+    assert store.recall(other) == seeded_rollouts(other) and store.recall(second) is None
     sampler.release("p0")
     assert asked[-1] == "p0"

@@ -178,7 +178,7 @@ def test_an_image_that_is_lost_or_changed_after_encoding(tmp_path):
         take(batches(data, Sizes(1, 8, 2)), 1)
 
 
-def test_a_record_that_is_damaged_is_told_by_the_batch(sets, monkeypatch):
+def test_a_record_that_is_damaged_is_reported_by_the_batch(sets, monkeypatch):
     data = sets[0]
 
     class Reader:
@@ -228,7 +228,7 @@ def run(tmp_path, mesh, monkeypatch):
     return run
 
 
-def test_missing_demonstrations_are_told_by_the_first_stage(run, tmp_path):
+def test_missing_demonstrations_are_reported_by_the_first_stage(run, tmp_path):
     folder = dataclasses.replace(run.config.data, folder=str(run.data))
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, data=folder))
     assert stages.STAGES["data"](run)["problems"]["train"] == 2

@@ -16,7 +16,7 @@ import pytest
 from toy_training import Source, curve, train
 
 from mmprm_jax.interruption import Interrupted, handling
-from mmprm_jax.processes import asked_to_end
+from mmprm_jax.processes import stop_requested
 from mmprm_jax.records import UserError
 from mmprm_jax.training.checkpoints import Checkpoints
 
@@ -113,7 +113,7 @@ def test_asked_to_stop(whole, tmp_path):
         with handling(), pytest.raises(Interrupted) as caught:
             train(tmp_path, ONE, **SAVING)
     assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
-    assert "stopped at step 5 as asked" in caught.value.said and steps(tmp_path) == [3, 5]
+    assert "stopped at step 5 as asked" in caught.value.message and steps(tmp_path) == [3, 5]
     equal(train(tmp_path, ONE, **SAVING), whole[1])
 
 
@@ -123,7 +123,7 @@ def test_pods_are_asked_for_every_step(monkeypatch):
     module = sys.modules["mmprm_jax.processes"].multihost_utils
     monkeypatch.setattr(module, "reached_preemption_sync_point", lambda step: asked.append(step) or step == 3)
     with handling():
-        assert [asked_to_end(step) for step in (1, 2, 3)] == [False, False, True] and asked == [1, 2, 3]
+        assert [stop_requested(step) for step in (1, 2, 3)] == [False, False, True] and asked == [1, 2, 3]
 
 
 def test_newest_and_best_are_kept(tmp_path):

@@ -22,7 +22,7 @@ class Model:
             logits_of=lambda hidden, tokens: hidden @ self.head[:, jnp.array(tokens)],
         )
 
-    def __call__(self, tokens, segment, pixels, keep, most):
+    def __call__(self, tokens, segment, pixels, keep, max_segments):
         return pixels, None
 
 

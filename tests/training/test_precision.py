@@ -114,7 +114,7 @@ def test_no_gradient_loses_addends(mesh_of, cfg, loss, devices, microbatches):
 def test_moments_in_bfloat16_follow_steady_gradients():
     """Rounded to the nearest, the second moments stop on their way down, and steps are 8 % too short."""
     plain = optax.scale_by_adam(b2=0.98)
-    kept = optimizers._kept_in_bfloat16(plain)
+    kept = optimizers._moments_in_bfloat16(plain)
     states, updates = {}, {}
     for optimizer in (plain, kept):
         states[optimizer] = optimizer.init(jnp.zeros(1000))
@@ -127,7 +127,7 @@ def test_moments_in_bfloat16_follow_steady_gradients():
 
 def test_rounding_at_random():
     x = jnp.array([1.0, 1 + 2**-9, -(1 + 2**-9), 1e-30, np.inf, np.nan, 0.0], jnp.float32)
-    many = jax.vmap(lambda key: optimizers.round_at_random(x, key))(jax.random.split(jax.random.key(0), 20_000))
+    many = jax.vmap(lambda key: optimizers.stochastic_round(x, key))(jax.random.split(jax.random.key(0), 20_000))
     found = np.asarray(many.astype(jnp.float32), np.float64)
     assert set(np.unique(found[:, 0])) == {1.0} and set(np.unique(found[:, 6])) == {0.0}
     assert set(np.unique(found[:, 1])) == {1.0, 1 + 2**-7} and found[:, 1].mean() == pytest.approx(1 + 2**-9, abs=2e-4)
