@@ -100,7 +100,7 @@ def sampler_of(tiny, mesh_of):
 def toy_verify(pairs):
     from mmprm_jax import answers
 
-    return [bool(answers.equal(gold, answer)) for answer, gold in pairs]
+    return [bool(answers.equal(gold, answer)) for answer, gold, _ in pairs]
 
 
 @pytest.fixture(scope="module")
@@ -475,11 +475,11 @@ def data_set(tmp_path_factory):
     """A folder with problems and images, and nothing else."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
-    found = [Problem(f"q{i}", f"What is {i} + 1?", str(i % 3), f"images/{i}.png" if i % 2 else None) for i in range(6)]
+    found = [Problem(f"q{i}", f"What is {i} + 1?", str(i % 3), (f"images/{i}.png",) if i % 2 else ()) for i in range(6)]
     for problem in found:
-        if problem.image:
+        for name in problem.images:
             pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / problem.image)
+            Image.fromarray(pixels).save(folder / name)
     records.write(folder / "train.jsonl", found)
     return folder
 

@@ -76,7 +76,7 @@ def test_a_completion_depends_on_its_own_problem_only(policy):
 
 def test_images(policy, tmp_path):
     PICTURE.save(tmp_path / "a.png")
-    record = Problem("a", QUESTION, "7", str(tmp_path / "a.png"))
+    record = Problem("a", QUESTION, "7", (str(tmp_path / "a.png"),))
     ways = dict(max_new_tokens=6, temperature=0.0)
     (own,), (none,) = policy.sample([record, QUESTION], **ways)
     (file,), (picture,), (two,), (left_out,) = policy.sample(
@@ -131,7 +131,7 @@ def test_a_policy_without_eyes(tmp_path, mesh):
 
 def even(pairs):
     """Verdicts that a random policy gets right now and then."""
-    return [answer is not None or number % 2 == 0 for number, (answer, _) in enumerate(pairs)]
+    return [answer is not None or number % 2 == 0 for number, (answer, *_) in enumerate(pairs)]
 
 
 SEARCH = dict(num_rollouts=4, max_searches=2, max_new_tokens=8, slots=8)
@@ -139,7 +139,7 @@ SEARCH = dict(num_rollouts=4, max_searches=2, max_new_tokens=8, slots=8)
 
 def test_trees_in_memory(policy, tmp_path):
     PICTURE.save(tmp_path / "a.png")
-    problems = [Problem("a", QUESTION, "7", "a.png"), Problem("b", QUESTION, "7")]
+    problems = [Problem("a", QUESTION, "7", ("a.png",)), Problem("b", QUESTION, "7")]
     trees = annotate(policy, problems, images=tmp_path, verify=even, **SEARCH)
     assert [tree.problem for tree in trees] == problems
     assert all(tree.nodes[0].n == 4 and tree.nodes[0].k == 2 for tree in trees)
@@ -162,7 +162,7 @@ def tree(name, right):
         Node(-1, (), 1, 2, 1, rollouts),
         Node(0, STEPS[:1], right, 2, 0, (Rollout(STEPS[1:], True, 6), Rollout(wrong[1:], False, 4))),
     )
-    return Tree(Problem(name, QUESTION, "7", "a.png"), nodes, ((0, 1),))
+    return Tree(Problem(name, QUESTION, "7", ("a.png",)), nodes, ((0, 1),))
 
 
 def test_a_prm_is_trained_and_chooses(folder, tmp_path, mesh):
@@ -171,7 +171,7 @@ def test_a_prm_is_trained_and_chooses(folder, tmp_path, mesh):
     settings = dict(steps=4, batch_size=2, max_length=80, row_tiles=3, checkpoint_every=2)
     prm = train_prm(folder, trees, tmp_path / "prm", images=tmp_path, mesh=mesh, **settings)
     assert prm.max_tiles == 2 and prm.template == "own"
-    problem = Problem("a", QUESTION, "7", str(tmp_path / "a.png"))
+    problem = Problem("a", QUESTION, "7", (str(tmp_path / "a.png"),))
     scores = prm.score(problem, STEPS)
     assert len(scores) == 3 and all(0 < score < 1 for score in scores)
     assert prm.score(QUESTION, STEPS, images=[PICTURE]) == scores != prm.score(QUESTION, STEPS)

@@ -17,7 +17,22 @@ from typing import Any
 from mmprm_jax.data import sources_files
 from mmprm_jax.data.benchmarks import BENCHMARKS
 from mmprm_jax.data.prompts import PLACEHOLDER
-from mmprm_jax.data.sources_base import Item, Refused, Source, identity, named, picture, placed, text
+from mmprm_jax.data.sources_base import (
+    LETTERS,
+    Item,
+    Refused,
+    Source,
+    grading,
+    identity,
+    named,
+    optional,
+    picture,
+    placed,
+    shown,
+    text,
+    texts,
+    with_choices,
+)
 from mmprm_jax.data.sources_files import Located
 from mmprm_jax.data.steps import restructure
 from mmprm_jax.records import Problem, SFTExample, UserError, to_json
@@ -28,9 +43,18 @@ _ANYTHING = ("*.jsonl", "*.json", "*.parquet")
 def problem(row: Mapping[str, Any], split: str) -> Item:
     """MMK12 (Parquet), and MM-K12's seed schema ``{id, question, correct_answer or answer, image_path}``."""
     pictures = picture(next((row[key] for key in ("image_path", "image", "images") if row.get(key)), None))
-    question = placed(text(row, "question"), len(pictures))
-    answer = text(row, "correct_answer", "answer")
-    return Item(Problem(identity(row, "id"), question, answer), pictures)
+    question, answer = text(row, "question"), text(row, "correct_answer", "answer")
+    given = next((key for key in ("choices", "options") if row.get(key)), "")
+    question, options = with_choices(question, texts(row.get(given), given))
+    options = options or _chosen(question, answer)
+    judged = grading(options, optional(row, "unit"), row.get("precision"), "choice" if options else None)
+    return Item(Problem(identity(row, "id"), placed(question, len(pictures)), answer, grading=judged), pictures)
+
+
+def _chosen(question: str, answer: str) -> tuple[str, ...]:
+    """The choices that a question shows, if the answer is the letter of one."""
+    options = shown(question)
+    return options if answer.strip(" ().") in list(LETTERS[: len(options)]) else ()
 
 
 def mm_k12(row: Mapping[str, Any], split: str) -> Item:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mmprm_jax.data.prompts import PLACEHOLDER
-from mmprm_jax.records import UserError
+from mmprm_jax.records import Grading, UserError
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_TEXT = 100_000  # characters of a question, an answer or a response
 
 Record = Any  # Problem, SFTExample or StepDetectionExample
@@ -99,11 +100,11 @@ def identity(row: Mapping[str, Any], *keys: str) -> str:
 
 
 def picture(value: Any) -> tuple[Picture, ...]:
-    """No image, a path, the {bytes, path} of the ``datasets`` library, or a list of one of these. Raises UserError."""
+    """No image, a path, the {bytes, path} of the ``datasets`` library, or a list of these. Raises UserError."""
     if value is None or value == "":
         return ()
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+    if isinstance(value, list):
+        return tuple(found for item in value for found in picture(item))
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if not isinstance(value, str | bytes):
@@ -114,16 +115,86 @@ def picture(value: Any) -> tuple[Picture, ...]:
 def placed(question: str, images: int) -> str:
     """A question whose image tags fit: as many ``<image>`` as images, or none.
 
-    Numbered tags (``<image1>``, ``<image_1>``) of a problem with one image become ``<image>`` when there is one, else
-    words. Raises UserError when tags and images do not fit together.
+    Numbered tags (``<image1>``, ``<image_1>``) become ``<image>`` where each image has one, in order; a second tag of
+    an image, and all of them otherwise, become words: then the images stand in front. Raises UserError when tags and
+    images do not fit together.
     """
-    numbered = re.compile(r"<image_?(\d+)>")
-    if len(numbered.findall(question)) == 1 and images == 1:
-        question = numbered.sub(PLACEHOLDER, question)
-    question = numbered.sub(r"(image \1)", question)
+    numbers = [int(found) for found in _NUMBERED.findall(question)]
+    firsts = list(dict.fromkeys(numbers))
+    if images > 1 and firsts and max(firsts) > images:
+        raise UserError(f"the text speaks of image {max(firsts)}, but there are {images} images")
+    if len(numbers) == images == 1 or images > 1 and firsts in (list(range(images)), list(range(1, images + 1))):
+        for number in firsts:
+            question = re.sub(_tag(number), PLACEHOLDER, question, count=1)
+    question = _NUMBERED.sub(r"(image \1)", question)
     if question.count(PLACEHOLDER) not in (0, images):
         raise UserError(f"the text has {question.count(PLACEHOLDER)} {PLACEHOLDER} placeholders, but {images} images")
     return question
+
+
+_NUMBERED = re.compile(r"<image_?(\d+)>")
+
+
+def _tag(number: int) -> str:
+    return rf"<image_?0*{number}>"
+
+
+_SHOWN_LINE = re.compile(r"^[^\S\n]*[(（]?([A-K])\s*[:.)）、．]", re.MULTILINE)
+_IMAGE_TAG = re.compile(r"<image_?\d*>")
+_SHOWN_INLINE = re.compile(r"(?:^|(?<=[\s(（)）]))([A-K])\s*[.)）、．](?=\s*\S)")
+
+
+def shown(question: str) -> tuple[str, ...]:
+    """The texts of the choices (A), (B), … that end a question, a line each or three and more in a row; else none."""
+    for pattern, least in ((_SHOWN_LINE, 2), (_SHOWN_INLINE, 3)):
+        marks = list(pattern.finditer(question))
+        first = max((i for i, mark in enumerate(marks) if mark[1] == "A"), default=len(marks))
+        marks = marks[first:]
+        if len(marks) >= least and [mark[1] for mark in marks] == list(LETTERS[: len(marks)]):
+            ends = [mark.start() for mark in marks[1:]] + [len(question)]
+            parts = (question[mark.end() : end] for mark, end in zip(marks, ends, strict=True))
+            texts = (_IMAGE_TAG.sub("", part).strip() for part in parts)
+            return tuple(text.removesuffix("(").removesuffix("（").strip() for text in texts)
+    return ()
+
+
+def with_choices(question: str, options: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """The question with its choices, shown once, and their texts.
+
+    Raises UserError when the question itself shows others.
+    """
+    there = shown(question)
+    if not there or not options:
+        return question + listed(options), tuple(options)
+    only_letters = list(options) == list(LETTERS[: len(options)])
+    agree = all(a == b or not a or only_letters for a, b in zip(map(_bare, there), map(_bare, options), strict=False))
+    if len(there) != len(options) or not agree:
+        raise UserError(f"the question shows the choices {'; '.join(there)!r:.100}, the row has {list(options)!r:.100}")
+    return question, there if only_letters else tuple(options)
+
+
+def _bare(option: str) -> str:
+    return " ".join(option.split()).rstrip(" .,;。；，").casefold()
+
+
+def listed(options: Sequence[str]) -> str:
+    """``\\nChoices:\\n(A) …``; nothing for no options, or options that are only their letters."""
+    return "" if list(options) == list(LETTERS[: len(options)]) else listed_always(options)
+
+
+def listed_always(options: Sequence[str]) -> str:
+    """``\\nChoices:\\n(A) …`` for any options; nothing for none."""
+    return "\nChoices:" + "".join(f"\n({x}) {o}" for x, o in zip(LETTERS, options, strict=False)) if options else ""
+
+
+def grading(
+    options: Sequence[str] = (), unit: str | None = None, precision: float | None = None, kind: str | None = None
+) -> Grading:
+    """Raises UserError."""
+    try:
+        return Grading.of(options, unit, precision, kind)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def named(record: Record, **values: Any) -> Record:

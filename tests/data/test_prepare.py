@@ -21,7 +21,7 @@ from mmprm_jax.data.benchmarks import StepDetectionExample
 from mmprm_jax.data.images import open_image
 from mmprm_jax.data.prompts import split_segments
 from mmprm_jax.data.sources_base import Refused
-from mmprm_jax.records import Problem, SFTExample, UserError
+from mmprm_jax.records import Grading, Problem, SFTExample, UserError
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 K12 = GOLDEN / "mm_k12" / "mm_k12_test_24.json"
@@ -62,8 +62,8 @@ def test_real_problems_become_the_files_that_annotate_reads(tmp_path, capsys):
     found, given = read(tmp_path / "a" / "test.jsonl"), json.loads(K12.read_text())
     assert [(p.id, p.question, p.answer) for p in found] == [(g["id"], g["question"], g["answer"]) for g in given]
     for problem, row in zip(found, given, strict=True):
-        assert (tmp_path / "a" / problem.image).read_bytes() == (K12.parent / row["image_path"]).read_bytes()
-        open_image(tmp_path / "a" / problem.image)
+        assert (tmp_path / "a" / problem.images[0]).read_bytes() == (K12.parent / row["image_path"]).read_bytes()
+        open_image(tmp_path / "a" / problem.images[0])
     assert "24 of 24" in capsys.readouterr().out
     scoring = lines(tmp_path / "a/prepare/test/benchmark.jsonl")
     assert [(row["id"], row["gold"], row["mode"]) for row in scoring] == [(p.id, p.answer, "mm_k12") for p in found]
@@ -146,7 +146,7 @@ def test_images_in_which_a_model_sees_nothing_are_told(tmp_path, capsys):
     (tmp_path / "train.json").write_text(json.dumps(rows))
     run("mm_k12", tmp_path, f"--output={tmp_path / 'o'}")
     first, _ = read(tmp_path / "o" / "train.jsonl")
-    assert json.loads((tmp_path / "o/prepare/train/summary.json").read_text())["blank_images"] == [first.image]
+    assert json.loads((tmp_path / "o/prepare/train/summary.json").read_text())["blank_images"] == list(first.images)
     assert "1 images are of one colour" in capsys.readouterr().err
 
 
@@ -203,7 +203,7 @@ def test_mmk12_from_parquet(tmp_path):
     run("mmk12", tmp_path, f"--output={tmp_path / 'out'}")
     found = read(tmp_path / "out" / "train.jsonl")
     assert [(p.id, p.answer, p.source) for p in found] == [("m0", "B", "mmk12"), ("m1", "B", "mmk12")]
-    assert [(tmp_path / "out" / p.image).read_bytes() for p in found] == data[:2]
+    assert [(tmp_path / "out" / p.images[0]).read_bytes() for p in found] == data[:2]
     assert lines(tmp_path / "out/prepare/train/refused.jsonl")[0]["id"] == "m2"
 
 
@@ -241,7 +241,7 @@ def test_demonstrations(tmp_path, name, file, row, wanted):
     run(name, tmp_path / "in", f"--output={tmp_path / 'out'}")
     (example,) = read(tmp_path / "out" / "sft.jsonl", SFTExample)
     assert example.response == wanted and example.source == name and example.id
-    assert (example.image is None) == (name in ("numina_math_cot", "dart_math"))
+    assert (example.images == ()) == (name in ("numina_math_cot", "dart_math"))
     assert "".join(split_segments(example.response)) == example.response
 
 
@@ -252,7 +252,7 @@ def test_demonstrations(tmp_path, name, file, row, wanted):
         ({"conversations": "text"}, "no list conversations"),
         ({"conversations": [CHAT[0], {"from": "gpt", "value": "I think, and think.\nNo idea."}]}, "no final answer"),
         ({"image": None}, "placeholders"),
-        ({"image": ["a.png", "b.png"]}, "the image is list"),
+        ({"image": ["a.png", "b.png"]}, "1 <image> placeholders, but 2 images"),
         ({"conversations": [CHAT[0], {"from": "gpt", "value": "x" * 200_000}]}, "characters"),
     ],
 )
@@ -340,7 +340,7 @@ def test_many_images_of_one_row_are_refused_before_all_are_in_memory(tmp_path, m
     assert "its 1000 images have more than" in lines(tmp_path / "out/prepare/test/refused.jsonl")[0]["reason"]
 
 
-def test_several_images_of_a_problem_become_one(tmp_path):
+def test_several_images_of_a_problem_stand_where_the_text_speaks_of_them(tmp_path):
     row = {
         "id": 5, "question": "Compare <image_1> with <image_2>.", "final_answer": ["3"], "answer_type": "Numerical",
         "is_multiple_answer": False, "unit": None, "error": None, "image_1": {"bytes": png("red"), "path": None},
@@ -349,9 +349,10 @@ def test_several_images_of_a_problem_become_one(tmp_path):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "OE_MM_maths_en_COMP.parquet")
     run("olympiadbench", tmp_path, f"--output={tmp_path / 'out'}")
     (problem,) = read(tmp_path / "out" / "test.jsonl")
-    image = open_image(tmp_path / "out" / problem.image)
-    assert image.size == (30, 76) and image.getpixel((5, 5)) == (255, 0, 0) and image.getpixel((5, 60)) == (0, 0, 255)
-    assert problem.question == "Compare (image 1) with (image 2)." and problem.answer == "3"
+    red, blue = (open_image(tmp_path / "out" / name) for name in problem.images)
+    assert blue.size == (10, 40) and red.getpixel((5, 5)) == (255, 0, 0) and blue.getpixel((5, 5)) == (0, 0, 255)
+    assert problem.question == "Compare <image> with <image>." and problem.answer == "3"
+    assert problem.grading == Grading.of(kind="number")
 
 
 def test_step_detection_rows(tmp_path):

@@ -536,7 +536,7 @@ LONE = ["\ud800", "a\udfffb", "\udc80\ud800"]  # no tokenizer should decode to i
 
 @pytest.mark.parametrize("text", TEXTS + LONE, ids=ascii)
 def test_any_text_survives(tmp_path, text):
-    problem = Problem(f"p{text}", text, text, None, text)
+    problem = Problem(f"p{text}", text, text, (), text)
     rollouts = (Rollout((text, f"<step>{text}</step>"), True, 1), Rollout((), False, 2))
     tree, request = tree_of(problem, [rollouts]), Request(problem, (text, "x"), 2)
     store = open_store(tmp_path, todo=[problem, PROBLEMS[0]])
