@@ -306,7 +306,7 @@ def from_dict(cls: type[Record], row: dict[str, Any], unknown: Callable[[type, s
             continue
         _check(name, fields[name].type, value)
         if nested is Grading:
-            values[name] = _grading(value, unknown)
+            values[name] = grading_of(value, unknown)
         elif nested and isinstance(value, list):
             values[name] = tuple(from_dict(nested, v, unknown) for v in value)
         elif nested:
@@ -329,7 +329,8 @@ def warn_unknown(path: epath.PathLike, kind: str, key: str, known: Iterable[str]
     logging.warning("%s: the key %.80r is none of a %s's and is not used%s", path, key, kind, meant)
 
 
-def _grading(row: Any, unknown: Callable[[type, str], None] | None) -> Grading:
+def grading_of(row: Any, unknown: Callable[[type, str], None] | None = None) -> Grading:
+    """A grading from its JSON object. unknown: as in ``from_dict``. Raises ValueError."""
     if not isinstance(row, Mapping):
         raise ValueError(f"grading must be an object, found {row!r:.80}")
     fields = [f.name for f in dataclasses.fields(Grading)]

@@ -24,7 +24,7 @@ from mmprm_jax.answers.equivalence import compare, graded
 from mmprm_jax.answers.judge import Judge
 from mmprm_jax.answers.verdict import VERSION, Verdict, unknown
 from mmprm_jax.answers.workers import Pool
-from mmprm_jax.records import Grading, UserError
+from mmprm_jax.records import Grading, UserError, grading_of
 
 SECONDS = 5.0  # for a pair
 _BLOCK = 2048  # rows in memory for each process
@@ -45,9 +45,7 @@ def default(row: Row) -> Verdict:
 
 def _grading(row: Row) -> Grading:
     """Of the row's own keys, or of those in its ``grading``, as problems have them."""
-    own = row.get("grading") or {}
-    if not isinstance(own, Mapping) or set(own) - {"options", "unit", "precision", "kind"}:
-        raise ValueError('"grading" is an object of options, unit, precision and kind')
+    own = grading_of(row.get("grading") or {}).to_dict()
     found = {key: row.get(key) for key in ("options", "unit", "precision")}
     return Grading.of(**own | {key: value for key, value in found.items() if value is not None})
 
