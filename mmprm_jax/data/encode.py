@@ -177,9 +177,18 @@ def picture_tiles(
         raise UserError("this model reads text only, but the problem has images")
     found = []
     for picture in pictures:
-        image = images.to_rgb(picture) if isinstance(picture, Image.Image) else images.open_image(picture)
-        found.append(images.tiles(image, max_tiles, cfg.tile, thumbnail))
+        found.append(images.tiles(_opened(picture), max_tiles, cfg.tile, thumbnail))
     return found
+
+
+def _opened(picture: Picture) -> Image.Image:
+    """In RGB. Raises UserError."""
+    if not isinstance(picture, Image.Image):
+        return images.open_image(picture)
+    try:
+        return images.to_rgb(picture)
+    except ValueError as error:
+        raise UserError(f"an image that cannot be shown ({error})") from None
 
 
 def problem_text(problem: Problem | str, pictures: Sequence[Picture] | None) -> tuple[str, Sequence[Picture]]:

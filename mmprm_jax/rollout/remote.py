@@ -33,7 +33,7 @@ from etils import epath
 from PIL import Image
 
 from mmprm_jax import interruption
-from mmprm_jax.data.images import open_image
+from mmprm_jax.data.images import open_image, orientation
 from mmprm_jax.data.prompts import final_answer, policy_template, split_segments, step_text
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.tokenizer import Segment
@@ -72,8 +72,9 @@ def image_url(path: epath.PathLike) -> str:
     image, data = open_image(path), epath.Path(path).read_bytes()
     with Image.open(io.BytesIO(data)) as raw:
         kind = raw.format
-        plain = kind in ("PNG", "JPEG") and raw.mode in ("RGB", "L")
-    if not plain:  # a server might do otherwise with transparency
+        plain = kind in ("PNG", "JPEG") and raw.mode in ("RGB", "L") and not raw.has_transparency_data
+        plain = plain and orientation(raw) == 1
+    if not plain:  # a server might do otherwise with transparency, 16 bits or what EXIF says
         kind, encoded = "PNG", io.BytesIO()
         image.save(encoded, kind)
         data = encoded.getvalue()

@@ -715,6 +715,25 @@ def test_the_image_arrives_pixel_for_pixel(stub, tmp_path, mode, form, kind):
         np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.asarray(open_image(path)))
 
 
+@pytest.mark.parametrize("kind", ["turned", "key", "16 bits"])
+def test_a_server_sees_an_image_as_we_do(stub, tmp_path, kind):
+    """What its library would show in another way is sent as plain pixels."""
+    page = Image.new("RGB", (6, 4), "red")
+    page.paste("blue", (0, 0, 2, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    if kind == "16 bits":
+        Image.fromarray(np.full((4, 6), 40_000, np.uint16)).save(tmp_path / "a", "PNG")
+    else:
+        page.save(tmp_path / "a", "PNG", **({"exif": exif} if kind == "turned" else {"transparency": (255, 0, 0)}))
+    server = stub()
+    with sampler(server, folder=tmp_path) as s:
+        collect_all(s, [Request(Problem("p", "Why?", "1", ("a",)), (), 1)])
+    with Image.open(io.BytesIO(sent_image(server)[1])) as image:
+        assert image.mode == "RGB" and not image.has_transparency_data and not image.getexif()
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(open_image(tmp_path / "a")))
+
+
 def test_an_image_is_read_once_until_its_problem_is_released(stub, tmp_path, monkeypatch):
     Image.new("RGB", (3, 3), "red").save(tmp_path / "a.png")
     read, original = [], remote.image_url
