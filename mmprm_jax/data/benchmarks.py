@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmprm_jax.data.prompts import placed, without_tags
 from mmprm_jax.data.sources_base import (
     LETTERS,
     Item,
@@ -20,7 +21,6 @@ from mmprm_jax.data.sources_base import (
     listed_always,
     optional,
     picture,
-    placed,
     text,
     texts,
     with_choices,
@@ -231,7 +231,7 @@ def _tags(question: str, images: int) -> str:
     try:
         return placed(question, images)
     except UserError:
-        return question.replace("<image>", "").strip()
+        return without_tags(question).strip()
 
 
 def processbench(row: Mapping[str, Any], split: str) -> Item:

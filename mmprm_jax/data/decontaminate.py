@@ -40,7 +40,9 @@ THUMBNAIL = 24  # pixels a side
 SHAPE = 0.1  # difference of the logarithms of width / height
 LONG_WORDS, WORDS, NUMBERS = 25, 12, 2  # what makes a question self-contained
 
-_NOISE = re.compile(r"<image_?\d*>|\\(?:left|right|displaystyle|quad|qquad|[,;:! ])|\\(?:mathrm|text|mbox|rm)\b|[$~]")
+_NOISE = re.compile(
+    r"<\|?image[ _]?\d*\|?>|\\(?:left|right|displaystyle|quad|qquad|[,;:! ])|\\(?:mathrm|text|mbox|rm)\b|[$~]"
+)
 _WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_a-z]|[a-z]+|[-+=<>^*/|%°∠△]")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _SAME = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\vartriangle": r"\triangle", "−": "-", "×": r"\times"}

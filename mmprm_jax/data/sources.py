@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmprm_jax.data import sources_files
 from mmprm_jax.data.benchmarks import BENCHMARKS
-from mmprm_jax.data.prompts import PLACEHOLDER
+from mmprm_jax.data.prompts import PLACEHOLDER, placed
 from mmprm_jax.data.sources_base import (
     LETTERS,
     Item,
@@ -27,7 +26,6 @@ from mmprm_jax.data.sources_base import (
     named,
     optional,
     picture,
-    placed,
     shown,
     text,
     texts,
@@ -106,7 +104,7 @@ def _written(question: str, solution: str) -> Callable[[Mapping[str, Any], str],
     """Rows of a question and a solution, text only; the names of their keys."""
 
     def parse(row: Mapping[str, Any], split: str) -> Item:
-        asked = re.sub(re.escape(PLACEHOLDER), "", text(row, question))
+        asked = text(row, question).replace(PLACEHOLDER, "")
         return _demonstration(identity(row, "id"), asked, text(row, solution), ())
 
     return parse

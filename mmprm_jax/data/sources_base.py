@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmprm_jax.data.prompts import PLACEHOLDER
+from mmprm_jax.data.prompts import without_tags
 from mmprm_jax.records import Grading, UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -112,35 +112,7 @@ def picture(value: Any) -> tuple[Picture, ...]:
     return (value,)
 
 
-def placed(question: str, images: int) -> str:
-    """A question whose image tags fit: as many ``<image>`` as images, or none.
-
-    Numbered tags (``<image1>``, ``<image_1>``) become ``<image>`` where each image has one, in order; a second tag of
-    an image, and all of them otherwise, become words: then the images stand in front. Raises UserError when tags and
-    images do not fit together.
-    """
-    numbers = [int(found) for found in _NUMBERED.findall(question)]
-    firsts = list(dict.fromkeys(numbers))
-    if images > 1 and firsts and max(firsts) > images:
-        raise UserError(f"the text speaks of image {max(firsts)}, but there are {images} images")
-    if len(numbers) == images == 1 or images > 1 and firsts in (list(range(images)), list(range(1, images + 1))):
-        for number in firsts:
-            question = re.sub(_tag(number), PLACEHOLDER, question, count=1)
-    question = _NUMBERED.sub(r"(image \1)", question)
-    if question.count(PLACEHOLDER) not in (0, images):
-        raise UserError(f"the text has {question.count(PLACEHOLDER)} {PLACEHOLDER} placeholders, but {images} images")
-    return question
-
-
-_NUMBERED = re.compile(r"<image_?(\d+)>")
-
-
-def _tag(number: int) -> str:
-    return rf"<image_?0*{number}>"
-
-
 _SHOWN_LINE = re.compile(r"^[^\S\n]*[(（]?([A-K])\s*[:.)）、．]", re.MULTILINE)
-_IMAGE_TAG = re.compile(r"<image_?\d*>")
 _SHOWN_INLINE = re.compile(r"(?:^|(?<=[\s(（)）]))([A-K])\s*[.)）、．](?=\s*\S)")
 
 
@@ -153,7 +125,7 @@ def shown(question: str) -> tuple[str, ...]:
         if len(marks) >= least and [mark[1] for mark in marks] == list(LETTERS[: len(marks)]):
             ends = [mark.start() for mark in marks[1:]] + [len(question)]
             parts = (question[mark.end() : end] for mark, end in zip(marks, ends, strict=True))
-            texts = (_IMAGE_TAG.sub("", part).strip() for part in parts)
+            texts = (without_tags(part).strip() for part in parts)
             return tuple(text.removesuffix("(").removesuffix("（").strip() for text in texts)
     return ()
 

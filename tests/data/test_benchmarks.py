@@ -9,7 +9,8 @@ import pytest
 from mmprm_jax.answers.official import MODES
 from mmprm_jax.answers.workers import Verifier
 from mmprm_jax.data import benchmarks, sources
-from mmprm_jax.data.sources_base import Refused, placed, shown
+from mmprm_jax.data.prompts import placed
+from mmprm_jax.data.sources_base import Refused, shown
 from mmprm_jax.records import Grading, UserError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "benchmarks"
@@ -240,6 +241,14 @@ def test_a_training_row_with_choices_unit_and_precision_of_its_own():
         ("<image3>", 1, "<image>"),
         ("<image>, <image>, <image>", 3, "<image>, <image>, <image>"),
         ("None", 3, "None"),
+        ("<image 1> and <Image 2>", 2, "<image> and <image>"),
+        ("<|image|>: <|image|>", 2, "<image>: <image>"),
+        ("<|image_1|>\n<|image_2|>\nWhich?", 2, "<image>\n<image>\nWhich?"),
+        ("![](a.png) or ![figure 2](images/b.png)?", 2, "<image> or <image>?"),
+        ("<ImageHere>Which <image_placeholder>", 2, "<image>Which <image>"),
+        ("<|vision_start|><|image_pad|><|vision_end|>Which?", 1, "<image>Which?"),
+        ("See ![](https://example.org/a.png)", 0, "See ![](https://example.org/a.png)"),
+        ("5! [x](y) and <imagine>", 1, "5! [x](y) and <imagine>"),
     ],
 )
 def test_image_tags(text, images, wanted):
@@ -247,7 +256,13 @@ def test_image_tags(text, images, wanted):
 
 
 @pytest.mark.parametrize(
-    "text, images, reason", [("<image1> <image3>", 2, "image 3"), ("<image> <image>", 3, "2 <image>")]
+    "text, images, reason",
+    [
+        ("<image1> <image3>", 2, "image 3"),
+        ("<image> <image>", 3, "2 <image>"),
+        ("<|image|>", 0, "1 <image>"),
+        ("![](a) <image>", 1, "2 <image>"),
+    ],
 )
 def test_image_tags_that_do_not_fit(text, images, reason):
     with pytest.raises(UserError, match=reason):
