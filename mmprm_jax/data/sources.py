@@ -19,6 +19,7 @@ from mmprm_jax.data.prompts import PLACEHOLDER, placed
 from mmprm_jax.data.sources_base import (
     LETTERS,
     Item,
+    Picture,
     Refused,
     Source,
     grading,
@@ -71,15 +72,46 @@ def _demonstration(id_: str, question: str, solution: str, pictures: tuple, answ
 
 
 def conversation(row: Mapping[str, Any], split: str) -> Item:
-    """LLaVA's ``{id, image, conversations: [{from, value}, …]}`` with one question and one answer."""
-    turns = row.get("conversations")
+    """A chat of one question and one answer.
+
+    LLaVA's ``{id, image, conversations: [{from, value}, …]}``, or ``messages: [{role, content}, …]`` whose content is a
+    text or a list of its parts. The images are in ``image`` or ``images``, or in those parts.
+    """
+    key, who, what = ("messages", "role", "content") if "messages" in row else ("conversations", "from", "value")
+    turns = row.get(key)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise UserError("no list conversations of {from, value}")
-    said = [(str(turn.get("from")), text(turn, "value")) for turn in turns if turn.get("from") != "system"]
+        raise UserError(f"no list {key} of {{{who}, {what}}}")
+    said, pictures = [], picture(row.get("image") or row.get("images"))
+    for turn in turns:
+        if turn.get(who) != "system":
+            words, shown = _parts(turn, what)
+            said.append((str(turn.get(who)), words))
+            pictures += shown
     if [role for role, _ in said] not in (["human", "gpt"], ["user", "assistant"]):
         raise UserError(f"{len(said)} turns; one question and one answer are expected")
-    pictures = picture(row.get("image"))
+    if PLACEHOLDER in said[1][1]:
+        raise UserError("the answer shows an image, which no policy can write")
     return _demonstration(identity(row, "id"), said[0][1], said[1][1], pictures)
+
+
+def _parts(turn: Mapping[str, Any], key: str) -> tuple[str, tuple[Picture, ...]]:
+    """What a turn says, with ``<image>`` where its parts have an image, and the images that stand in it."""
+    parts = turn.get(key)
+    if not isinstance(parts, list):
+        return text(turn, key), ()
+    words, pictures = "", ()
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            words += text(part, "text", empty=True)
+        elif kind in ("image", "image_url"):
+            words += PLACEHOLDER
+            pictures += picture(
+                next((part[name] for name in ("image_url", "image", "url", "path") if part.get(name)), None)
+            )
+        else:
+            raise UserError(f"a part of {key} is no text and no image: {part!r:.60}")
+    return text({key: words}, key), pictures
 
 
 def mavis(row: Mapping[str, Any], split: str) -> Item:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
 import re
+import urllib.parse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,9 @@ from typing import Any
 from mmprm_jax.data.prompts import without_tags
 from mmprm_jax.records import Grading, UserError
 
+_DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.=+-]+)*,", re.I)
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")  # what image files begin with
+_SHORTEST = 64  # characters of an encoded image
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_TEXT = 100_000  # characters of a question, an answer or a response
 
@@ -100,16 +105,43 @@ def identity(row: Mapping[str, Any], *keys: str) -> str:
 
 
 def picture(value: Any) -> tuple[Picture, ...]:
-    """No image, a path, the {bytes, path} of the ``datasets`` library, or a list of these. Raises UserError."""
+    """No image, a path, an encoded image, its base64 text or data URL, a {bytes, path} of the ``datasets`` library or
+    an {url} of a chat, or a list of these. Raises UserError."""
     if value is None or value == "":
         return ()
     if isinstance(value, list):
         return tuple(found for item in value for found in picture(item))
     if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
+        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key)), None)
+    if isinstance(value, str):
+        value = _decoded(value)
     if not isinstance(value, str | bytes):
         raise UserError(f"the image is {type(value).__name__}, not a path or an encoded image")
     return (value,)
+
+
+def _decoded(value: str) -> str | bytes:
+    """The bytes of an image that stands in a data URL or as base64 text; a path as it is. Raises UserError."""
+    head = _DATA_URL.match(value)
+    if not head and value[:8].lower().startswith(("http:", "https:")):
+        raise UserError(f"the image is at {value:.80}; download it, and name the file")
+    if not head and (len(value) < _SHORTEST or not _begins_an_image(value[:16])):
+        return value
+    try:
+        if head and not head[0].lower().endswith(";base64,"):
+            return urllib.parse.unquote_to_bytes(value[head.end() :])
+        return base64.b64decode("".join(value[head.end() if head else 0 :].split()), validate=True)
+    except ValueError:
+        if head:
+            raise UserError(f"the image is a damaged data URL {value:.40}…") from None
+        return value
+
+
+def _begins_an_image(text: str) -> bool:
+    try:
+        return base64.b64decode(text, validate=True).startswith(_MAGIC)
+    except ValueError:
+        return False
 
 
 _SHOWN_LINE = re.compile(r"^[^\S\n]*[(（]?([A-K])\s*[:.)）、．]", re.MULTILINE)

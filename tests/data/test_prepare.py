@@ -1,5 +1,6 @@
 """``mmprm prepare``: no good row is lost, every bad one is listed; again the same bytes; copies of benchmarks go."""
 
+import base64
 import io
 import itertools
 import json
@@ -245,9 +246,71 @@ def test_demonstrations(tmp_path, name, file, row, wanted):
     assert "".join(split_segments(example.response)) == example.response
 
 
+def url(data, kind="png"):
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+BLUE, RED = {"type": "image_url", "image_url": {"url": "BLUE"}}, {"type": "image", "image": "images/red.png"}
+ASKED = [{"type": "text", "text": "Compare "}, BLUE, {"type": "text", "text": " with "}, RED]
+PLAIN = [{"type": "text", "text": "Compare "}, {"type": "image"}, {"type": "text", "text": " with "}, {"type": "image"}]
+
+
+def user(content):
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        user(ASKED),
+        {"messages": [{"role": "system", "content": "Think."}, {"role": "user", "content": ASKED}]},
+        user(PLAIN) | {"images": ["BLUE", "images/red.png"]},
+        user("Compare <image> with <image>") | {"images": [{"bytes": "BLUE"}, "red.png"]},
+        user("Compare <image 1> with <image 2>") | {"images": ["RAW", {"path": "red.png"}]},
+        user("Compare <|image|> with ![](x)") | {"image": ["BLUE", {"url": "red.png"}]},
+    ],
+)
+def test_chats_with_images_in_any_place(tmp_path, row):
+    blue, red = png("blue"), png("red", (10, 40))
+    (tmp_path / "in" / "images").mkdir(parents=True)
+    (tmp_path / "in" / "images" / "red.png").write_bytes(red)
+    row["messages"] = [*row["messages"], {"role": "assistant", "content": "Red is long.\n\nAnswer: B"}]
+    text = json.dumps([row]).replace("BLUE", url(blue)).replace("RAW", base64.b64encode(blue).decode())
+    (tmp_path / "in" / "train.json").write_text(text)
+    run("geo170k", tmp_path / "in", f"--output={tmp_path / 'out'}")
+    (example,) = read(tmp_path / "out" / "sft.jsonl", SFTExample)
+    assert example.question == "Compare <image> with <image>" and example.response.endswith("<answer>B</answer>")
+    assert [(tmp_path / "out" / name).read_bytes() for name in example.images] == [blue, red]
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ("data:image/png;base64,iVBORw0KGgo!", "a damaged data URL"),
+        ("data:image/png;base64,aGVsbG8=", "not a readable image"),
+        ("https://example.org/a.png", "download it"),
+        (base64.b64encode(b"\x89PNG" + bytes(90)).decode(), "not a readable image"),
+        ("q" * 64, "image not found"),  # a name without an ending
+        ({"url": None}, "NoneType, not a path"),
+        ([["a.png", 3]], "int, not a path"),
+    ],
+)
+def test_images_that_are_none(tmp_path, given, reason):
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"id": "x", "question": "q", "answer": "1", "images": given}, {"id": "y", "question": "q", "answer": "1"}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    run("mm_k12", tmp_path, f"--output={tmp_path / 'out'}")
+    (refused,) = lines(tmp_path / "out/prepare/train/refused.jsonl")
+    assert refused["id"] == "x" and reason in refused["reason"] and len(refused["reason"]) < 300
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
+        (user([{"type": "audio"}]), "no text and no image"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": [BLUE]}]}, "shows an image"),
+        ({"messages": "text"}, "no list messages of {role, content}"),
+        (user(None), "no content"),
         ({"conversations": CHAT * 2}, "4 turns"),
         ({"conversations": "text"}, "no list conversations"),
         ({"conversations": [CHAT[0], {"from": "gpt", "value": "I think, and think.\nNo idea."}]}, "no final answer"),
