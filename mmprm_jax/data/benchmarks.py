@@ -21,6 +21,7 @@ from mmprm_jax.data.sources_base import (
     listed_always,
     optional,
     picture,
+    shown,
     text,
     texts,
     with_choices,
@@ -100,8 +101,8 @@ def mathvista(row: Mapping[str, Any], split: str) -> Item:
     precision, unit = None if precision is None else int(precision), optional(row, "unit")
     question = text(row, "origin_question", "question")
     prompt = optional(row, "query") or _mathvista_prompt(question, options, unit, kind, precision)
-    bare, shown = with_choices(question + (f" (Unit: {unit})" if unit else ""), options)
-    judged = grading(shown, unit, precision, "choice" if options else _VISTA_KINDS.get(kind))
+    bare, seen = with_choices(question + (f" (Unit: {unit})" if unit else ""), options)
+    judged = grading(seen, unit, precision, "choice" if options else _VISTA_KINDS.get(kind))
     return _item(
         identity(row, "pid", "id"), bare, answer, picture(row.get("image_path") or _image(row)), prompt, "mathvista",
         judged, options=options, precision=precision, answer_type=kind, question_type=asked, unit=unit,
@@ -127,7 +128,7 @@ def mathverse(row: Mapping[str, Any], split: str) -> Item:
     prompt = text(row, "query_cot", "query_wo", empty=True) if row.get("query_cot") or row.get("query_wo") else given
     question = "According to the question shown in the image, answer it."
     if given.strip():
-        question, _ = with_choices(given, options)
+        question, _ = with_choices(given, shown(asked) or options)
     index, number = identity(row, "sample_index", "id"), identity(row, "problem_index")
     judged = grading(options, kind="choice" if kind == "multi-choice" else None)
     return _item(
@@ -149,10 +150,10 @@ def mathvision(row: Mapping[str, Any], split: str) -> Item:
     question, given = text(row, "question"), listed_always(options)[len("\nChoices:\n") :]
     given = "" if list(options) == list("ABCDE") else given
     prompt = f"{_VISION_TASK}{question}\n{given}{chr(10) if given else ''}"
-    bare, shown = with_choices(question, options)
+    bare, seen = with_choices(question, options)
     return _item(
         identity(row, "id"), bare, answer, picture(_image(row)), prompt, "mathvision",
-        grading(shown, kind="choice" if options else None), options=options, category=optional(row, "subject"),
+        grading(seen, kind="choice" if options else None), options=options, category=optional(row, "subject"),
         level=optional(row, "level") and row["level"],
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from mmprm_jax.data.sources_base import (
     Picture,
     Refused,
     Source,
+    choices,
     grading,
     identity,
     named,
@@ -29,7 +30,6 @@ from mmprm_jax.data.sources_base import (
     picture,
     shown,
     text,
-    texts,
     with_choices,
 )
 from mmprm_jax.data.sources_files import Located
@@ -43,8 +43,7 @@ def problem(row: Mapping[str, Any], split: str) -> Item:
     """MMK12 (Parquet), and MM-K12's seed schema ``{id, question, correct_answer or answer, image_path}``."""
     pictures = picture(next((row[key] for key in ("image_path", "image", "images") if row.get(key)), None))
     question, answer = text(row, "question"), text(row, "correct_answer", "answer")
-    given = next((key for key in ("choices", "options") if row.get(key)), "")
-    question, options = with_choices(question, texts(row.get(given), given))
+    question, options = with_choices(question, choices(row))
     options = options or _chosen(question, answer)
     judged = grading(options, optional(row, "unit"), row.get("precision"), "choice" if options else None)
     return Item(Problem(identity(row, "id"), placed(question, len(pictures)), answer, grading=judged), pictures)

@@ -162,6 +162,25 @@ def shown(question: str) -> tuple[str, ...]:
     return ()
 
 
+def choices(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The texts of a row's own ``choices`` or ``options``, a list or an object by letter, without letters before them.
+
+    Raises UserError.
+    """
+    key = next((key for key in ("choices", "options") if row.get(key)), "")
+    given = row.get(key)
+    if isinstance(given, Mapping):
+        given = {letter: option for letter, option in given.items() if option is not None}
+        if list(given) != list(LETTERS[: len(given)]):
+            raise UserError(f"{key} must be a list, or an object with the letters from A on, not {list(given)!r:.60}")
+        given = list(given.values())
+    found = texts(given, key)
+    marked = [re.match(rf"\s*[(（]?{x}\s*[:.)）、．]\s*", o) for x, o in zip(LETTERS, found, strict=False)]
+    if not all(marked):
+        return found
+    return tuple(option[mark.end() :] for option, mark in zip(found, marked, strict=True))
+
+
 def with_choices(question: str, options: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     """The question with its choices, shown once, and their texts.
 
@@ -171,8 +190,11 @@ def with_choices(question: str, options: Sequence[str]) -> tuple[str, tuple[str,
     if not there or not options:
         return question + listed(options), tuple(options)
     only_letters = list(options) == list(LETTERS[: len(options)])
-    agree = all(a == b or not a or only_letters for a, b in zip(map(_bare, there), map(_bare, options), strict=False))
-    if len(there) != len(options) or not agree:
+    last = there[-1]  # which more may follow: another line, another sentence
+    ends = {_bare(text) for text in (last, last.split("\n")[0], re.split(r"[.;。；]\s", last)[0])}
+    agree = all(_bare(a) in ("", _bare(b)) for a, b in zip(there[:-1], options, strict=False))
+    agree = agree and not ends.isdisjoint(("", _bare(options[-1])))
+    if len(there) != len(options) or not (agree or only_letters):
         raise UserError(f"the question shows the choices {'; '.join(there)!r:.100}, the row has {list(options)!r:.100}")
     return question, there if only_letters else tuple(options)
 

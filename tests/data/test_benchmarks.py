@@ -187,7 +187,9 @@ def test_the_prompt_shows_the_choices_once(question, options, wanted):
     assert [text.rstrip(".") for text in texts] == (["3", "4"] if "(A) 3" in question else options)
 
 
-@pytest.mark.parametrize("shows", ["(A) 3\n(B) 5", "(A) 4\n(B) 3", "A. 3\nB. 4\nC. 5", "A. 3 B. 4 C. 5"])
+@pytest.mark.parametrize(
+    "shows", ["(A) 3\n(B) 5", "(A) 4\n(B) 3", "A. 3\nB. 4\nC. 5", "A. 3 B. 4 C. 5", "(A) 3\n(B) 45", "(A) 3\n(B) 4.5"]
+)
 @pytest.mark.parametrize("name", ["mathvista", "mathvision", "mathverse", "mm_k12"])
 def test_a_prompt_and_choices_that_disagree_are_refused(shows, name):
     row = {"id": "1", "question": f"Which?\n{shows}", "options": ["3", "4"], "choices": ["3", "4"], "answer": "B",
@@ -212,6 +214,33 @@ def test_choices_that_a_training_question_shows(question, answer, options):
     problem = sources.find("mmk12").parse({"id": "1", "question": question, "answer": answer}, "train").record
     assert problem.question == question and problem.grading == Grading.of(options, kind="choice" if options else None)
     assert list(shown(question)) == options or not options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["3", "4"], {"A": "3", "B": "4", "C": None}, ["A. 3", "B. 4"], ["(A) 3", "(B) 4"], {"A": "A、3", "B": "B、4"}],
+)
+def test_choices_of_a_row_in_the_forms_they_have(options):
+    problem = (
+        sources.find("mmk12").parse({"id": "1", "question": "Which?", "answer": "B", "options": options}, "").record
+    )
+    assert problem.question == "Which?\nChoices:\n(A) 3\n(B) 4"
+    assert problem.grading == Grading.of(["3", "4"], kind="choice")
+
+
+@pytest.mark.parametrize("options", [{"A": "3", "C": "4"}, {"1": "3", "2": "4"}, "3, 4", [["3"], ["4"]]])
+def test_choices_that_are_none(options):
+    with pytest.raises(UserError, match="options"):
+        sources.find("mmk12").parse({"id": "1", "question": "Which?", "answer": "B", "options": options}, "")
+
+
+def test_choices_of_several_lines_and_words_behind_the_last():
+    asked = "Which?\nChoices:\nA: one\nand a half\nB: two\nAnswer with the letter."
+    row = {"sample_index": "7", "problem_index": "2", "problem_version": "v", "question_type": "multi-choice",
+           "question": asked, "question_for_eval": asked, "answer": "B"}  # fmt: skip
+    assert benchmarks.mathverse(row, "").record.question == asked
+    row = {"id": "1", "question": "Which? A. 3 B. 4 C. 5. Choose one.", "options": ["3", "4", "5"], "answer": "B"}
+    assert sources.find("mmk12").parse(row, "").record.question == row["question"]
 
 
 def test_a_training_row_with_choices_unit_and_precision_of_its_own():
