@@ -22,12 +22,13 @@ from mmprm_jax.data.sources_base import (
     Picture,
     Refused,
     Source,
-    choices,
     grading,
     identity,
     named,
     optional,
+    own_choices,
     picture,
+    pictures_of,
     shown,
     text,
     with_choices,
@@ -36,14 +37,24 @@ from mmprm_jax.data.sources_files import Located
 from mmprm_jax.data.steps import restructure
 from mmprm_jax.records import Problem, SFTExample, UserError, to_json
 
+_CHATS = ("messages", "conversations", "prompt")
 _ANYTHING = ("*.jsonl", "*.json", "*.parquet")
 
 
 def problem(row: Mapping[str, Any], split: str) -> Item:
-    """MMK12 (Parquet), and MM-K12's seed schema ``{id, question, correct_answer or answer, image_path}``."""
-    pictures = picture(next((row[key] for key in ("image_path", "image", "images") if row.get(key)), None))
-    question, answer = text(row, "question"), text(row, "correct_answer", "answer")
-    question, options = with_choices(question, choices(row))
+    """MMK12 (Parquet), and MM-K12's seed schema ``{id, question, correct_answer or answer, image_path}``.
+
+    The question may be a ``problem``, or a chat of one turn (``messages``, ``prompt``, ``conversations``).
+    """
+    if any(row.get(key) is not None for key in ("question", "problem")) or not any(key in row for key in _CHATS):
+        question, pictures = text(row, "question", "problem"), pictures_of(row, "image_path", "image", "images")
+    else:
+        said, pictures = _chat(row)
+        if [role for role, _ in said] not in (["human"], ["user"]):
+            raise UserError(f"{len(said)} turns; one question is expected, and its answer in answer")
+        question = said[0][1]
+    answer = text(row, "correct_answer", "answer")
+    question, options = with_choices(question, own_choices(row))
     options = options or _chosen(question, answer)
     judged = grading(options, optional(row, "unit"), row.get("precision"), "choice" if options else None)
     return Item(Problem(identity(row, "id"), placed(question, len(pictures)), answer, grading=judged), pictures)
@@ -76,21 +87,28 @@ def conversation(row: Mapping[str, Any], split: str) -> Item:
     LLaVA's ``{id, image, conversations: [{from, value}, …]}``, or ``messages: [{role, content}, …]`` whose content is a
     text or a list of its parts. The images are in ``image`` or ``images``, or in those parts.
     """
-    key, who, what = ("messages", "role", "content") if "messages" in row else ("conversations", "from", "value")
-    turns = row.get(key)
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise UserError(f"no list {key} of {{{who}, {what}}}")
-    said, pictures = [], picture(row.get("image") or row.get("images"))
-    for turn in turns:
-        if turn.get(who) != "system":
-            words, shown = _parts(turn, what)
-            said.append((str(turn.get(who)), words))
-            pictures += shown
+    said, pictures = _chat(row)
     if [role for role, _ in said] not in (["human", "gpt"], ["user", "assistant"]):
         raise UserError(f"{len(said)} turns; one question and one answer are expected")
     if PLACEHOLDER in said[1][1]:
         raise UserError("the answer shows an image, which no policy can write")
     return _demonstration(identity(row, "id"), said[0][1], said[1][1], pictures)
+
+
+def _chat(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], tuple[Picture, ...]]:
+    """(role, text) of the turns without the system's, and the images. Raises UserError."""
+    key = next((key for key in _CHATS if key in row), "conversations")
+    who, what = ("from", "value") if key == "conversations" else ("role", "content")
+    turns = row.get(key)
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise UserError(f"no list {key} of {{{who}, {what}}}")
+    said, pictures = [], pictures_of(row, "image", "images")
+    for turn in turns:
+        if turn.get(who) != "system":
+            words, seen = _parts(turn, what)
+            said.append((str(turn.get(who)), words))
+            pictures += seen
+    return said, pictures
 
 
 def _parts(turn: Mapping[str, Any], key: str) -> tuple[str, tuple[Picture, ...]]:
@@ -115,7 +133,7 @@ def _parts(turn: Mapping[str, Any], key: str) -> tuple[str, tuple[Picture, ...]]
 
 def mavis(row: Mapping[str, Any], split: str) -> Item:
     """MAVIS: conversations, or MAVIS-Geometry's own rows, of which the text-dominant English form is taken."""
-    if "conversations" in row:
+    if any(key in row for key in _CHATS):
         return conversation(row, split)
     said = row.get("text_en")
     if not isinstance(said, Mapping):

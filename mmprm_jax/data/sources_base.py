@@ -120,6 +120,11 @@ def picture(value: Any) -> tuple[Picture, ...]:
     return (value,)
 
 
+def pictures_of(row: Mapping[str, Any], *keys: str) -> tuple[Picture, ...]:
+    """Of the keys that speak of a row's images, what the first one says of the most of them. Raises UserError."""
+    return max((picture(row.get(key)) for key in keys), key=len)
+
+
 def _decoded(value: str) -> str | bytes:
     """The bytes of an image that stands in a data URL or as base64 text; a path as it is. Raises UserError."""
     head = _DATA_URL.match(value)
@@ -162,7 +167,7 @@ def shown(question: str) -> tuple[str, ...]:
     return ()
 
 
-def choices(row: Mapping[str, Any]) -> tuple[str, ...]:
+def own_choices(row: Mapping[str, Any]) -> tuple[str, ...]:
     """The texts of a row's own ``choices`` or ``options``, a list or an object by letter, without letters before them.
 
     Raises UserError.

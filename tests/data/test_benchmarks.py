@@ -243,6 +243,29 @@ def test_choices_of_several_lines_and_words_behind_the_last():
     assert sources.find("mmk12").parse(row, "").record.question == row["question"]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"problem": "<image>Which <image>?", "images": [b"1", b"2"]},
+        {"prompt": [{"role": "user", "content": "<image>Which <image>?"}], "images": [b"1", b"2"]},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": [
+            {"type": "image", "image": b"1"}, {"type": "text", "text": "Which "}, {"type": "image", "image": b"2"},
+            {"type": "text", "text": "?"}]}]},
+        {"conversations": [{"from": "human", "value": "<image>Which <image 2>?".replace("<image>", "<image 1>")}],
+         "image": b"1", "images": [b"1", b"2"]},
+    ],
+)  # fmt: skip
+def test_problems_as_chats(row):
+    item = sources.find("mm_k12").parse(row | {"answer": "1"}, "train")
+    assert item.record.question == "<image>Which <image>?" and item.pictures == (b"1", b"2")
+
+
+def test_a_chat_with_its_answer_is_no_problem():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(UserError, match="2 turns; one question is expected"):
+        sources.find("mm_k12").parse({"messages": turns, "answer": "1"}, "train")
+
+
 def test_a_training_row_with_choices_unit_and_precision_of_its_own():
     row = {
         "id": "1",
