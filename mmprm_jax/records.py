@@ -59,8 +59,8 @@ class Grading:
             raise ValueError('"unit" is a text')
         if isinstance(precision, bool) or not isinstance(precision, int | float | None):
             raise ValueError('"precision" is a number of decimals')
-        if precision is not None and not (float(precision).is_integer() and 0 <= precision <= _MOST_DECIMALS):
-            raise ValueError(f"precision {precision!r} is no number of decimals")
+        if precision is not None and not (0 <= precision <= _MOST_DECIMALS and float(precision).is_integer()):
+            raise ValueError(f"precision {precision!r:.40} is no number of decimals")
         if kind and kind not in KINDS:
             raise ValueError(f"kind {kind!r:.40} is none of {', '.join(KINDS)}")
         letters = list(options) if isinstance(options, Mapping) else string.ascii_uppercase

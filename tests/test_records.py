@@ -83,6 +83,7 @@ def message(path, cls):
         ({"id": "a", "question": "q", "answer": "1", "grading": {"options": "3"}}, 'grading: "options" is a list of'),
         ({"id": "a", "question": "q", "answer": "1", "grading": {"options": ["3", 4]}}, 'grading: "options" is a list'),
         ({"id": "a", "question": "q", "answer": "1", "grading": {"precision": 1.5}}, "1.5 is no number of decimals"),
+        ({"id": "a", "question": "q", "answer": "1", "grading": {"precision": 10**400}}, "is no number of decimals"),
         ({"id": "a", "question": "q", "answer": "1", "grading": {"precision": -1}}, "-1 is no number of decimals"),
         ({"id": "a", "question": "q", "answer": "1", "grading": {"precision": True}}, '"precision" is a number'),
         ({"id": "a", "question": "q", "answer": "1", "grading": {"unit": 3}}, '"unit" is a text'),
