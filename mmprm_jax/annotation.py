@@ -27,7 +27,7 @@ from mmprm_jax.policy import Policy
 from mmprm_jax.processes import is_first, stop_requested, wait_for_all
 from mmprm_jax.records import Failure, Problem, Sampler, Tree, UserError
 from mmprm_jax.rollout.remote import RemoteSampler
-from mmprm_jax.rollout.rollouts import LocalSampler, Verify
+from mmprm_jax.rollout.rollouts import Answered, LocalSampler, Verify
 from mmprm_jax.search.omegaprm import SEARCHES, grow
 from mmprm_jax.search.settings import Settings
 from mmprm_jax.search.store import CachedSampler, Store, iter_trees, missing
@@ -40,8 +40,8 @@ _SECONDS = 10.0  # between two rows of metrics
 def broadcast_verdicts(verify: Verify) -> Verify:
     """Verdicts of the first process, for all of them: a time-out could differ."""
 
-    def verdicts(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
-        mine = verify(pairs) if is_first() else [False] * len(pairs)
+    def verdicts(answers: Sequence[Answered]) -> list[bool]:
+        mine = verify(answers) if is_first() else [False] * len(answers)
         return multihost_utils.broadcast_one_to_all(np.array(mine, np.int32)).astype(bool).tolist()
 
     return verdicts
@@ -169,9 +169,10 @@ def annotate(
 ) -> list[Tree]:  # fmt: skip
     """A search tree for each problem, in memory; ``mmprm annotate`` keeps those of many problems safe on disk.
 
-    images: the folder that the problems' images are relative to. verify: says which answers are right, such as a
-    ``Verifier``; default: one in this process. settings: those of ``settings.Annotate``, such as num_rollouts,
-    max_searches, rollout_budget, max_new_tokens, temperature, mode. Raises UserError, also when a tree fails.
+    images: the folder that the problems' images are relative to. verify: says which answers are right of (answer, gold,
+    grading), such as a ``Verifier``; default: one in this process. settings: those of ``settings.Annotate``, such as
+    num_rollouts, max_searches, rollout_budget, max_new_tokens, temperature, mode. Raises UserError, also when a tree
+    fails.
     """
     config = schema.given(Annotate, {"verify_workers": 0, **settings})
     if config.servers or config.policy or config.lockstep:

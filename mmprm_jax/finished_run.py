@@ -44,7 +44,7 @@ class FinishedRun:
         """The problems of train, dev or test, in order; their images by paths that can be opened from here."""
         folder = epath.Path(self.config.data.folder) if self.config.data.folder else self.workdir / "data"
         found = records.read_problems(self._file("data", f"{split}.jsonl", folder))
-        return [p if p.image is None else dataclasses.replace(p, image=str(folder / p.image)) for p in found]
+        return [dataclasses.replace(p, images=tuple(str(folder / name) for name in p.images)) for p in found]
 
     def trees(self) -> Iterator[Tree]:
         """The search trees of the training problems, one in memory at a time."""

@@ -107,7 +107,7 @@ class Policy:
         return self.language.tokenizer.id(tok.TURN_END)
 
     def pixels(self, folder: epath.PathLike) -> Pixels:
-        """Opens the tiles of a problem's image, which is relative to ``folder``."""
+        """Opens the tiles of a problem's images, which are relative to ``folder``."""
         return encode.file_pixels(folder, self.language.cfg, self.max_tiles, self.thumbnail)
 
     def engine(self, *, slots: int, samples: int, max_new_tokens: int, cache_tokens: int) -> Engine:
@@ -167,8 +167,8 @@ class Policy:
             ids = self.language.prompt(problem.question, prefix, [len(t) for t in tiles])
             request = Request(problem, prefix, n, repeat=repeats[problem.id, prefix])
             repeats[problem.id, prefix] += 1
-            whole = np.concatenate(tiles) if tiles else None
-            groups.append(Group(number, str(number), tuple(ids), whole, request_key(seed, "sample", request), n, draw))
+            whole, key = encode.joined(tiles), request_key(seed, "sample", request)
+            groups.append(Group(number, str(number), tuple(ids), whole, key, n, draw))
 
         lengths = [len(group.prefix) for group in groups]
         # In few sizes, each of which is a program; a prompt lies on one of the mesh's shards.

@@ -113,7 +113,7 @@ class PRM:
         return self.scorer.tiles
 
     def pixels(self, folder: epath.PathLike) -> Pixels:
-        """Opens the tiles of a problem's image, which is relative to ``folder``."""
+        """Opens the tiles of a problem's images, which are relative to ``folder``."""
         return encode.file_pixels(folder, self.language.cfg, self.max_tiles, self.thumbnail)
 
     def score(
@@ -121,7 +121,7 @@ class PRM:
     ) -> list[float]:
         """The score in [0, 1] of each step of one solution. problem: a record, or the question.
 
-        images: files or PIL images, in order; None: the record's own, if it has one.
+        images: files or PIL images, in order; None: the record's own.
         """
         return self.score_candidates(problem, [steps], images=images)[0]
 
@@ -143,7 +143,7 @@ class PRM:
         """The candidates of one problem as ``scorer`` takes them. tiles: of each image, uint8 [tiles, H, W, 3]."""
         counts = [len(t) for t in tiles]
         rows = [self.language.solution(question, steps, counts) if steps else ([], []) for steps in candidates]
-        return Solutions(rows, np.concatenate(tiles) if tiles else None)
+        return Solutions(rows, encode.joined(tiles))
 
 
 @dataclasses.dataclass(frozen=True)

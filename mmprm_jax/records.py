@@ -14,7 +14,8 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from absl import logging
@@ -23,26 +24,87 @@ from etils import epath
 from mmprm_jax import io
 from mmprm_jax.errors import UserError as UserError
 
+KINDS = ("number", "choice", "expression", "equation", "interval", "tuple", "list", "text")  # of answers
+_MOST_OPTIONS = 26
+_MOST_DECIMALS = 40
+
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Grading:
+    """What a data set says about an answer beside the answer; every verdict goes by it. ``of`` makes one."""
+
+    options: tuple[tuple[str, str], ...] = ()  # of a multiple choice: letter, text
+    unit: str = ""  # of an answer that is a bare number
+    precision: int | None = None  # decimals to which both sides are rounded
+    kind: str = ""  # of the answer, one of KINDS; "": not told
+
+    def __bool__(self) -> bool:
+        """Whether it says anything."""
+        return self != Grading()
+
+    @classmethod
+    def of(
+        cls,
+        options: Sequence[str] | Mapping[str, str] | None = None,
+        unit: str | None = None,
+        precision: float | None = None,
+        kind: str | None = None,
+    ) -> Grading:
+        """options: texts in order, or by letter. Raises ValueError naming what is wrong."""
+        texts = list(options.values()) if isinstance(options, Mapping) else options or ()
+        listed = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
+        if not listed or len(texts) > _MOST_OPTIONS:
+            raise ValueError('"options" is a list of at most 26 texts, or an object of letters and texts')
+        if not isinstance(unit, str | None):
+            raise ValueError('"unit" is a text')
+        if isinstance(precision, bool) or not isinstance(precision, int | float | None):
+            raise ValueError('"precision" is a number of decimals')
+        if precision is not None and not (0 <= precision <= _MOST_DECIMALS and float(precision).is_integer()):
+            raise ValueError(f"precision {precision!r:.40} is no number of decimals")
+        if kind and kind not in KINDS:
+            raise ValueError(f"kind {kind!r:.40} is none of {', '.join(KINDS)}")
+        letters = list(options) if isinstance(options, Mapping) else string.ascii_uppercase
+        pairs = tuple(zip(letters, texts, strict=False))
+        return cls(pairs, unit or "", None if precision is None else int(precision), kind or "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``of`` reads, without what is not told."""
+        letters, texts = [letter for letter, _ in self.options], [text for _, text in self.options]
+        usual = letters == list(string.ascii_uppercase[: len(letters)])
+        found = {"options": texts if usual else dict(self.options), "unit": self.unit, "precision": self.precision}
+        return {key: value for key, value in {**found, "kind": self.kind}.items() if value not in ([], {}, "", None)}
+
+
+class _Illustrated:
+    """A record with images."""
+
+    images: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.images, tuple):
+            raise TypeError(f"images must be a tuple of file names, not {self.images!r:.80}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem(_Illustrated):
     """A question with a verifiable answer."""
 
     id: str
     question: str
     answer: str
-    image: str | None = None  # path of the image file, relative to the problem file; None: text only
+    images: tuple[str, ...] = ()  # paths of the image files, relative to the problem file, in order
     source: str = ""  # which data set it comes from
+    grading: Grading = Grading()
 
 
 @dataclasses.dataclass(frozen=True)
-class SFTExample:
+class SFTExample(_Illustrated):
     """One demonstration for supervised fine-tuning of the policy."""
 
     id: str
     question: str
     response: str  # the whole assistant turn
-    image: str | None = None
+    images: tuple[str, ...] = ()
     source: str = ""
 
 
@@ -115,7 +177,7 @@ class Tree:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepExample:
+class StepExample(_Illustrated):
     """A solution with Monte Carlo counts per step: k[i] of n[i] rollouts from segments[: i + 1] were right."""
 
     id: str
@@ -124,7 +186,7 @@ class StepExample:
     segments: tuple[str, ...]
     k: tuple[int, ...]
     n: tuple[int, ...]  # 0: this prefix was not estimated and carries no label
-    image: str | None = None
+    images: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +211,7 @@ class ScoredCandidate:
 
 Record = TypeVar("Record")
 _MOST_DIGITS = 400  # of an answer that is a number in JSON
-_NESTED = {"problem": Problem, "candidate": Candidate, "rollouts": Rollout, "nodes": Node}
+_NESTED = {"problem": Problem, "candidate": Candidate, "rollouts": Rollout, "nodes": Node, "grading": Grading}
 
 
 def _tuples(value: Any) -> Any:
@@ -211,28 +273,26 @@ def _check(name: str, kind: str, value: Any) -> None:
             raise ValueError(f"{name} must be {what}, found {value!r:.80}")
 
 
-def _one_image(cls: type, row: dict[str, Any]) -> dict[str, Any]:
-    """``row`` with ``image`` where it says ``images``. Raises ValueError for several."""
+def _all_images(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` with ``images`` where it says ``image``, as files of one image have it. Raises ValueError."""
     row = dict(row)
-    images = row.pop("images")
-    if images is not None and not isinstance(images, list):
-        raise ValueError(f"images must be a list of file names, found {images!r:.80}")
-    found = dict.fromkeys([*(images or ()), *([row["image"]] if row.get("image") is not None else ())])
-    if len(found) > 1:
-        raise ValueError(f"{len(found)} images; a {cls.__name__} has one at most")
-    return row | {"image": next(iter(found), None)}
+    image, images = row.pop("image"), row.get("images") or []
+    _check("image", "str | None", image)
+    if image is not None and images and image not in images:
+        raise ValueError("image and images name different files; leave one out")
+    return row | {"images": images or ([] if image is None else [image])}
 
 
 def from_dict(cls: type[Record], row: dict[str, Any], unknown: Callable[[type, str], None] | None = None) -> Record:
     """Builds a record from its JSON object.
 
-    Whole numbers are taken as ids, numbers as answers, a list of one image as the image, null as the default where
-    there is one. ``unknown`` is called with every key that the record does not have; None: such a key is an error.
-    Raises ValueError naming missing and unknown keys, and wrong types.
+    Whole numbers are taken as ids, numbers as answers, ``image`` as the only image, null as the default where there is
+    one. ``unknown`` is called with every key that the record does not have; None: such a key is an error. Raises
+    ValueError naming missing and unknown keys, and wrong types.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    if "images" in row and "images" not in fields and "image" in fields:
-        row = _one_image(cls, row)
+    if "image" in row and "image" not in fields and "images" in fields:
+        row = _all_images(row)
     others = sorted(set(row) - set(fields))
     missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in row)
     if missing or (others and unknown is None):
@@ -245,7 +305,9 @@ def from_dict(cls: type[Record], row: dict[str, Any], unknown: Callable[[type, s
         if value is None and fields[name].default is not dataclasses.MISSING:
             continue
         _check(name, fields[name].type, value)
-        if nested and isinstance(value, list):
+        if nested is Grading:
+            values[name] = grading_of(value, unknown)
+        elif nested and isinstance(value, list):
             values[name] = tuple(from_dict(nested, v, unknown) for v in value)
         elif nested:
             values[name] = from_dict(nested, value, unknown)
@@ -267,9 +329,45 @@ def warn_unknown(path: epath.PathLike, kind: str, key: str, known: Iterable[str]
     logging.warning("%s: the key %.80r is none of a %s's and is not used%s", path, key, kind, meant)
 
 
+def grading_of(row: Any, unknown: Callable[[type, str], None] | None = None) -> Grading:
+    """A grading from its JSON object. unknown: as in ``from_dict``. Raises ValueError."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"grading must be an object, found {row!r:.80}")
+    fields = [f.name for f in dataclasses.fields(Grading)]
+    others = sorted(set(row) - set(fields))
+    if others and unknown is None:
+        raise ValueError(f"not a Grading: unknown keys {others}")
+    for name in others:
+        unknown(Grading, name)
+    try:
+        return Grading.of(**{name: row[name] for name in fields if name in row})
+    except ValueError as error:
+        raise ValueError(f"grading: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """As ``dataclasses.asdict``, in the form that files have always had where it can say all.
+
+    A single image is ``image``; a grading that says nothing is left out.
+    """
+    if isinstance(value, Grading):
+        return value.to_dict()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    row = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if not isinstance(value, _Illustrated):
+        return row
+    if len(value.images) < 2:
+        image = value.images[0] if value.images else None
+        row = {"image" if name == "images" else name: image if name == "images" else x for name, x in row.items()}
+    return {name: x for name, x in row.items() if name != "grading" or x}
+
+
 def to_json(record: Any) -> str:
     """One line of JSON; equal records give equal bytes."""
-    text = json.dumps(dataclasses.asdict(record), ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(_plain(record), ensure_ascii=False, separators=(",", ":"))
     # half a surrogate pair, which UTF-8 cannot hold, stays a JSON escape
     return text.encode(errors="backslashreplace").decode()
 
@@ -298,7 +396,8 @@ def read(path: epath.PathLike, cls: type[Record]) -> Iterator[Record]:
     exact = "answer" in (f.name for f in dataclasses.fields(cls))
 
     def unknown(cls: type, key: str) -> None:
-        warn_unknown(path, cls.__name__, key, [f.name for f in dataclasses.fields(cls)])
+        known = [f.name for f in dataclasses.fields(cls)]
+        warn_unknown(path, cls.__name__, key, [*known, *["image"] * ("images" in known)])
 
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):

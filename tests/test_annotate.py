@@ -23,7 +23,7 @@ from conftest import release
 from etils import epath
 from PIL import Image
 
-from mmprm_jax import annotation, records
+from mmprm_jax import annotation, cli, records
 from mmprm_jax.interruption import Interrupted, handling
 from mmprm_jax.metrics import read as read_metrics
 from mmprm_jax.models.tokenizer import Tokenizer
@@ -100,7 +100,7 @@ def sampler_of(tiny, mesh_of):
 def toy_verify(pairs):
     from mmprm_jax import answers
 
-    return [bool(answers.equal(gold, answer)) for answer, gold in pairs]
+    return [bool(answers.equal(gold, answer)) for answer, gold, _ in pairs]
 
 
 @pytest.fixture(scope="module")
@@ -476,11 +476,11 @@ def data_set(tmp_path_factory):
     """A folder with problems and images, and nothing else."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
-    found = [Problem(f"q{i}", f"What is {i} + 1?", str(i % 3), f"images/{i}.png" if i % 2 else None) for i in range(6)]
+    found = [Problem(f"q{i}", f"What is {i} + 1?", str(i % 3), (f"images/{i}.png",) if i % 2 else ()) for i in range(6)]
     for problem in found:
-        if problem.image:
+        for name in problem.images:
             pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / problem.image)
+            Image.fromarray(pixels).save(folder / name)
     records.write(folder / "train.jsonl", found)
     return folder
 
@@ -522,13 +522,13 @@ def test_a_released_policy_annotates_any_problems(data_set, released, tmp_path, 
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by prompt and seed, as far as ``refuses`` lets it."""
+    """Answers by prompt and seed, one of ``answers``, as far as ``refuses`` lets it."""
 
     daemon_threads, block_on_close, request_queue_size = True, False, 64
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.bodies, self.refuses = [], lambda body: False
+        self.bodies, self.refuses, self.answers = [], lambda body: False, "012"
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -544,7 +544,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.bodies.append(body)
         seed = zlib.crc32(json.dumps([body["messages"], body["seed"]]).encode())
         steps = "".join(f"<step>{seed >> 3 * i & 3}</step>" for i in range(2 + seed % 3))
-        message = {"role": "assistant", "content": f"{steps}<answer>{seed // 7 % 3}</answer>"}
+        message = {"role": "assistant", "content": f"{steps}<answer>{self.server.answers[seed // 7 % 3]}</answer>"}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         data = json.dumps({"choices": [choice], "usage": {"completion_tokens": 9}}).encode()
         refused = self.server.refuses(body)
@@ -603,6 +603,33 @@ def test_servers_annotate_any_problems(data_set, servers, tmp_path):
     assert sum(len(tree.nodes) for tree in trees) > 12
     row = read_metrics(folder)[-1]
     assert row.keys() == {"step", "rollouts", "tokens", "rollouts_per_second", "tokens_per_second"}
+
+
+def test_choices_and_images_of_prepared_rows_reach_prompt_and_verdict(servers, tmp_path):
+    """Rollouts say a letter, the gold answer is the text of a choice: they are right by their choices alone."""
+    for name in ("red", "blue"):
+        Image.new("RGB", (8, 6), name).save(tmp_path / f"{name}.png")
+    row = {"id": "0", "question": "Which of <image1> and <image2> is longer?", "answer": "the second",
+           "images": ["red.png", "blue.png"], "options": ["the first", "the second", "neither"]}  # fmt: skip
+    rows = [row, row | {"id": "1", "answer": "3.4", "question": "How long?", "options": None, "precision": 0}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    cli.run(["prepare", "mm_k12", str(tmp_path), f"--output={tmp_path / 'data'}"])
+    servers[0].answers = ("A", "B", "3.1")
+    options = (f"--config.data.folder={tmp_path / 'data'}", "--config.annotate.policy=a-model",
+               f"--config.annotate.servers={servers[0].url}")  # fmt: skip
+    code, error, _ = mmprm(tmp_path / "w", *options)
+    assert code == 0, error
+    first, second = read_trees(epath.Path(tmp_path / "w" / "annotate"))
+    assert first.problem.grading == records.Grading.of(row["options"], kind="choice") and len(first.problem.images) == 2
+    said = {(rollout.segments[-1], rollout.correct) for node in first.nodes for rollout in node.rollouts}
+    assert said == {("<answer>A</answer>", False), ("<answer>B</answer>", True), ("<answer>3.1</answer>", False)}
+    assert 0 < first.nodes[0].k < first.nodes[0].n and second.nodes[0].k > 0  # 3.1 is 3 as well
+    shown = [body["messages"][0]["content"] for body in servers[0].bodies]
+    (content,) = {json.dumps(parts) for parts in shown if "Which of" in parts[0].get("text", "")}
+    kinds = [part.get("text", part["type"]) for part in json.loads(content)]
+    assert kinds[::2] == ["Which of ", " and ", " is longer?\nChoices:\n(A) the first\n(B) the second\n(C) neither"]
+    sent = [base64.b64decode(part["image_url"]["url"].split(",")[1]) for part in json.loads(content)[1::2]]
+    assert sent == [(tmp_path / f"{name}.png").read_bytes() for name in ("red", "blue")]
 
 
 # Slow: the program toy_annotation.py

@@ -20,7 +20,7 @@ from mmprm_jax.report.summary import summarise
 from mmprm_jax.settings import Config
 from mmprm_jax.training.checkpoints import Checkpoints, load_params, save_params
 
-PROBLEMS = [Problem(f"p{i}", "q", str(i), f"images/{i}.png") for i in range(4)]
+PROBLEMS = [Problem(f"p{i}", "q", str(i), (f"images/{i}.png",)) for i in range(4)]
 WEIGHTS = bytes(range(256)) * 8
 
 
@@ -94,7 +94,7 @@ class Run:
         return sorted(self.data.glob("*.jsonl")) if self.config.data.folder else []
 
     def image_files(self):
-        return [self.data / p.image for p in PROBLEMS]
+        return [self.data / p.images[0] for p in PROBLEMS]
 
     def make(self, *stages, **figures):
         """Runs stages as ``stages.run_stage`` does."""
@@ -124,7 +124,7 @@ def write_data(folder):
     for name in ("train", "test", "sft"):
         records.write(folder / f"{name}.jsonl", PROBLEMS)
     for problem in PROBLEMS:
-        io.write(folder / problem.image, problem.id * 20)
+        io.write(folder / problem.images[0], problem.id * 20)
 
 
 STAGES = ("data", "sft", "annotate", "train_prm", "evaluate")

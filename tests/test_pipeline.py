@@ -132,7 +132,8 @@ def test_what_was_trained_is_a_model_folder(finished, tmp_path):
         prm, found = PRM.from_pretrained(model, mesh=mesh), []
         for name, group in itertools.groupby(scored, lambda x: x.candidate.problem_id):
             problem, solutions = problems[name], [x.candidate.segments for x in group]
-            for scores in prm.score_candidates(problem.question, solutions, images=[workdir / "data" / problem.image]):
+            images = [workdir / "data" / name for name in problem.images]
+            for scores in prm.score_candidates(problem.question, solutions, images=images):
                 found += scores
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
     policy, model = convert.inspect(workdir / "sft")

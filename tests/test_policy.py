@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmprm_jax import PRM, Policy, annotate, best_of_n, convert, open_run, train_prm
+from mmprm_jax import PRM, Policy, annotate, best_of_n, convert, open_run, records, train_prm
 from mmprm_jax.data.encode import Language
 from mmprm_jax.models import build, hf_config
 from mmprm_jax.models.config import DecoderConfig, VisionConfig, VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import Node, Problem, Rollout, Tree, UserError
+from mmprm_jax.records import Grading, Node, Problem, Rollout, StepExample, Tree, UserError
 
 QUESTION = "What is 3 + 4?"
 STEPS = ("<step> 3 + 4 = 7 </step>", "<step> So it is 7. </step>", "<answer> 7 </answer>")
@@ -76,7 +76,7 @@ def test_a_completion_depends_on_its_own_problem_only(policy):
 
 def test_images(policy, tmp_path):
     PICTURE.save(tmp_path / "a.png")
-    record = Problem("a", QUESTION, "7", str(tmp_path / "a.png"))
+    record = Problem("a", QUESTION, "7", (str(tmp_path / "a.png"),))
     ways = dict(max_new_tokens=6, temperature=0.0)
     (own,), (none,) = policy.sample([record, QUESTION], **ways)
     (file,), (picture,), (two,), (left_out,) = policy.sample(
@@ -85,6 +85,8 @@ def test_images(policy, tmp_path):
     )  # fmt: skip
     assert own.logprobs == file.logprobs == picture.logprobs
     assert left_out.logprobs == none.logprobs
+    both = dataclasses.replace(record, images=record.images * 2)
+    assert policy.sample([both], **ways)[0][0].logprobs == two.logprobs
     assert len({own.logprobs, none.logprobs, two.logprobs}) == 3
     fewer = dataclasses.replace(policy, max_tiles=1)
     assert policy.max_tiles == 2 and fewer.sample([record], **ways)[0][0].logprobs != own.logprobs
@@ -131,7 +133,7 @@ def test_a_policy_without_eyes(tmp_path, mesh):
 
 def even(pairs):
     """Verdicts that a random policy gets right now and then."""
-    return [answer is not None or number % 2 == 0 for number, (answer, _) in enumerate(pairs)]
+    return [answer is not None or number % 2 == 0 for number, (answer, *_) in enumerate(pairs)]
 
 
 SEARCH = dict(num_rollouts=4, max_searches=2, max_new_tokens=8, slots=8)
@@ -139,10 +141,19 @@ SEARCH = dict(num_rollouts=4, max_searches=2, max_new_tokens=8, slots=8)
 
 def test_trees_in_memory(policy, tmp_path):
     PICTURE.save(tmp_path / "a.png")
-    problems = [Problem("a", QUESTION, "7", "a.png"), Problem("b", QUESTION, "7")]
+    problems = [Problem("a", QUESTION, "7", ("a.png",)), Problem("b", QUESTION, "7")]
     trees = annotate(policy, problems, images=tmp_path, verify=even, **SEARCH)
     assert [tree.problem for tree in trees] == problems
     assert all(tree.nodes[0].n == 4 and tree.nodes[0].k == 2 for tree in trees)
+    seen = []
+
+    def heard(answers):
+        seen.extend(answers)
+        return even(answers)
+
+    graded = Problem("c", QUESTION, "7", ("a.png", "a.png"), grading=Grading.of(["7", "8"], kind="choice"))
+    (tree,) = annotate(policy, [graded], images=tmp_path, verify=heard, **SEARCH)
+    assert tree.problem == graded and {asked[1:] for asked in seen} == {("7", graded.grading)}
     assert annotate(policy, problems[1:], verify=even, **SEARCH)[0].nodes[0].rollouts == trees[1].nodes[0].rollouts
     (tree,) = annotate(policy, problems[1:], **SEARCH)  # really verified
     assert tree.nodes[0].k == 0
@@ -154,7 +165,7 @@ def test_trees_in_memory(policy, tmp_path):
         annotate(policy, problems, policy="other/policy")
 
 
-def tree(name, right):
+def tree(name, right, images=("a.png",)):
     """A right and a wrong solution, of which the first step was estimated."""
     wrong = (STEPS[0], "<answer> 8 </answer>")
     rollouts = (Rollout(STEPS, True, 9), Rollout(wrong, False, 7))
@@ -162,16 +173,19 @@ def tree(name, right):
         Node(-1, (), 1, 2, 1, rollouts),
         Node(0, STEPS[:1], right, 2, 0, (Rollout(STEPS[1:], True, 6), Rollout(wrong[1:], False, 4))),
     )
-    return Tree(Problem(name, QUESTION, "7", "a.png"), nodes, ((0, 1),))
+    return Tree(Problem(name, QUESTION, "7", images), nodes, ((0, 1),))
 
 
 def test_a_prm_is_trained_and_chooses(folder, tmp_path, mesh):
     PICTURE.save(tmp_path / "a.png")
-    trees = [tree(f"p{i}", 1) for i in range(4)]
-    settings = dict(steps=4, batch_size=2, max_length=80, row_tiles=3, checkpoint_every=2)
+    PICTURE.resize((8, 8)).save(tmp_path / "small.png")
+    trees = [tree(f"p{i}", 1, ("a.png", "small.png") if i == 3 else ("a.png",)) for i in range(4)]
+    settings = dict(steps=4, batch_size=2, max_length=80, row_tiles=4, checkpoint_every=2)
     prm = train_prm(folder, trees, tmp_path / "prm", images=tmp_path, mesh=mesh, **settings)
     assert prm.max_tiles == 2 and prm.template == "own"
-    problem = Problem("a", QUESTION, "7", str(tmp_path / "a.png"))
+    written = records.read_all(tmp_path / "prm" / "examples.jsonl", StepExample)
+    assert {x.images for x in written if x.problem_id == "p3"} == {("a.png", "small.png")}
+    problem = Problem("a", QUESTION, "7", (str(tmp_path / "a.png"),))
     scores = prm.score(problem, STEPS)
     assert len(scores) == 3 and all(0 < score < 1 for score in scores)
     assert prm.score(QUESTION, STEPS, images=[PICTURE]) == scores != prm.score(QUESTION, STEPS)

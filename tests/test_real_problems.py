@@ -48,7 +48,7 @@ def demonstrations(folder, answers=None):
     for i, p in enumerate(problems):
         for j, answer in enumerate(answers or (p.answer, problems[i - 1].answer)):
             response = f"<step>Look at it.</step><step>It comes to {answer}.</step><answer>{answer}</answer>"
-            found.append(SFTExample(f"{p.id}-{j}", p.question, response, p.image))
+            found.append(SFTExample(f"{p.id}-{j}", p.question, response, p.images))
     records.write(folder / "sft.jsonl", found)
 
 
@@ -99,7 +99,7 @@ def simple(problems, tmp_path_factory):
         rows = records.read_all(problems / f"{name}.jsonl", Problem)
         records.write(
             folder / f"{name}.jsonl",
-            (Problem(p.id, f"What is x in figure {i}?", str(1 + i % 2), p.image) for i, p in enumerate(rows)),
+            (Problem(p.id, f"What is x in figure {i}?", str(1 + i % 2), p.images) for i, p in enumerate(rows)),
         )
     demonstrations(folder, ("1", "2"))
     return folder
@@ -138,7 +138,7 @@ def test_a_released_policy_from_sft_to_the_exported_prm(environment, simple, rel
         for x in scored:
             problem = by_id[x.candidate.problem_id]
             steps = [step_text(s) for s in x.candidate.segments]
-            found += prm.score(problem.question, steps, images=[simple / problem.image])
+            found += prm.score(problem.question, steps, images=[simple / name for name in problem.images])
             wanted += x.scores
     assert len(wanted) > 20 and np.std(wanted) > 1e-4
     np.testing.assert_allclose(found, wanted, atol=2e-5)

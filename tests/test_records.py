@@ -7,6 +7,7 @@ import pytest
 from mmprm_jax import records
 from mmprm_jax.records import (
     Candidate,
+    Grading,
     Node,
     Problem,
     Rollout,
@@ -17,7 +18,7 @@ from mmprm_jax.records import (
     UserError,
 )
 
-PROBLEM = Problem("p1", "What is ½ of 4?\nSay.", "2", image="images/p1.png", source="digits")
+PROBLEM = Problem("p1", "What is ½ of 4?\nSay.", "2", images=("images/p1.png",), source="digits")
 ROLLOUTS = (Rollout(("s2", "2"), True, 9), Rollout((), False, 3))
 NODES = (
     Node(-1, (), 1, 2, 1, ROLLOUTS),
@@ -28,11 +29,14 @@ CANDIDATE = Candidate("p1", ("s1", "2"), "2", True, -3.0, 12)
 ALL = [
     PROBLEM,
     Problem("p2", "q", "a"),
+    Problem("p3", "<image> or <image>?", "B", ("a.png", "b.png"), "s", Grading.of(["3", "4"], "cm", 2, "choice")),
+    Problem("p4", "q", "a", ("a.png", "a.png"), grading=Grading.of({"C": "3", "A": "4"})),
     SFTExample("e1", "q", "<step>\u2028</step>"),
     ROLLOUTS[0],
     NODES[0],
     Tree(PROBLEM, NODES, ((0, 1), (1, 0))),
     StepExample("x", "p1", "q", ("s1", "2"), (3, 0), (4, 0)),
+    StepExample("y", "p1", "q", ("s1", "2"), (3, 0), (4, 0), ("a.png", "b.png")),
     CANDIDATE,
     Candidate("p1", (), None, False, 0.0, 0),
     ScoredCandidate(CANDIDATE, (0.5, 0.125)),
@@ -74,9 +78,18 @@ def message(path, cls):
         ({"id": "a", "question": "q", "answer": True}, "answer must be a text, found True"),
         ({"id": "a", "question": "q", "answer": None}, "answer must be a text, found None"),
         ({"id": "a", "question": "q", "answer": float("nan")}, "nan is no number that can be an answer"),
-        ({"id": "a", "question": "q", "answer": "1", "images": ["a", "b"]}, "2 images; a Problem has one at most"),
-        ({"id": "a", "question": "q", "answer": "1", "images": ["a"], "image": "b"}, "2 images"),
-        ({"id": "a", "question": "q", "answer": "1", "images": "a"}, "images must be a list of file names"),
+        ({"id": "a", "question": "q", "answer": "1", "images": ["a", 2]}, "images must be a list of texts"),
+        ({"id": "a", "question": "q", "answer": "1", "grading": "B"}, "grading must be an object, found 'B'"),
+        ({"id": "a", "question": "q", "answer": "1", "grading": {"options": "3"}}, 'grading: "options" is a list of'),
+        ({"id": "a", "question": "q", "answer": "1", "grading": {"options": ["3", 4]}}, 'grading: "options" is a list'),
+        ({"id": "a", "question": "q", "answer": "1", "grading": {"precision": 1.5}}, "1.5 is no number of decimals"),
+        ({"id": "a", "question": "q", "answer": "1", "grading": {"precision": 10**400}}, "is no number of decimals"),
+        ({"id": "a", "question": "q", "answer": "1", "grading": {"precision": -1}}, "-1 is no number of decimals"),
+        ({"id": "a", "question": "q", "answer": "1", "grading": {"precision": True}}, '"precision" is a number'),
+        ({"id": "a", "question": "q", "answer": "1", "grading": {"unit": 3}}, '"unit" is a text'),
+        ({"id": "a", "question": "q", "answer": "1", "grading": {"kind": "letter"}}, "kind 'letter' is none of number"),
+        ({"id": "a", "question": "q", "answer": "1", "images": ["a"], "image": "b"}, "image and images name different"),
+        ({"id": "a", "question": "q", "answer": "1", "images": "a"}, "images must be a list, found 'a'"),
         ([1], "expected a JSON object, found list"),
         ({"id": "a", "question": None, "answer": "1"}, "question must be a text, found None"),
         ({"id": "a", "question": "q", "answer": "1", "image": ["x.png"]}, "image must be a text, found ['x.png']"),
@@ -97,7 +110,7 @@ def test_bad_row_names_file_and_line(tmp_path, bad, wanted):
 )  # fmt: skip
 def test_lists_are_lists(tmp_path, values, wanted):
     path = tmp_path / "s.jsonl"
-    path.write_text(json.dumps(json.loads(records.to_json(ALL[6])) | values))
+    path.write_text(json.dumps(json.loads(records.to_json(ALL[8])) | values))
     assert wanted in message(path, StepExample)
 
 
@@ -110,7 +123,20 @@ def test_lists_are_lists(tmp_path, values, wanted):
         ('{"id": "a", "question": "q", "answer": 1e3}', Problem("a", "q", "1000")),
         ('{"id": "a", "question": "q", "answer": "1", "image": null, "source": null}', Problem("a", "q", "1")),
         ('{"id": "a", "question": "q", "answer": "1", "source": 2024}', Problem("a", "q", "1", source="2024")),
-        ('{"id": "a", "question": "q", "answer": "1", "images": ["x.png"]}', Problem("a", "q", "1", "x.png")),
+        ('{"id": "a", "question": "q", "answer": "1", "images": ["x.png"]}', Problem("a", "q", "1", ("x.png",))),
+        (
+            '{"id": "a", "question": "q", "answer": "1", "image": "x.png", "images": ["x.png", "y.png"]}',
+            Problem("a", "q", "1", ("x.png", "y.png")),
+        ),
+        (
+            '{"id": "a", "question": "q", "answer": "1", "grading": {"options": {"B": "3"}, "precision": 2.0}}',
+            Problem("a", "q", "1", grading=Grading((("B", "3"),), "", 2)),
+        ),
+        (
+            '{"id": "a", "question": "q", "answer": "1", "grading": {"options": null, "unit": null, "kind": null}}',
+            Problem("a", "q", "1"),
+        ),
+        ('{"id": "a", "question": "q", "answer": "1", "grading": null}', Problem("a", "q", "1")),
         ('{"id": "a", "question": "q", "answer": "1", "images": []}', Problem("a", "q", "1")),
         ('{"id": 7, "question": "q", "response": "r"}', SFTExample("7", "q", "r")),
         (
@@ -159,7 +185,7 @@ def test_ids_that_differ_only_as_number_and_text_are_one(tmp_path):
 
 
 def test_bad_nested_row_names_the_nested_type(tmp_path):
-    row = json.loads(records.to_json(ALL[5]))
+    row = json.loads(records.to_json(ALL[7]))
     del row["nodes"][1]["rollouts"][0]["n_tokens"]
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps(row))
@@ -191,3 +217,40 @@ def test_write_is_atomic(tmp_path):
     assert records.read_all(path, Problem) == [PROBLEM]
     records.write(path, [])
     assert path.read_text() == "" and [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_what_files_could_always_say_is_written_as_always():
+    assert records.to_json(PROBLEM) == (
+        '{"id":"p1","question":"What is ½ of 4?\\nSay.","answer":"2","image":"images/p1.png","source":"digits"}'
+    )
+    assert (
+        records.to_json(SFTExample("e", "q", "r"))
+        == '{"id":"e","question":"q","response":"r","image":null,"source":""}'
+    )
+    step = StepExample("x", "p", "q", ("s",), (1,), (2,), ("a.png",))
+    assert records.to_json(step) == (
+        '{"id":"x","problem_id":"p","question":"q","segments":["s"],"k":[1],"n":[2],"image":"a.png"}'
+    )
+    tree = records.to_json(Tree(PROBLEM, NODES[:1], ()))
+    assert tree.startswith(f'{{"problem":{records.to_json(PROBLEM)},"nodes":[{{"parent":-1,"segments":[],')
+
+
+def test_what_is_new_has_keys_of_its_own():
+    grading = Grading.of(["3", "4"], precision=0)
+    assert json.loads(records.to_json(Problem("a", "q", "1", ("x", "y"), "s", grading))) == {
+        "id": "a", "question": "q", "answer": "1", "images": ["x", "y"], "source": "s",
+        "grading": {"options": ["3", "4"], "precision": 0},
+    }  # fmt: skip
+    assert not Grading() and not Grading.of([], "", None, "") and Grading.of(precision=0)
+
+
+def test_keys_of_a_grading_that_are_none_are_told(tmp_path, caplog):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": "a", "question": "q", "answer": "1", "grading": {"units": "cm"}}')
+    assert records.read_all(path, Problem) == [Problem("a", "q", "1")]
+    assert "the key 'units' is none of a Grading's and is not used; did you mean 'unit'?" in caplog.text
+
+
+def test_one_name_is_no_tuple_of_images():
+    with pytest.raises(TypeError, match="images must be a tuple of file names, not 'x.png'"):
+        Problem("a", "q", "1", "x.png")

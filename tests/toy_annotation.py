@@ -25,7 +25,7 @@ class Numbers:
 
     def prompt(self, question, prefix, tiles):
         ids = [8 + int(n) % 30 for n in question.split()]
-        picture = [self._image_token] * (tiles * self._cfg.tokens_per_tile)
+        picture = [self._image_token] * (sum(tiles) * self._cfg.tokens_per_tile)
         return [5, *picture, *ids, *(int(n) for step in prefix for n in re.findall(r"\d+", step))]
 
     def decode(self, tokens):
@@ -91,7 +91,7 @@ def seeded_rollouts(request):
 def problems(count=PROBLEMS):
     from mmprm_jax.records import Problem
 
-    return [Problem(f"p{i}", " ".join(map(str, range(i, i + 4 + 5 * (i % 5)))), "1", "i.png" if i % 3 else None)
+    return [Problem(f"p{i}", " ".join(map(str, range(i, i + 4 + 5 * (i % 5)))), "1", ("i.png",) if i % 3 else ())
             for i in range(count)]  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def make_sampler(tiny, mesh, slots, verify, cache_tokens=4000, min_bucket=32):
 
     def pixels(problem):
         rng = np.random.default_rng(int(problem.id[1:]))
-        return rng.integers(0, 256, (1 + int(problem.id[1:]) % 2, 8, 8, 3), np.uint8) if problem.image else None
+        return [rng.integers(0, 256, (1 + int(problem.id[1:]) % 2, 8, 8, 3), np.uint8) for _ in problem.images]
 
     head = 3 * tiny.params["decoder"]["lm_head"]
     params = {**tiny.params, "decoder": {**tiny.params["decoder"], "lm_head": head}}

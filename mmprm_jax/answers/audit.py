@@ -1,9 +1,10 @@
 """``mmprm verify pairs.jsonl``: a verdict and its reason for each row, to audit the verifier on one's own data.
 
 A row: ``{"gold": str, "prediction": str or null}`` and, if known, ``options`` (a list of texts, or {letter: text}),
-``unit`` (of a gold answer that is a bare number), ``precision`` (decimals) and ``question`` (for the judge). With
-``equal`` (true or false: what a person says) the summary also tells how often the verifier agrees. Other modes are the
-benchmarks' official rules (``official.MODES``); they read the benchmark's own keys.
+``unit`` (of a gold answer that is a bare number), ``precision`` (decimals), or ``grading``, an object of these as files
+of problems have it, and ``question`` (for the judge). With ``equal`` (true or false: what a person says) the summary
+also tells how often the verifier agrees. Other modes are the benchmarks' official rules (``official.MODES``); they read
+the benchmark's own keys.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from mmprm_jax.answers.equivalence import compare, make_settings
+from mmprm_jax.answers.equivalence import compare, graded
 from mmprm_jax.answers.judge import Judge
 from mmprm_jax.answers.verdict import VERSION, Verdict, unknown
 from mmprm_jax.answers.workers import Pool
-from mmprm_jax.records import UserError
+from mmprm_jax.records import Grading, UserError, grading_of
 
 SECONDS = 5.0  # for a pair
 _BLOCK = 2048  # rows in memory for each process
@@ -39,19 +40,14 @@ def default(row: Row) -> Verdict:
         raise ValueError('a row needs "gold", a text (a number as a text, too: its decimals count)')
     if "prediction" not in row or not isinstance(prediction, str | None):
         raise ValueError('a row needs "prediction", a text or null')
-    return compare(gold, prediction, _settings(row))
+    return compare(gold, prediction, graded(_grading(row)))
 
 
-def _settings(row: Row) -> Any:
-    options, unit, precision = row.get("options"), row.get("unit"), row.get("precision")
-    texts = list(options.values()) if isinstance(options, Mapping) else options or []
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or len(texts) > 26:
-        raise ValueError('"options" is a list of at most 26 texts, or an object of letters and texts')
-    if not isinstance(unit, str | None):
-        raise ValueError('"unit" is a text')
-    if isinstance(precision, bool) or not isinstance(precision, int | float | None):
-        raise ValueError('"precision" is a number of decimals')
-    return make_settings(options, unit, precision)
+def _grading(row: Row) -> Grading:
+    """Of the row's own keys, or of those in its ``grading``, as problems have them."""
+    own = grading_of(row.get("grading") or {}).to_dict()
+    found = {key: row.get(key) for key in ("options", "unit", "precision")}
+    return Grading.of(**own | {key: value for key, value in found.items() if value is not None})
 
 
 def find_mode(name: str) -> Callable[[Row], Verdict]:

@@ -18,6 +18,7 @@ from mmprm_jax.answers.normalise import MAX_LENGTH, normalise
 from mmprm_jax.answers.parse import read
 from mmprm_jax.answers.values import Formula, Quantity, Text
 from mmprm_jax.answers.verdict import VERSION, Verdict, equal, unequal, unknown
+from mmprm_jax.records import Grading
 
 Options = Sequence[str] | Mapping[str, str]
 
@@ -47,10 +48,14 @@ NO_SETTINGS = Settings()
 
 def make_settings(options: Options | None = None, unit: str | None = None, precision: float | None = None) -> Settings:
     """Raises ValueError for a precision that is no number of decimals."""
-    if precision is not None and not (float(precision).is_integer() and 0 <= precision <= 40):
-        raise ValueError(f"precision {precision!r} is no number of decimals")
     found = choice.parse_options(options) if options else {}
-    return Settings(tuple(found.items()), normalise(unit or ""), None if precision is None else int(precision))
+    return Settings(tuple(found.items()), normalise(unit or ""), Grading.of(precision=precision).precision)
+
+
+@functools.lru_cache(maxsize=4096)
+def graded(grading: Grading) -> Settings:
+    """What a record says of its answer, as ``compare`` takes it."""
+    return make_settings(dict(grading.options), grading.unit, grading.precision)
 
 
 def compare(gold: str, prediction: str | None, settings: Settings = NO_SETTINGS) -> Verdict:

@@ -15,8 +15,9 @@ from absl import logging
 from pebble import ProcessPool
 
 from mmprm_jax import interruption
-from mmprm_jax.answers.equivalence import compare
+from mmprm_jax.answers.equivalence import compare, graded
 from mmprm_jax.answers.verdict import Verdict
+from mmprm_jax.records import Grading
 from mmprm_jax.spawn import Spawn
 
 _CHUNK = 256  # pairs sent to a worker at a time
@@ -82,12 +83,15 @@ class Pool:
             self._pool.join()
 
 
-def _check(pairs: list[tuple[str | None, str]]) -> list[Verdict]:
-    return [compare(gold, answer) for answer, gold in pairs]
+Pair = tuple[str | None, str] | tuple[str | None, str, Grading]  # answer, gold, and maybe how they are compared
+
+
+def _check(pairs: list[Pair]) -> list[Verdict]:
+    return [compare(gold, answer, *map(graded, grading)) for answer, gold, *grading in pairs]
 
 
 class Verifier:
-    """(answer, gold) pairs -> whether each answer is right; close it after use, or use it in a ``with``.
+    """(answer, gold) or (answer, gold, grading) -> whether each answer is right; close it, or use it in a ``with``.
 
     Equal answers are right; unequal ones are wrong, and so are those of which nothing is known: ``unknown`` counts
     these. A pair that takes longer than ``seconds``, or ends its worker, is one of them and is logged.
@@ -98,12 +102,12 @@ class Verifier:
         self._pool, self._lock = Pool(workers, seconds, check), threading.Lock()
         self.verified = self.unknown = 0
 
-    def __call__(self, pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
+    def __call__(self, pairs: Sequence[Pair]) -> list[bool]:
         pairs = list(pairs)
         found = self._pool.run(pairs)
         for pair, verdict in zip(pairs, found, strict=True):
             if verdict is None:
-                logging.warning("no verdict on the answer %.80r to %.80r: counted as wrong", *pair)
+                logging.warning("no verdict on the answer %.80r to %.80r: counted as wrong", *pair[:2])
         with self._lock:
             self.verified += len(pairs)
             self.unknown += sum(v is None or isinstance(v, Verdict) and v.kind == "unknown" for v in found)

@@ -23,7 +23,7 @@ from mmprm_jax.models import build
 from mmprm_jax.models.config import DecoderConfig, VisionConfig, VLMConfig
 from mmprm_jax.records import Problem, Tree
 from mmprm_jax.rollout.engine import Engine
-from mmprm_jax.rollout.rollouts import LocalSampler
+from mmprm_jax.rollout.rollouts import Answered, LocalSampler
 from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.search.omegaprm import Forest, grow
 from mmprm_jax.search.settings import Settings
@@ -57,25 +57,25 @@ class Numbers:
         done = "".join(f"<step>{' '.join(map(str, step))}</step>" for step in steps[:-1])
         return f"{done}<answer>{' '.join(map(str, steps[-1]))}</answer>"
 
-    def prompt(self, question: str, prefix: Sequence[str], tiles: int) -> list[int]:
+    def prompt(self, question: str, prefix: Sequence[str], tiles: Sequence[int]) -> list[int]:
         numbers = [int(n) for text in (question, *prefix) for n in re.findall(r"\d+", text)]
-        return [FIRST, *[IMAGE] * (tiles * CFG.tokens_per_tile), *numbers]
+        return [FIRST, *[IMAGE] * (sum(tiles) * CFG.tokens_per_tile), *numbers]
 
 
-def _pixels(problem: Problem) -> np.ndarray:
+def _pixels(problem: Problem) -> list[np.ndarray]:
     size = CFG.vision.image_size
-    return np.random.default_rng(int(problem.id)).integers(0, 256, (1, size, size, 3), np.uint8)
+    return [np.random.default_rng(int(problem.id)).integers(0, 256, (1, size, size, 3), np.uint8)]
 
 
-def _verify(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
-    return [int(answer.split()[-1]) < 30 for answer, _ in pairs]
+def _verify(answers: Sequence[Answered]) -> list[bool]:
+    return [int(answer.split()[-1]) < 30 for answer, *_ in answers]
 
 
 def problems(count: int) -> list[Problem]:
     """Questions of 20 to 60 numbers, each with an image."""
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.integers(FIRST, 60, rng.integers(20, 61)))) for _ in range(count)]
-    return [Problem(str(i), text, "", "image") for i, text in enumerate(texts)]
+    return [Problem(str(i), text, "", ("image",)) for i, text in enumerate(texts)]
 
 
 def _grow(some: Sequence[Problem], slots: int, in_flight: int) -> tuple[list[Tree], dict[str, float]]:

@@ -63,8 +63,8 @@ def summary(args: argparse.Namespace) -> None:
     "Best-of-N from stored candidates and scores",
     argument("file", "ScoredCandidate rows, or rows with labels and prm_scores; JSONL or a JSON list"),
     option("--dev", "held-out candidates to choose the aggregator on", default=None, unset="none", metavar="FILE"),
-    option("--problems", "JSONL rows with id and the category of each problem", default=None, unset="none",
-           metavar="FILE"),
+    option("--problems", "JSONL rows with id, the category of each problem and, if any, its grading", default=None,
+           unset="none", metavar="FILE"),
     option("--category", "the category's key in --problems", default="source", metavar="KEY"),
     option("--mode", "paper: as the original does", default="default", choices=("default", "paper")),
     option("--output", "write the candidates: .jsonl ours, .json as the original", default=None, unset="none",
@@ -92,8 +92,9 @@ def bon(args: argparse.Namespace) -> None:
         _finish(figures, paper.format_table(figures), args.json, found.bad)
         return
     problems, bad = list(found.problems.values()), list(found.bad)
+    categories, gradings = _categories_and_gradings(args.problems, args.category) if args.problems else ({}, {})
     n = max(map(len, problems), default=0) or 1
-    figures, each = selectors(problems, n, without=found.without, key=best_of_n.equivalent(problems))
+    figures, each = selectors(problems, n, without=found.without, key=best_of_n.equivalent(problems, gradings))
     if args.dev:
         held_out = stored.read(args.dev)
         bad += held_out.bad
@@ -105,7 +106,6 @@ def bon(args: argparse.Namespace) -> None:
         others = {k: each[k] for k in ("random", "majority", "policy_logprob") if k in each}
         figures["paired"] = {k: statistics.paired(each["prm"][selected], v) for k, v in others.items()}
     if args.problems:
-        categories = _categories(args.problems, args.category)
         missing = [name for name in found.problems if name not in categories]
         if missing:
             raise UserError(f"{args.problems}: {len(missing)} problems of {args.file} are missing, e.g. {missing[0]}")
@@ -115,15 +115,22 @@ def bon(args: argparse.Namespace) -> None:
     _finish(figures, format_table(figures) + _groups(figures) + _left_out(found), args.json, bad)
 
 
-def _categories(path: str, key: str) -> dict[str, str]:
+def _categories_and_gradings(path: str, key: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """The category and the grading of each problem, by id."""
     from mmprm_jax.evaluation.stored import iter_rows
+    from mmprm_jax.records import grading_of
 
-    found = {}
+    categories, gradings = {}, {}
     for where, row in iter_rows(path):
         if not isinstance(row, dict) or "id" not in row or key not in row:
             raise UserError(f"{path}, {where}: expected an object with id and {key}")
-        found[str(row["id"])] = str(row[key])
-    return found
+        name = str(row["id"])
+        categories[name] = str(row[key])
+        try:
+            gradings[name] = grading_of(row.get("grading") or {})
+        except ValueError as error:
+            raise UserError(f"{path}, {where}: {error}") from None
+    return categories, gradings
 
 
 def _left_out(found: Any) -> str:

@@ -1,8 +1,7 @@
 """The benchmarks: their rows as problems, with the official prompt and what the official scoring needs.
 
 ``Problem.question`` is the bare question with its options; the official prompt and the row for
-``answers.official.MODES`` are in ``Item.benchmark``. A problem with several images gets one, in which they stand below
-each other (MathVision's own evaluation merges them too).
+``answers.official.MODES`` are in ``Item.benchmark``.
 """
 
 from __future__ import annotations
@@ -12,20 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmprm_jax.data.prompts import match_image_tags, without_tags
 from mmprm_jax.data.sources_base import (
+    LETTERS,
     Item,
-    Picture,
     Source,
+    grading,
     identity,
-    match_image_tags,
+    listed_always,
     optional,
     picture,
+    shown,
     text,
     texts,
+    with_choices,
 )
-from mmprm_jax.records import Problem, UserError
-
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+from mmprm_jax.records import Grading, Problem, UserError
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,18 @@ class StepDetectionExample:
     source: str = ""  # which benchmark
 
 
-def listed(options: Sequence[str]) -> str:
-    """``\\nChoices:\\n(A) …``; nothing for no options, or options that are only their letters."""
-    if not options or list(options) == list(_LETTERS[: len(options)]):
-        return ""
-    return "\nChoices:" + "".join(f"\n({letter}) {o}" for letter, o in zip(_LETTERS, options, strict=False))
-
-
 def _gold_letter(answer: str, options: Sequence[str]) -> None:
-    if options and answer not in _LETTERS[: len(options)]:
+    if options and answer not in LETTERS[: len(options)]:
         raise UserError(f"the answer {answer!r:.40} is none of the letters of {len(options)} options")
 
 
-def _item(id_: str, question: str, answer: str, pictures: tuple, prompt: str, mode: str, **scoring: Any) -> Item:
-    question = match_image_tags(question, min(len(pictures), 1))
+def _item(
+    id_: str, question: str, answer: str, pictures: tuple, prompt: str, mode: str, judged: Grading, **scoring: Any
+) -> Item:
+    """judged: how our own verifier compares answers; scoring: what the official rules need."""
+    problem = Problem(id_, match_image_tags(question, len(pictures)), answer, grading=judged)
     needs = {key: value for key, value in scoring.items() if value not in (None, "", ())}
-    return Item(Problem(id_, question, answer), pictures, {"prompt": prompt, "mode": mode, "gold": answer, **needs})
+    return Item(problem, pictures, {"prompt": prompt, "mode": mode, "gold": answer, **needs})
 
 
 _HINTS = {
@@ -79,6 +76,9 @@ _HINTS = {
 }
 
 
+_VISTA_KINDS = {"integer": "number", "float": "number", "list": "list", "text": "text"}
+
+
 def _mathvista_prompt(question: str, options: Sequence[str], unit: str, kind: str, precision: int | None) -> str:
     """MathVista's query for a solution, without examples."""
     key = ("multi_choice", None) if options else (kind, precision if kind == "float" else None)
@@ -87,11 +87,6 @@ def _mathvista_prompt(question: str, options: Sequence[str], unit: str, kind: st
         raise UserError(f"answer_type {kind} with precision {precision} has no official prompt")
     task = f"Question: {question}" + (f" (Unit: {unit})" if unit else "") + listed_always(options)
     return f"Hint: Please answer the question {'and ' if options else ''}{hint}\n{task}".strip()
-
-
-def listed_always(options: Sequence[str]) -> str:
-    """``\\nChoices:\\n(A) …`` for any options; nothing for none."""
-    return "\nChoices:" + "".join(f"\n({x}) {o}" for x, o in zip(_LETTERS, options, strict=False)) if options else ""
 
 
 def mathvista(row: Mapping[str, Any], split: str) -> Item:
@@ -106,10 +101,11 @@ def mathvista(row: Mapping[str, Any], split: str) -> Item:
     precision, unit = None if precision is None else int(precision), optional(row, "unit")
     question = text(row, "origin_question", "question")
     prompt = optional(row, "query") or _mathvista_prompt(question, options, unit, kind, precision)
-    bare = question + (f" (Unit: {unit})" if unit else "") + listed(options)
+    bare, seen = with_choices(question + (f" (Unit: {unit})" if unit else ""), options)
+    judged = grading(seen, unit, precision, "choice" if options else _VISTA_KINDS.get(kind))
     return _item(
         identity(row, "pid", "id"), bare, answer, picture(row.get("image_path") or _image(row)), prompt, "mathvista",
-        options=options, precision=precision, answer_type=kind, question_type=question_type, unit=unit,
+        judged, options=options, precision=precision, answer_type=kind, question_type=question_type, unit=unit,
     )  # fmt: skip
 
 
@@ -125,15 +121,18 @@ def mathverse(row: Mapping[str, Any], split: str) -> Item:
     """MathVerse testmini; ``category`` in the scoring row is the problem's version. Vision Only has no question."""
     version, kind = text(row, "problem_version"), text(row, "question_type")
     given = optional(row, "question")
-    with_choices = optional(row, "question_for_eval") or given
-    found = _VERSE_CHOICE.findall(with_choices)
-    choices = kind == "multi-choice" and [letter for letter, _ in found] == list(_LETTERS[: len(found)])
+    asked = optional(row, "question_for_eval") or given
+    found = _VERSE_CHOICE.findall(asked)
+    choices = kind == "multi-choice" and [letter for letter, _ in found] == list(LETTERS[: len(found)])
     options = tuple(option.strip() for _, option in found) if choices else ()
     prompt = text(row, "query_cot", "query_wo", empty=True) if row.get("query_cot") or row.get("query_wo") else given
-    question = given if given.strip() else "According to the question shown in the image, answer it."
+    question = "According to the question shown in the image, answer it."
+    if given.strip():
+        question, _ = with_choices(given, shown(asked) or options)
     index, number = identity(row, "sample_index", "id"), identity(row, "problem_index")
+    judged = grading(options, kind="choice" if kind == "multi-choice" else None)
     return _item(
-        index, question, text(row, "answer"), picture(_image(row)), prompt, "mathverse", options=options,
+        index, question, text(row, "answer"), picture(_image(row)), prompt, "mathverse", judged, options=options,
         question_type=kind, category=version, group=number,
     )  # fmt: skip
 
@@ -151,15 +150,22 @@ def mathvision(row: Mapping[str, Any], split: str) -> Item:
     question, given = text(row, "question"), listed_always(options)[len("\nChoices:\n") :]
     given = "" if list(options) == list("ABCDE") else given
     prompt = f"{_VISION_TASK}{question}\n{given}{chr(10) if given else ''}"
+    bare, seen = with_choices(question, options)
     return _item(
-        identity(row, "id"), question + listed(options), answer, picture(_image(row)), prompt, "mathvision",
-        options=options, category=optional(row, "subject"), level=optional(row, "level") and row["level"],
+        identity(row, "id"), bare, answer, picture(_image(row)), prompt, "mathvision",
+        grading(seen, kind="choice" if options else None), options=options, category=optional(row, "subject"),
+        level=optional(row, "level") and row["level"],
     )  # fmt: skip
 
 
 _OLYMPIAD_TYPES = {
     "Numerical": "a numerical value", "Expression": "an expression", "Equation": "an equation",
     "Interval": "an interval",
+}  # fmt: skip
+
+
+_OLYMPIAD_KINDS = {
+    "Numerical": "number", "Expression": "expression", "Equation": "equation", "Interval": "interval", "Tuple": "tuple",
 }  # fmt: skip
 
 
@@ -192,14 +198,13 @@ def olympiadbench(row: Mapping[str, Any], split: str) -> Item:
     if not golds or not golds[0].strip():
         raise UserError("no final_answer: a problem to prove has no answer to verify")
     pictures = [p for i in range(1, 10) for p in picture(row.get(f"image_{i}"))]
-    more = row.get("images") or []
-    if not isinstance(more, list):
-        raise UserError(f"images is {type(more).__name__}, not a list")
-    pictures += [p for value in more for p in picture(value)]
+    pictures += picture(row.get("images"))
     kind, unit = optional(row, "answer_type"), optional(row, "unit")
-    prompt = _olympiad_prompt(row, kind, bool(row.get("is_multiple_answer")), unit)
+    several = bool(row.get("is_multiple_answer"))
+    prompt = _olympiad_prompt(row, kind, several, unit)
+    judged = grading(unit=unit, kind="list" if several or "," in kind else _OLYMPIAD_KINDS.get(kind.split("-")[0]))
     return _item(
-        identity(row, "id"), text(row, "question"), golds[0], tuple(pictures), prompt, "olympiadbench",
+        identity(row, "id"), text(row, "question"), golds[0], tuple(pictures), prompt, "olympiadbench", judged,
         answer_type=kind, error=optional(row, "error"), unit=unit, category=optional(row, "subfield"),
     )  # fmt: skip
 
@@ -214,10 +219,7 @@ def visualprocessbench(row: Mapping[str, Any], split: str) -> Item:
         raise UserError(f"{len(steps)} steps, but process_correctness is {str(labels)[:60]}")
     if any(type(label) is not int or label not in (-1, 0, 1) for label in labels):
         raise UserError("process_correctness must be 1, 0 or -1 for each step")
-    given = row.get("image")
-    pictures: tuple[Picture, ...] = tuple(
-        p for v in (given if isinstance(given, list) else [given]) for p in picture(v)
-    )
+    pictures = picture(row.get("image"))
     example = StepDetectionExample(
         identity(row, "id"), _tags(text(row, "question"), len(pictures)), steps, tuple(labels),
         category=optional(row, "data_source"), generator=optional(row, "policy_model"),
@@ -230,7 +232,7 @@ def _tags(question: str, images: int) -> str:
     try:
         return match_image_tags(question, images)
     except UserError:
-        return question.replace("<image>", "").strip()
+        return without_tags(question).strip()
 
 
 def processbench(row: Mapping[str, Any], split: str) -> Item:

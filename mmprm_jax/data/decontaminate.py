@@ -25,7 +25,7 @@ import io
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,9 @@ THUMBNAIL = 24  # pixels a side
 SHAPE = 0.1  # difference of the logarithms of width / height
 LONG_WORDS, WORDS, NUMBERS = 25, 12, 2  # what makes a question self-contained
 
-_NOISE = re.compile(r"<image_?\d*>|\\(?:left|right|displaystyle|quad|qquad|[,;:! ])|\\(?:mathrm|text|mbox|rm)\b|[$~]")
+_NOISE = re.compile(
+    r"<\|?image[ _]?\d*\|?>|\\(?:left|right|displaystyle|quad|qquad|[,;:! ])|\\(?:mathrm|text|mbox|rm)\b|[$~]"
+)
 _WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_a-z]|[a-z]+|[-+=<>^*/|%°∠△]")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _SAME = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\vartriangle": r"\triangle", "−": "-", "×": r"\times"}
@@ -116,7 +118,7 @@ class BenchmarkProblem:
     benchmark: str
     id: str
     question: QuestionFingerprint
-    picture: ImageFingerprint | None
+    pictures: tuple[ImageFingerprint, ...] = ()
 
 
 class BenchmarkIndex:
@@ -133,23 +135,24 @@ class BenchmarkIndex:
                 self._exact[known.question.words].append(i)
             for shingle in known.question.shingles:
                 self._postings[shingle].append(i)
-            if known.picture:
-                self._files.setdefault(known.picture.bytes_hash, i)
-                self._pixels.setdefault(known.picture.pixel_hash, i)
-        self._with_picture = [i for i, known in enumerate(self._known) if known.picture]
-        pictures = [self._known[i].picture for i in self._with_picture]
+            for picture in known.pictures:
+                self._files.setdefault(picture.bytes_hash, i)
+                self._pixels.setdefault(picture.pixel_hash, i)
+        self._with_picture = [i for i, known in enumerate(self._known) for _ in known.pictures]  # of each picture
+        pictures = [picture for known in self._known for picture in known.pictures]
         self._shapes = np.array([p.shape for p in pictures])
         self._thumbnails = np.stack([p.thumbnail for p in pictures]) if pictures else np.zeros((0, THUMBNAIL**2))
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def match(self, question: QuestionFingerprint, picture: ImageFingerprint | None) -> Match | None:
+    def match(self, question: QuestionFingerprint, pictures: Sequence[ImageFingerprint]) -> Match | None:
         """The benchmark problem that a training row repeats, if any. Exact matches come before near ones."""
-        found = self._image(picture) if picture else None
+        same = [match for picture in pictures if (match := self._image(picture))]
+        found = max(same, key=lambda match: match.similarity, default=None)
         if found and found.similarity == 1:
             return found
-        return self._text(question, picture is not None) or found
+        return self._text(question, bool(pictures)) or found
 
     def _found(self, index: int, why: str, similarity: float) -> Match:
         known = self._known[index]
@@ -157,7 +160,7 @@ class BenchmarkIndex:
 
     def _text(self, question: QuestionFingerprint, illustrated: bool) -> Match | None:
         def decides(index: int) -> bool:
-            both = illustrated and self._known[index].picture is not None
+            both = illustrated and bool(self._known[index].pictures)
             return question.self_contained or not both
 
         for i in self._exact.get(question.words, ()):

@@ -206,7 +206,7 @@ def generate(folder: epath.PathLike, settings: Settings) -> None:
         for i in range(getattr(settings, split)):
             expression, name = next(stream), f"{split}-{i:05d}"
             _, values = solve(expression, expression.digits, flip=True)
-            problems.append(Problem(name, QUESTION, str(values[-1]), image(name, split, expression), "digits"))
+            problems.append(Problem(name, QUESTION, str(values[-1]), (image(name, split, expression),), "digits"))
             if split != "train":
                 truth.append(Truth(name, " ".join(expression.tokens()), tuple(values), expression.tricky()))
         records.write(folder / f"{split}.jsonl", problems)
@@ -217,18 +217,18 @@ def generate(folder: epath.PathLike, settings: Settings) -> None:
     for i in range(settings.demonstrations):
         expression, name = next(stream), f"demonstration-{i:05d}"
         response = demonstrate(expression, settings.habit, rng)
-        examples.append(SFTExample(name, QUESTION, response, image(name, "train", expression), "demonstrations"))
+        examples.append(SFTExample(name, QUESTION, response, (image(name, "train", expression),), "demonstrations"))
     for i in range(settings.transcriptions):
         expression, name = next(stream), f"transcription-{i:05d}"
         response = f"<answer> {' '.join(expression.tokens())} </answer>"
-        examples.append(SFTExample(name, READ, response, image(name, "train", expression), "transcriptions"))
+        examples.append(SFTExample(name, READ, response, (image(name, "train", expression),), "transcriptions"))
     for i in range(settings.text_only):
         expression = from_any_number(next(stream), rng)
         while expression in taken:
             expression = from_any_number(next(stream), rng)
         question = f"Evaluate {' '.join(expression.tokens())} ."
         response = " ".join(solve(expression, expression.digits, flip=True)[0])
-        examples.append(SFTExample(f"text-{i:05d}", question, response, None, "text"))
+        examples.append(SFTExample(f"text-{i:05d}", question, response, (), "text"))
     records.write(folder / "sft.jsonl", examples)
     tokenizer().save(folder / "tokenizer.json")
 

@@ -21,8 +21,8 @@ from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Segment, Tokenizer
 from mmprm_jax.records import Problem, SFTExample, StepExample, UserError
 
-TileCount = Callable[[str | None], int]  # image file, None: no image -> its number of tiles
-Pixels = Callable[[Problem], np.ndarray | None]  # uint8 [tiles, H, W, 3] of a problem's image; None: it has none
+TileCount = Callable[[str], int]  # image file -> its number of tiles
+Pixels = Callable[[Problem], list[np.ndarray]]  # uint8 [tiles, H, W, 3] of each image of a problem
 Picture = str | os.PathLike | Image.Image
 
 
@@ -119,15 +119,15 @@ class Language:
 
     def demonstration(self, example: SFTExample, tiles: TileCount) -> Encoded:
         """Prompt, response, end of turn; ``response`` is True from the response on."""
-        count = tiles(example.image)
-        asked = self.ask(example.question, (), self._counts(count))
+        counts = [tiles(name) for name in example.images]
+        asked = self.ask(example.question, (), self._counts(counts))
         prompt, _ = self.tokenizer.encode_prompt(asked)
         ids, _ = self.tokenizer.encode_prompt([*asked, *self.respond(example.response)])
         # one text, as the policy reads it when it goes on: where they meet, a token may be of both
         start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
         ids.append(self.tokenizer.id(tok.TURN_END))
         labels = {"response": np.arange(len(ids)) >= start}
-        return Encoded(example.id, np.array(ids, np.int32), labels, _images(example.image, count))
+        return Encoded(example.id, np.array(ids, np.int32), labels, _images(example.images, counts))
 
     def steps(self, example: StepExample, tiles: TileCount) -> Encoded:
         """Prompt and steps, ``k`` and ``n`` where a step's score stands and 0 elsewhere.
@@ -139,15 +139,15 @@ class Language:
             raise UserError(
                 f"step example {example.id}: needs counts 0 <= k <= n for each of its {len(example.segments)} steps"
             )
-        count = tiles(example.image)
-        ids, marks = self.solution(example.question, example.segments, count)
+        counts = [tiles(name) for name in example.images]
+        ids, marks = self.solution(example.question, example.segments, counts)
         k, n = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
         k[marks], n[marks] = example.k, example.n
-        return Encoded(example.id, np.array(ids, np.int32), {"k": k, "n": n}, _images(example.image, count))
+        return Encoded(example.id, np.array(ids, np.int32), {"k": k, "n": n}, _images(example.images, counts))
 
 
-def _images(name: str | None, tiles: int) -> tuple[tuple[str, int], ...]:
-    return () if name is None else ((name, tiles),)
+def _images(names: Sequence[str], tiles: Sequence[int]) -> tuple[tuple[str, int], ...]:
+    return tuple(zip(names, tiles, strict=True))
 
 
 def tile_count(folder: epath.PathLike, cfg: VLMConfig, max_tiles: int) -> TileCount:
@@ -157,9 +157,7 @@ def tile_count(folder: epath.PathLike, cfg: VLMConfig, max_tiles: int) -> TileCo
     """
 
     @functools.lru_cache(2**16)
-    def count(name: str | None) -> int:
-        if name is None:
-            return 0
+    def count(name: str) -> int:
         path = _image(folder, name, cfg)
         return images.count_tiles(*images.open_image(path).size, max_tiles, cfg.tile)
 
@@ -179,31 +177,43 @@ def picture_tiles(
         raise UserError("this model reads text only, but the problem has images")
     found = []
     for picture in pictures:
-        image = images.to_rgb(picture) if isinstance(picture, Image.Image) else images.open_image(picture)
-        found.append(images.tiles(image, max_tiles, cfg.tile, thumbnail))
+        found.append(images.tiles(_opened(picture), max_tiles, cfg.tile, thumbnail))
     return found
+
+
+def _opened(picture: Picture) -> Image.Image:
+    """In RGB. Raises UserError."""
+    if not isinstance(picture, Image.Image):
+        return images.open_image(picture)
+    try:
+        return images.to_rgb(picture)
+    except ValueError as error:
+        raise UserError(f"an image that cannot be shown ({error})") from None
 
 
 def problem_text(problem: Problem | str, pictures: Sequence[Picture] | None) -> tuple[str, Sequence[Picture]]:
     """The question, and the pictures that come with it: those given, or else the problem's own."""
     if isinstance(problem, str):
         return problem, pictures or ()
-    own = () if problem.image is None else (problem.image,)
-    return problem.question, own if pictures is None else pictures
+    return problem.question, problem.images if pictures is None else pictures
 
 
 def file_pixels(folder: epath.PathLike, cfg: VLMConfig, max_tiles: int, thumbnail: bool = True) -> Pixels:
-    """The tiles of a problem's image, which is relative to ``folder``; opened when they are needed.
+    """The tiles of a problem's images, which are relative to ``folder``; opened when they are needed.
 
     The function raises as that of ``tile_count``.
     """
 
-    def pixels(problem: Problem) -> np.ndarray | None:
-        if problem.image is None:
-            return None
-        return images.tiles(images.open_image(_image(folder, problem.image, cfg)), max_tiles, cfg.tile, thumbnail)
+    def pixels(problem: Problem) -> list[np.ndarray]:
+        opened = (images.open_image(_image(folder, name, cfg)) for name in problem.images)
+        return [images.tiles(image, max_tiles, cfg.tile, thumbnail) for image in opened]
 
     return pixels
+
+
+def joined(tiles: Sequence[np.ndarray]) -> np.ndarray | None:
+    """The tiles of all images of a problem, uint8 [tiles, H, W, 3]; None: it has no image."""
+    return np.concatenate(tiles) if tiles else None
 
 
 def _image(folder: epath.PathLike, name: str, cfg: VLMConfig) -> epath.Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 
 import numpy as np
 from etils import epath
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mmprm_jax.records import UserError
 
@@ -18,8 +19,35 @@ MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
+def orientation(image: Image.Image) -> int:
+    """How a camera was held, 1 to 8 as in EXIF; 1: the pixels stand as they are seen."""
+    with contextlib.suppress(Exception):  # a damaged EXIF block says nothing; Pillow raises many kinds
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return 1
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits; one of its levels may be transparent."""
+    levels = np.asarray(image).astype(np.uint32)
+    grey = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image on white paper, where it is transparent: many figures are drawn in the alpha channel alone."""
+    """The image as a viewer shows it: turned as its EXIF data says, and on white paper where it is transparent.
+
+    Many figures are drawn in the alpha channel alone. Raises ValueError for a mode whose numbers say no colours.
+    """
+    wide = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.mode in ("I", "F", "LAB") and not wide:
+        raise ValueError(f"the mode {image.mode}; save it as RGB or grey of 8 or 16 bits")
+    image.load()  # before ``orientation``, where a truncated PNG file would not be told
+    if orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if wide:
+        image = _eight_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     page = Image.new("RGBA", image.size, "white")

@@ -13,7 +13,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,10 +26,9 @@ from mmprm_jax.data import decontaminate, images, sources, sources_files
 from mmprm_jax.data.rewriter import Rewriter
 from mmprm_jax.data.sources_base import Item, Picture, Refused, replace_fields
 from mmprm_jax.metrics import progress
-from mmprm_jax.records import Problem, SFTExample, UserError
+from mmprm_jax.records import Problem, UserError
 
 FOLDER = "prepare"
-_GAP = 16  # pixels between images that are put below each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,23 +56,6 @@ class _Images:
         if isinstance(picture, str):
             return self._files.read(picture), picture
         return picture, "the row's image"
-
-    def merged(self, pictures: Sequence[Picture]) -> list[tuple[bytes, Image.Image]]:
-        """The one image of a problem, encoded and opened: its only one, or all of them below each other as PNG."""
-        opened = self.opened(pictures)
-        if len(opened) < 2:
-            return opened
-        width = max(image.width for _, image in opened)
-        height = sum(image.height + _GAP for _, image in opened) - _GAP
-        if width * height > images.MAX_PIXELS or height > images.MAX_EDGE:
-            raise UserError(f"its {len(opened)} images make one of {width} x {height} pixels")
-        page, top = Image.new("RGB", (width, height), "white"), 0
-        for _, image in opened:
-            page.paste(image, (0, top))
-            top += image.height + _GAP
-        encoded = io.BytesIO()
-        page.save(encoded, "PNG")
-        return [(encoded.getvalue(), page)]
 
     def opened(self, pictures: Sequence[Picture]) -> list[tuple[bytes, Image.Image]]:
         """The images' bytes and pixels. Raises UserError when one is refused; all together have one image's limits."""
@@ -150,13 +131,13 @@ def benchmark_problems(folders: Iterable[Path], target: Path) -> Iterator[decont
             )
         for path in files:
             for problem in records.read(path, Problem):
-                picture = None
-                if problem.image:
-                    images.open_image(folder / problem.image)  # within the limits
-                    picture = decontaminate.image_fingerprint((folder / problem.image).read_bytes())
+                seen = []
+                for file in (folder / name for name in problem.images):
+                    images.open_image(file)  # within the limits
+                    seen.append(decontaminate.image_fingerprint(file.read_bytes()))
                 name = problem.source or f"{folder.name}/{path.stem}"
                 yield decontaminate.BenchmarkProblem(
-                    name, problem.id, decontaminate.question_fingerprint(problem.question), picture
+                    name, problem.id, decontaminate.question_fingerprint(problem.question), tuple(seen)
                 )
 
 
@@ -229,27 +210,18 @@ def _select(
             report.refuse(row)
             continue
         try:
-            if isinstance(row.record, Problem | SFTExample):
-                opened = pictures.merged(row.pictures)
-                record = replace_fields(row.record, image=None)
-            else:
-                opened = pictures.opened(row.pictures)
-                record = row.record
+            opened = pictures.opened(row.pictures)
         except UserError as error:
             report.refuse(Refused(row.file, row.row, row.record.id, str(error)))
             continue
         if benchmarks:
-            picture = decontaminate.image_fingerprint(opened[0][0]) if opened else None
-            match = benchmarks.match(decontaminate.question_fingerprint(record.question), picture)
+            seen = [decontaminate.image_fingerprint(data) for data, _ in opened]
+            match = benchmarks.match(decontaminate.question_fingerprint(row.record.question), seen)
             if match:
-                report.remove(record.id, match)
+                report.remove(row.record.id, match)
                 continue
         paths = tuple(pictures.keep(*encoded) for encoded in opened)
-        if isinstance(record, Problem | SFTExample):
-            record = replace_fields(record, image=paths[0] if paths else None)
-        else:
-            record = replace_fields(record, images=paths)
-        yield dataclasses.replace(row, record=record)
+        yield dataclasses.replace(row, record=replace_fields(row.record, images=paths))
         kept += 1
         if kept == limit:
             return

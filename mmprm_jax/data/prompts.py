@@ -2,8 +2,8 @@
 
 In the templates ``question`` and ``steps`` are bare text (``step_text`` takes the tags off a record's segment; those of
 PRMs take steps with or without tags) and ``image_tokens`` holds the number of visual tokens of each image; empty: text
-only. ``<image>`` placeholders in the question are replaced by the images in order; a question without any has all
-images in front, a line each.
+only. ``<image>`` placeholders in the question are replaced by the images in order (``match_image_tags`` knows their
+spellings); a question without any has all images in front, a line each.
 """
 
 from __future__ import annotations
@@ -77,17 +77,54 @@ def _turn(role: str, content: Sequence[Segment]) -> list[Segment]:
     return [*_open(role), *content, _marker(tok.TURN_END), Segment("\n")]
 
 
-def _illustrated(text: str, image_tokens: Sequence[int]) -> list[Segment]:
-    """``text`` with the images at its placeholders or, when it has none, in front.
+_NUMBERED = re.compile(r"(?i)<\|?image[ _]?(\d{1,6})\|?>")
+_SPELLED = re.compile(
+    r"(?i)<\|image\|>|<image_placeholder>|<ImageHere>|(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end\|>)?"
+)
+_MARKDOWN = re.compile(r"!\[[^\]\n]{0,200}\]\([^()\s]{0,1000}\)")
 
-    Raises UserError when the number of placeholders, if any, is not the number of images.
+
+def match_image_tags(text: str, images: int) -> str:
+    """A text whose image tags fit: as many ``<image>`` as images, or none; then the images stand in front.
+
+    Tags in other spellings (``<|image|>``, ``![](…)``) become ``<image>``. So do numbered ones (``<image1>``, ``<image
+    1>``, ``<image_1>``) where each image has one, in order; a second tag of an image, and all of them otherwise, become
+    words. Raises UserError when tags and images do not fit together.
     """
+    text = _SPELLED.sub(PLACEHOLDER, text)
+    if images:  # else a link may be all there ever was
+        text = _MARKDOWN.sub(PLACEHOLDER, text)
+    numbers = [int(found) for found in _NUMBERED.findall(text)]
+    firsts = list(dict.fromkeys(numbers))
+    if images > 1 and firsts and max(firsts) > images:
+        raise UserError(f"the text speaks of image {max(firsts)}, but there are {images} images")
+    in_order = firsts in (list(range(images)), list(range(1, images + 1)))
+    waiting = set(firsts) if len(numbers) == images == 1 or images > 1 and in_order else set()
+
+    def tag(found: re.Match[str]) -> str:
+        number = int(found[1])
+        if number not in waiting:
+            return f"(image {number})"
+        waiting.remove(number)
+        return PLACEHOLDER
+
+    text = _NUMBERED.sub(tag, text)
+    if text.count(PLACEHOLDER) not in (0, images):
+        raise UserError(f"the text has {text.count(PLACEHOLDER)} {PLACEHOLDER} placeholders, but {images} images")
+    return text
+
+
+def without_tags(text: str) -> str:
+    """A text without any image tags."""
+    return _NUMBERED.sub("", _SPELLED.sub("", text.replace(PLACEHOLDER, "")))
+
+
+def _illustrated(text: str, image_tokens: Sequence[int]) -> list[Segment]:
+    """``text`` with the images where ``match_image_tags`` puts them. Raises UserError as that does."""
     images = [[_marker(tok.IMAGE_START), _marker(tok.IMAGE, count), _marker(tok.IMAGE_END)] for count in image_tokens]
-    first, *others = text.split(PLACEHOLDER)
+    first, *others = match_image_tags(text, len(images)).split(PLACEHOLDER)
     if not others:
-        return [s for image in images for s in (*image, Segment("\n"))] + _text(text)
-    if len(others) != len(images):
-        raise UserError(f"the question has {len(others)} {PLACEHOLDER} placeholders, but {len(images)} images")
+        return [s for image in images for s in (*image, Segment("\n"))] + _text(first)
     out = _text(first)
     for image, after in zip(images, others, strict=True):
         out += [*image, *_text(after)]

@@ -9,28 +9,63 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmprm_jax.data import sources_files
 from mmprm_jax.data.benchmarks import BENCHMARKS
-from mmprm_jax.data.prompts import PLACEHOLDER
-from mmprm_jax.data.sources_base import Item, Refused, Source, identity, match_image_tags, picture, replace_fields, text
+from mmprm_jax.data.prompts import PLACEHOLDER, match_image_tags
+from mmprm_jax.data.sources_base import (
+    LETTERS,
+    Item,
+    Picture,
+    Refused,
+    Source,
+    grading,
+    identity,
+    optional,
+    own_choices,
+    picture,
+    pictures_of,
+    replace_fields,
+    shown,
+    text,
+    with_choices,
+)
 from mmprm_jax.data.sources_files import Located
 from mmprm_jax.data.steps import restructure
 from mmprm_jax.records import Problem, SFTExample, UserError, to_json
 
+_CHATS = ("messages", "conversations", "prompt")
 _ANYTHING = ("*.jsonl", "*.json", "*.parquet")
 
 
 def problem(row: Mapping[str, Any], split: str) -> Item:
-    """MMK12 (Parquet), and MM-K12's seed schema ``{id, question, correct_answer or answer, image_path}``."""
-    pictures = picture(next((row[key] for key in ("image_path", "image", "images") if row.get(key)), None))
-    question = match_image_tags(text(row, "question"), len(pictures))
+    """MMK12 (Parquet), and MM-K12's seed schema ``{id, question, correct_answer or answer, image_path}``.
+
+    The question may be a ``problem``, or a chat of one turn (``messages``, ``prompt``, ``conversations``).
+    """
+    if any(row.get(key) is not None for key in ("question", "problem")) or not any(key in row for key in _CHATS):
+        question, pictures = text(row, "question", "problem"), pictures_of(row, "image_path", "image", "images")
+    else:
+        said, pictures = _chat(row)
+        if [role for role, _ in said] not in (["human"], ["user"]):
+            raise UserError(f"{len(said)} turns; one question is expected, and its answer in answer")
+        question = said[0][1]
     answer = text(row, "correct_answer", "answer")
-    return Item(Problem(identity(row, "id"), question, answer), pictures)
+    question, options = with_choices(question, own_choices(row))
+    options = options or _chosen(question, answer)
+    judged = grading(options, optional(row, "unit"), row.get("precision"), "choice" if options else None)
+    return Item(
+        Problem(identity(row, "id"), match_image_tags(question, len(pictures)), answer, grading=judged), pictures
+    )
+
+
+def _chosen(question: str, answer: str) -> tuple[str, ...]:
+    """The choices that a question shows, if the answer is the letter of one."""
+    options = shown(question)
+    return options if answer.strip(" ().") in list(LETTERS[: len(options)]) else ()
 
 
 def mm_k12(row: Mapping[str, Any], split: str) -> Item:
@@ -51,20 +86,58 @@ def _demonstration(id_: str, question: str, solution: str, pictures: tuple, answ
 
 
 def conversation(row: Mapping[str, Any], split: str) -> Item:
-    """LLaVA's ``{id, image, conversations: [{from, value}, …]}`` with one question and one answer."""
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise UserError("no list conversations of {from, value}")
-    said = [(str(turn.get("from")), text(turn, "value")) for turn in turns if turn.get("from") != "system"]
+    """A chat of one question and one answer.
+
+    LLaVA's ``{id, image, conversations: [{from, value}, …]}``, or ``messages: [{role, content}, …]`` whose content is a
+    text or a list of its parts. The images are in ``image`` or ``images``, or in those parts.
+    """
+    said, pictures = _chat(row)
     if [role for role, _ in said] not in (["human", "gpt"], ["user", "assistant"]):
         raise UserError(f"{len(said)} turns; one question and one answer are expected")
-    pictures = picture(row.get("image"))
+    if PLACEHOLDER in said[1][1]:
+        raise UserError("the answer shows an image, which no policy can write")
     return _demonstration(identity(row, "id"), said[0][1], said[1][1], pictures)
+
+
+def _chat(row: Mapping[str, Any]) -> tuple[list[tuple[str, str]], tuple[Picture, ...]]:
+    """(role, text) of the turns without the system's, and the images. Raises UserError."""
+    key = next((key for key in _CHATS if key in row), "conversations")
+    who, what = ("from", "value") if key == "conversations" else ("role", "content")
+    turns = row.get(key)
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise UserError(f"no list {key} of {{{who}, {what}}}")
+    said, pictures = [], pictures_of(row, "image", "images")
+    for turn in turns:
+        if turn.get(who) != "system":
+            words, seen = _parts(turn, what)
+            said.append((str(turn.get(who)), words))
+            pictures += seen
+    return said, pictures
+
+
+def _parts(turn: Mapping[str, Any], key: str) -> tuple[str, tuple[Picture, ...]]:
+    """What a turn says, with ``<image>`` where its parts have an image, and the images that stand in it."""
+    parts = turn.get(key)
+    if not isinstance(parts, list):
+        return text(turn, key), ()
+    words, pictures = "", ()
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            words += text(part, "text", empty=True)
+        elif kind in ("image", "image_url"):
+            words += PLACEHOLDER
+            pictures += picture(
+                next((part[name] for name in ("image_url", "image", "url", "path") if part.get(name)), None)
+            )
+        else:
+            raise UserError(f"a part of {key} is no text and no image: {part!r:.60}")
+    return text({key: words}, key), pictures
 
 
 def mavis(row: Mapping[str, Any], split: str) -> Item:
     """MAVIS: conversations, or MAVIS-Geometry's own rows, of which the text-dominant English form is taken."""
-    if "conversations" in row:
+    if any(key in row for key in _CHATS):
         return conversation(row, split)
     said = row.get("text_en")
     if not isinstance(said, Mapping):
@@ -84,8 +157,8 @@ def _written(question: str, solution: str) -> Callable[[Mapping[str, Any], str],
     """Rows of a question and a solution, text only; the names of their keys."""
 
     def parse(row: Mapping[str, Any], split: str) -> Item:
-        question_text = re.sub(re.escape(PLACEHOLDER), "", text(row, question))
-        return _demonstration(identity(row, "id"), question_text, text(row, solution), ())
+        asked = text(row, question).replace(PLACEHOLDER, "")
+        return _demonstration(identity(row, "id"), asked, text(row, solution), ())
 
     return parse
 

@@ -2,7 +2,7 @@
 
     mmprm split FOLDER/all.jsonl --dev=50 --test=200
 
-writes FOLDER/{train,dev,test}.jsonl. Problems that share an image (or, without one, a question) stay together.
+writes FOLDER/{train,dev,test}.jsonl. Problems that share an image (or, without any, a question) stay together.
 Which are held out depends on their ids and texts and the seed, not on their order: a hash decides.
 """
 
@@ -19,14 +19,20 @@ PARTS = ("test", "dev", "train")  # filled in this order
 
 
 def groups(problems: Sequence[Problem]) -> list[list[Problem]]:
-    """Problems with the same image, or without one and with the same question."""
+    """Problems that an image joins, or without any the same question."""
     found: dict[tuple[str, str], list[Problem]] = {}
     for problem in problems:
         # the same words about different figures are different problems
         question = " ".join(problem.question.split()).casefold()
-        key = ("image", problem.image) if problem.image else ("question", question)
-        found.setdefault(key, []).append(problem)
-    return list(found.values())
+        keys = [("image", name) for name in problem.images] or [("question", question)]
+        group = found.setdefault(keys[0], [])
+        for key in keys[1:]:
+            other = found.setdefault(key, group)
+            if other is not group:
+                group += other
+                found |= {name: group for name, some in found.items() if some is other}
+        group.append(problem)
+    return list({id(group): group for group in found.values()}.values())
 
 
 def split(problems: Sequence[Problem], dev: int, test: int, seed: int = 0) -> dict[str, list[Problem]]:

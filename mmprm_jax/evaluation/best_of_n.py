@@ -18,47 +18,65 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mmprm_jax.answers.equivalence import compare
+from mmprm_jax.answers.equivalence import NO_SETTINGS, compare, graded
 from mmprm_jax.evaluation import aggregate
 from mmprm_jax.evaluation.statistics import mean_and_stderr, summary
-from mmprm_jax.records import ScoredCandidate
+from mmprm_jax.records import Candidate, Grading, ScoredCandidate
 
 Problems = Sequence[Sequence[ScoredCandidate]]
-Key = Callable[[str], Hashable]  # answers with equal keys count as one answer
+Key = Callable[[Candidate], Hashable]  # of one that has an answer; answers with equal keys count as one answer
 
 SUBSETS = 256  # of N candidates, for a vote
 _TIE = 1e-12  # relative; sums of the same numbers in another order differ by rounding only
 
 
 def plain(answer: str) -> str:
-    """The default key: composed characters (not NFKC: 2² is not 22), no capitals, no spaces around, one between."""
-    return re.sub(r"\s+", " ", unicodedata.normalize("NFC", answer)).strip().casefold()
+    """An answer without what does not count: ``_composed``, no capitals."""
+    return _composed(answer).casefold()
 
 
-def equivalent(problems: Problems) -> Key:
+def _composed(answer: str) -> str:
+    """Composed characters (not NFKC: 2² is not 22), no spaces around, one between."""
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFC", answer)).strip()
+
+
+def by_text(candidate: Candidate) -> Hashable:
+    """The default key: the ``plain`` answer."""
+    return plain(candidate.answer)
+
+
+def equivalent(problems: Problems, gradings: Mapping[str, Grading] | None = None) -> Key:
     r"""A key by which answers of one problem that say the same thing (0.5 and \frac{1}{2}) are equal.
 
     Two answers are, if the quick rules take either as a prediction of the other; and so are those equal to one answer.
+    gradings: of problems, by id: with options "B" and the text of B are one answer, in that problem.
     """
-    parent: dict[str, str] = {}
+    gradings = {name: grading for name, grading in (gradings or {}).items() if grading}
+    parent: dict[tuple[str, str], tuple[str, str]] = {}  # (id of a problem with a grading, or "", and an answer)
 
-    def root(answer: str) -> str:
+    def place(candidate: Candidate) -> tuple[str, str]:
+        if candidate.problem_id in gradings:  # where B may be a letter of the options, b may not
+            return candidate.problem_id, _composed(candidate.answer)
+        return "", plain(candidate.answer)
+
+    def root(answer: tuple[str, str]) -> tuple[str, str]:
         while parent.get(answer, answer) != answer:
             answer = parent[answer]
         return answer
 
     for scored in problems:
-        answers = sorted({plain(s.candidate.answer) for s in scored if s.candidate.answer is not None})
-        for a, b in itertools.combinations(answers, 2):
-            first, second = root(a), root(b)
-            if first != second and compare(a, b) and compare(b, a):
+        answers = sorted({place(s.candidate) for s in scored if s.candidate.answer is not None})
+        settings = graded(gradings.get(answers[0][0], Grading())) if answers else NO_SETTINGS
+        for one, other in itertools.combinations(answers, 2):
+            first, second, a, b = root(one), root(other), one[1], other[1]
+            if first != second and compare(a, b, settings) and compare(b, a, settings):
                 parent[max(first, second)] = min(first, second)
-    return lambda answer: root(plain(answer))
+    return lambda candidate: root(place(candidate))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +104,7 @@ def _arrays(scored: Sequence[ScoredCandidate], key: Key) -> _Arrays:
     plain_votes = np.ones(len(scored))
     return _Arrays(
         correct=np.array([c.correct for c in candidates], np.float64),
-        answers=_one_hot(None if c.answer is None else key(c.answer) for c in candidates),
+        answers=_one_hot(None if c.answer is None else key(c) for c in candidates),
         texts=_one_hot(c.segments for c in candidates),
         values=np.array([[c.logprob for c in candidates], *ranked.values()], np.float64),
         weights=np.array([plain_votes, *(aggregate.vote_weight(name, v) for name, v in ranked.items())]),
@@ -178,7 +196,7 @@ def _named(rows: np.ndarray, without: Iterable[str]) -> dict[str, Any]:
     return {name: values for name, values in found.items() if name not in set(without)}
 
 
-def per_problem(problems: Problems, n: int, key: Key = plain, without: Iterable[str] = ()) -> dict[str, Any]:
+def per_problem(problems: Problems, n: int, key: Key = by_text, without: Iterable[str] = ()) -> dict[str, Any]:
     """Accuracy of each selector on each problem, float64 [P] in [0, 1], over all subsets of ``n`` of its candidates.
 
     Keys: random; unique (uniform over the distinct texts); majority (a vote of the extracted answers, equal where their
@@ -208,7 +226,7 @@ def summarise(values: Any) -> dict[str, Any]:
 
 
 def best_of_n(
-    problems: Problems, key: Key = plain, without: Iterable[str] = (), greedy: Sequence[bool] | None = None
+    problems: Problems, key: Key = by_text, without: Iterable[str] = (), greedy: Sequence[bool] | None = None
 ) -> dict[str, Any]:
     """``{str(N): {selector: {"accuracy", "stderr", "ci95"}}}`` for N in `sizes`; selectors as in `per_problem`.
 

@@ -20,7 +20,7 @@ Scored = list[list[ScoredCandidate]]
 
 def selectors(
     problems: best_of_n.Problems, n: int, greedy: Sequence[bool] | None = None, without: Sequence[str] = (),
-    key: best_of_n.Key = best_of_n.plain,
+    key: best_of_n.Key = best_of_n.by_text,
 ) -> tuple[Figures, dict[str, Any]]:  # fmt: skip
     """(what can be said of any scored candidates, the accuracies of each problem at ``n``)."""
     each = best_of_n.per_problem(problems, n, key, without)

@@ -349,7 +349,7 @@ def _example(tree: Tree, image_dir: epath.PathLike) -> str:
     problem = tree.problem
     return (
         f"<section><h2>Tree of problem {_escape(problem.id)}</h2>"
-        + (_image(image_dir, problem.image) if problem.image else "")
+        + "".join(_image(image_dir, name) for name in problem.images)
         + f'<p class="text">{_escape(problem.question)}</p>'
         + f'<p>Gold answer: <b class="text">{_escape(problem.answer)}</b></p>'
         + f'<p class="soft">{len(tree.nodes)} nodes, {len(tree.searches)} searches. k/n: k of the n completions '

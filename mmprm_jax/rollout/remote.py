@@ -23,7 +23,7 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import httpx2
@@ -33,12 +33,12 @@ from etils import epath
 from PIL import Image
 
 from mmprm_jax import interruption
-from mmprm_jax.data.images import open_image
+from mmprm_jax.data.images import open_image, orientation
 from mmprm_jax.data.prompts import final_answer, policy_template, split_segments, step_text
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.tokenizer import Segment
 from mmprm_jax.records import Failure, Problem, Request, Rollout, UserError
-from mmprm_jax.rollout.rollouts import request_key
+from mmprm_jax.rollout.rollouts import Verify, request_key
 from mmprm_jax.rollout.sampling import Sampling
 
 MAX_ANSWER = 64 * 2**20  # bytes
@@ -49,7 +49,6 @@ PATIENCE = 900.0  # seconds for which all servers may fail
 LOG_EVERY = 60.0  # seconds between two warnings of a server that fails
 _HINT = "; are the address (most end in /v1), the model's name and the variable OPENAI_API_KEY right?"
 
-Verify = Callable[[Sequence[tuple[str | None, str]]], Sequence[bool]]
 Sample = tuple[tuple[str, ...], int]  # segments, number of tokens
 
 
@@ -73,16 +72,18 @@ def image_url(path: epath.PathLike) -> str:
     image, data = open_image(path), epath.Path(path).read_bytes()
     with Image.open(io.BytesIO(data)) as raw:
         kind = raw.format
-        plain = kind in ("PNG", "JPEG") and raw.mode in ("RGB", "L")
-    if not plain:  # a server might do otherwise with transparency
+        plain = kind in ("PNG", "JPEG") and raw.mode in ("RGB", "L") and not raw.has_transparency_data
+        plain = plain and orientation(raw) == 1
+    if not plain:  # a server might do otherwise with transparency, 16 bits or what EXIF says
         kind, encoded = "PNG", io.BytesIO()
         image.save(encoded, kind)
         data = encoded.getvalue()
     return f"data:{Image.MIME[kind]};base64,{base64.b64encode(data).decode()}"
 
 
-def _messages(prompt: Sequence[Segment], image: str | None) -> list[dict[str, Any]]:
+def _messages(prompt: Sequence[Segment], images: Sequence[str]) -> list[dict[str, Any]]:
     """A template's turns as chat messages, the open one last. A content without an image is a string, not a list."""
+    left = iter(images)
     turns: list[list[str]] = []  # per turn the texts between its images, the first one led by the role
     inside = False
     for segment in prompt:
@@ -99,23 +100,23 @@ def _messages(prompt: Sequence[Segment], image: str | None) -> list[dict[str, An
         role, _, text = head.partition("\n")
         parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
         for after in rest:
-            parts.append({"type": "image_url", "image_url": {"url": image}})
+            parts.append({"type": "image_url", "image_url": {"url": next(left)}})
             parts.append({"type": "text", "text": after.removeprefix("\n")})  # servers put that newline themselves
         messages.append({"role": role, "content": [p for p in parts if p.get("text") != ""] if rest else text})
     return messages
 
 
 def chat_body(
-    model: str, sampling: Sampling, template: str, request: Request, image: str | None, seed: int
+    model: str, sampling: Sampling, template: str, request: Request, images: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    """The JSON that asks for one rollout. ``image``: the data URL of the problem's image.
+    """The JSON that asks for one rollout. ``images``: the data URLs of the problem's images.
 
     template: "continue" (the steps so far open the assistant turn, there is no system message) or the name of a policy
     template. Raises UserError for another template and when the question's ``<image>`` placeholders do not fit.
     """
     build = policy_template("plain" if template == "continue" else template).build
     steps = [step_text(segment) for segment in request.prefix]
-    messages = _messages(build(request.problem.question, steps, [] if image is None else [1]), image)
+    messages = _messages(build(request.problem.question, steps, [1] * len(images)), images)
     continued = bool(messages[-1]["content"])
     return {  # every setting: one left out would be taken from the model's generation_config.json
         "model": model,
@@ -196,10 +197,10 @@ class RemoteSampler:
         """Raises UserError for bad addresses, an unknown template and an OPENAI_API_KEY that no header can hold.
 
         servers: base URLs such as http://host:8000/v1, all of the same model. folder: where image paths start. verify:
-        is each of these (answer or None, gold) right? template: see ``chat_body``. concurrency: HTTP requests under way
-        per server. timeout: seconds for a whole answer. backoff: seconds before the first retry, doubled for each
-        further one, with jitter. pause: the longest wait in seconds: of a retry, of a Retry-After, and of a server that
-        failed FAILURES_IN_A_ROW times.
+        is each of these (answer or None, gold, grading) right? template: see ``chat_body``. concurrency: HTTP requests
+        under way per server. timeout: seconds for a whole answer. backoff: seconds before the first retry, doubled for
+        each further one, with jitter. pause: the longest wait in seconds: of a retry, of a Retry-After, and of a server
+        that failed FAILURES_IN_A_ROW times.
         """
         self._servers = [_server(url) for url in servers]
         if not self._servers:
@@ -214,7 +215,7 @@ class RemoteSampler:
         self._backoff, self._pause = backoff, pause
         self.rollouts = self.tokens = self.retries = self._outstanding = 0
         self._ready: queue.Queue[tuple[Request | None, list[Sample] | Failure | Exception]] = queue.Queue()
-        self._images: dict[str, asyncio.Task[str]] = {}  # by problem id
+        self._images: dict[str, asyncio.Task[list[str]]] = {}  # by problem id
         self._freed = asyncio.Event()  # set, and replaced, when a place at a server becomes free
         self._gate = asyncio.Semaphore(concurrency * len(self._servers))  # first come, first served
         python_logging.getLogger("httpx2").setLevel(python_logging.WARNING)  # otherwise a line per request
@@ -267,7 +268,7 @@ class RemoteSampler:
             ready.append((request, outcome))
             self._outstanding -= 1
         done = [(*sample, request) for request, outcome in ready if isinstance(outcome, list) for sample in outcome]
-        right = self._verify([(final_answer(segments), request.problem.answer) for segments, _, request in done])
+        right = self._verify([(final_answer(s), r.problem.answer, r.problem.grading) for s, _, r in done])
         verified = [Rollout(s, bool(ok), n) for (s, n, _), ok in zip(done, right, strict=True)]
         self.rollouts += len(verified)
         self.tokens += sum(rollout.n_tokens for rollout in verified)
@@ -275,7 +276,7 @@ class RemoteSampler:
         return [(r, o if isinstance(o, Failure) else tuple(itertools.islice(rest, len(o)))) for r, o in ready]
 
     def release(self, problem_id: str) -> None:
-        """Nothing more will be asked of this problem: its image is forgotten."""
+        """Nothing more will be asked of this problem: its images are forgotten."""
         self._loop.call_soon_threadsafe(self._images.pop, problem_id, None)
 
     # What follows runs in the loop's thread.
@@ -291,8 +292,8 @@ class RemoteSampler:
         outcome: list[Sample] | Failure | Exception
         try:
             async with asyncio.TaskGroup() as group:  # one rollout given up ends the others
-                key, image = request_key(self._seed, self._purpose, request), await self._image(request.problem)
-                tasks = [group.create_task(self._sample(request, image, _seed(key, i))) for i in range(request.n)]
+                key, images = request_key(self._seed, self._purpose, request), await self._read(request.problem)
+                tasks = [group.create_task(self._sample(request, images, _seed(key, i))) for i in range(request.n)]
             outcome = [task.result() for task in tasks]
         except* UserError as errors:
             outcome = Failure(str(errors.exceptions[0]))
@@ -300,20 +301,21 @@ class RemoteSampler:
             outcome = errors
         self._ready.put((request, outcome))
 
-    async def _image(self, problem: Problem) -> str | None:
-        if problem.image is None:
-            return None
+    async def _read(self, problem: Problem) -> Sequence[str]:
+        if not problem.images:
+            return ()
         if problem.id not in self._images:
-            reading = asyncio.to_thread(image_url, self._folder / problem.image)
+            paths = [self._folder / name for name in problem.images]
+            reading = asyncio.to_thread(lambda: [image_url(path) for path in paths])
             self._images[problem.id] = self._loop.create_task(reading)
         return await self._images[problem.id]
 
-    async def _sample(self, request: Request, image: str | None, seed: int) -> Sample:
+    async def _sample(self, request: Request, images: Sequence[str], seed: int) -> Sample:
         """One rollout. Raises UserError when it is refused and after the last attempt."""
         home = self._servers[zlib.crc32(request.problem.id.encode()) % len(self._servers)]
         server, reason = None, ""
         async with self._gate:
-            body = chat_body(self._model, self._sampling, self._template, request, image, seed)
+            body = chat_body(self._model, self._sampling, self._template, request, images, seed)
             last, data = body["messages"][-1], json.dumps(body).encode()
             for attempt in range(self._max_attempts):
                 if attempt:

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from mmprm_jax import interruption
+from mmprm_jax.data import encode
 from mmprm_jax.data.encode import Language, Pixels
 from mmprm_jax.data.prompts import final_answer, split_segments
-from mmprm_jax.records import Failure, Request, Rollout, UserError
+from mmprm_jax.records import Failure, Grading, Request, Rollout, UserError
 from mmprm_jax.rollout.engine import Engine, Group, Sample
 from mmprm_jax.rollout.sampling import Sampling
 
-Verify = Callable[[Sequence[tuple[str | None, str]]], Sequence[bool]]  # (answer, gold) pairs
+Answered = tuple[str | None, str, Grading]  # the final answer of a solution, the gold answer, how they are compared
+Verify = Callable[[Sequence[Answered]], Sequence[bool]]
 
 
 def request_key(seed: int, purpose: str, request: Request) -> np.ndarray:
@@ -32,7 +34,7 @@ def request_key(seed: int, purpose: str, request: Request) -> np.ndarray:
 class LocalSampler:
     """Samples requests with an engine and verifies the final answers while the device goes on: a ``records.Sampler``.
 
-    language: asks, and reads the answers. pixels: opens a problem's image. seed, purpose: name the random numbers.
+    language: asks, and reads the answers. pixels: opens a problem's images. seed, purpose: name the random numbers.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class LocalSampler:
         self.engine, self.language, self.verify = engine, language, verify
         self.pixels, self.sampling, self._seed, self._purpose = pixels, sampling, seed, purpose
         self._requests: dict[int, Request] = {}
-        self._tiles: dict[str, np.ndarray | None] = {}
+        self._tiles: dict[str, tuple[list[int], np.ndarray | None]] = {}  # of each image their number; all of them
         self._failed: list[Any] = []
         self._numbers = itertools.count()
 
@@ -101,9 +103,10 @@ class LocalSampler:
     def _group(self, number: int, request: Request) -> Group:
         problem = request.problem
         if problem.id not in self._tiles:
-            self._tiles[problem.id] = self.pixels(problem)
-        pixels = self._tiles[problem.id]
-        prefix = self.language.prompt(problem.question, request.prefix, 0 if pixels is None else len(pixels))
+            tiles = self.pixels(problem)
+            self._tiles[problem.id] = [len(t) for t in tiles], encode.joined(tiles)
+        counts, pixels = self._tiles[problem.id]
+        prefix = self.language.prompt(problem.question, request.prefix, counts)
         key = request_key(self._seed, self._purpose, request)
         return Group(number, problem.id, tuple(prefix), pixels, key, request.n, self.sampling)
 
@@ -125,7 +128,7 @@ class LocalSampler:
             for _, samples in finished
         ]
         pairs = [
-            (final_answer(segments), request.problem.answer)
+            (final_answer(segments), request.problem.answer, request.problem.grading)
             for (request, _), group in zip(finished, texts, strict=True)
             for segments in group
         ]

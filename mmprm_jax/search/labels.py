@@ -107,7 +107,7 @@ def step_examples(tree: Tree, settings: LabelSettings, seed: int) -> list[StepEx
         chosen = _covering(shuffled, settings.max_paths)
     problem = tree.problem
     return [
-        StepExample(f"{problem.id}/{p.name}", problem.id, problem.question, p.segments, p.k, p.n, problem.image)
+        StepExample(f"{problem.id}/{p.name}", problem.id, problem.question, p.segments, p.k, p.n, problem.images)
         for p in chosen
     ]
 

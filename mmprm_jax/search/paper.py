@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mmprm_jax.records import Node, Problem, Request, Rollout, StepExample, Tree
+from mmprm_jax.records import Node, Problem, Request, Rollout, StepExample, Tree, UserError
 from mmprm_jax.search.labels import LabelSettings
 from mmprm_jax.search.settings import Answers, Search, Settings, Steps
 
@@ -161,7 +161,9 @@ def original_tree(tree: Tree) -> dict[str, Any]:
         }
 
     p = tree.problem
-    return {"question": p.question, "answer": p.answer, "image_path": p.image, **build(0)}
+    if len(p.images) > 1:
+        raise UserError(f"problem {p.id}: {len(p.images)} images; a tree of the original's has one")
+    return {"question": p.question, "answer": p.answer, "image_path": p.images[0] if p.images else None, **build(0)}
 
 
 def solutions(tree: Tree) -> tuple[list[StepExample], list[StepExample]]:
@@ -185,7 +187,7 @@ def solutions(tree: Tree) -> tuple[list[StepExample], list[StepExample]]:
             return
         name = f"{problem.id}/{'right' if right else 'wrong'}.{len(found[right])}"
         k, n = (tuple(node[i] for node in path) for i in (1, 2))
-        example = StepExample(name, problem.id, problem.question, segments, k, n, problem.image)
+        example = StepExample(name, problem.id, problem.question, segments, k, n, problem.images)
         found[right].setdefault(segments, example)
 
     def walk(i: int, path: list[tuple[Steps, int, int]]) -> None:

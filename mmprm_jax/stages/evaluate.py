@@ -112,10 +112,14 @@ def stepwise(sampler: LocalSampler, purpose: str, **sampling: Any) -> LocalSampl
 
 
 def shuffled(problems: Sequence[Problem]) -> list[Problem]:
-    """For each problem the one before it that has an image, of the last one on; itself for one without an image."""
-    with_image = [p for p in problems if p.image is not None]
-    before = {p.id: with_image[i - 1] for i, p in enumerate(with_image)}
-    return [before.get(p.id, p) for p in problems]
+    """For each problem the one before it that has as many images, of the last one on; itself for one without images."""
+    last: dict[int, Problem] = {len(p.images): p for p in problems if p.images}
+    before = []
+    for p in problems:
+        before.append(last.get(len(p.images), p))
+        if p.images:
+            last[len(p.images)] = p
+    return before
 
 
 def _loads(left: Sequence[Any]) -> bool:
@@ -171,7 +175,7 @@ def step_values(
                 StepExample(
                     f"{p.id}-0", p.id, p.question, segments,
                     tuple(pieces.done[f"{p.id}/{j}"] for j in range(1, len(segments))) + (0,) * bool(segments),
-                    (n,) * (len(segments) - 1) + (0,) * bool(segments), p.image,
+                    (n,) * (len(segments) - 1) + (0,) * bool(segments), p.images,
                 )
                 for p, segments in firsts
             )  # fmt: skip
@@ -247,10 +251,9 @@ def score(inputs: Inputs, sampled: Samples) -> dict[str, Scored]:
         shown = shuffled(problems) if seen == "another" else problems
 
         def of(i: int) -> Solutions:
-            pixels = prm().pixels(inputs.data)(shown[i])
-            if pixels is not None and seen == "blank":
-                pixels = np.zeros_like(pixels)
-            tiles = [] if pixels is None else [pixels]
+            tiles = prm().pixels(inputs.data)(shown[i])
+            if seen == "blank":
+                tiles = [np.zeros_like(pixels) for pixels in tiles]
             return prm().tokens(problems[i].question, [x.segments for x in groups[i]], tiles)
 
         return of
@@ -311,8 +314,7 @@ def values(inputs: Inputs, aggregator: str) -> Callable[[Any], list[list[float]]
     def value(found: Sequence[tuple[Problem, Sequence[tuple[str, ...]]]]) -> list[list[float]]:
         groups = []
         for problem, solutions in found:
-            pixels = prm().pixels(inputs.data)(problem)
-            groups.append(prm().tokens(problem.question, solutions, [] if pixels is None else [pixels]))
+            groups.append(prm().tokens(problem.question, solutions, prm().pixels(inputs.data)(problem)))
         return [[combine(np.array(s)) for s in group] for group in prm().scorer.score(groups)]
 
     return value
@@ -337,7 +339,8 @@ def compare(inputs: Inputs, sampled: Samples, results: Mapping[str, Scored]) -> 
     test, n, problems = results["test"], inputs.config.n, inputs.test
     greedy = [group[0].correct for group in sampled.greedy.values()]
     selected = best_of_n.select_aggregator(results["dev"], n)
-    found, each = figures.selectors(test, n, greedy=greedy, key=best_of_n.equivalent(test))
+    key = best_of_n.equivalent(test, {p.id: p.grading for p in problems})
+    found, each = figures.selectors(test, n, greedy=greedy, key=key)
     prm = each["prm"][selected]
     others = {x: each[x] for x in ("random", "greedy", "majority", "policy_logprob")}
     if selected != "last":

@@ -71,10 +71,11 @@ class Run:
     def image_files(self) -> Iterator[epath.Path]:
         """The images that the records name."""
         for split in digits.SPLITS:
-            yield from (self.data / p.image for p in records.read(self.data / f"{split}.jsonl", Problem) if p.image)
+            problems = records.read(self.data / f"{split}.jsonl", Problem)
+            yield from (self.data / name for p in problems for name in p.images)
         for path in (self.data / name for name in self._demonstrations()):
             found = records.read(path, SFTExample) if path.exists() else ()  # reported by the stage that needs it
-            yield from (path.parent / x.image for x in found if x.image)
+            yield from (path.parent / name for x in found for name in x.images)
 
     def _demonstrations(self) -> Sequence[str]:
         return self.config.sft.files if self.config.sft.steps else ()

@@ -58,6 +58,32 @@ def test_rows_in_order(tmp_path, monkeypatch):
     assert good and "16 rows: 6 equal, 6 unequal, 4 unknown" in summary and "as labelled: 2 of 4" in summary
 
 
+@pytest.mark.parametrize(
+    "row, verdict",
+    [
+        ({"gold": "60°", "prediction": "B", "grading": {"options": ["30°", "60°"], "kind": "choice"}}, "equal"),
+        ({"gold": "60°", "prediction": "C", "grading": {"options": {"A": "30°", "C": "60°"}}}, "equal"),
+        ({"gold": "60°", "prediction": "A", "grading": {"options": ["30°", "60°"]}}, "unequal"),
+        ({"gold": "5", "prediction": "5 m", "grading": {"unit": "m"}}, "equal"),
+        ({"gold": "5", "prediction": "5 m", "unit": "cm", "grading": {"unit": "m"}}, "unequal"),  # the row's own counts
+        ({"gold": "3", "prediction": "3.14", "precision": 0.0, "grading": None}, "equal"),
+    ],
+)
+def test_a_row_may_have_the_grading_of_a_problem(row, verdict):
+    assert audit.default(row).kind == verdict
+
+
+@pytest.mark.parametrize("grading, why", [([], ""), (["A"], "an object"), ({"choices": ["1"]}, "unknown keys"),
+                                          ({"unit": 3}, '"unit"'), ({"precision": 0.5}, "decimals")])  # fmt: skip
+def test_a_grading_that_is_none(grading, why):
+    row = {"gold": "5", "prediction": "5", "grading": grading}
+    if not why:
+        assert audit.default(row)
+    else:
+        with pytest.raises(ValueError, match=why):
+            audit.default(row)
+
+
 def test_bad_rows_cost_nothing_else(tmp_path):
     lines = [line for pair in zip(ROWS, BAD, strict=True) for line in pair]
     summary, good = audit.verify_file(write(tmp_path / "pairs.jsonl", lines), str(tmp_path / "out.jsonl"), jobs=1)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from mmprm_jax import answers
 from mmprm_jax.answers import workers
 from mmprm_jax.answers.workers import Verifier
+from mmprm_jax.records import Grading
 
 
 def check(pairs):
@@ -115,3 +116,15 @@ def test_close_ends_the_workers():
     verify.close()
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def test_a_grading_goes_with_its_answer():
+    """In worker processes as in this one."""
+    choice, metres, rounded = Grading.of(["3 cm", "4 cm"]), Grading.of(unit="m"), Grading.of(precision=1)
+    asked = [
+        ("B", "4 cm", choice), ("B", "4 cm"), ("A", "4 cm", choice), ("4 cm", "(B)", choice), ("5 m", "5", metres),
+        ("5 cm", "5", metres), ("2.54", "2.5", rounded), ("2.66", "2.5", rounded), ("7", "7", Grading()),
+    ]  # fmt: skip
+    for workers_ in (0, 1):
+        with Verifier(workers_) as verify:
+            assert verify(asked) == [True, False, False, True, True, False, True, False, True]

@@ -34,12 +34,16 @@ def encoded(image, kind="PNG", **settings):
 
 def bench(question, image=None):
     return BenchmarkIndex(
-        [BenchmarkProblem("b", "1", question_fingerprint(question), image and image_fingerprint(encoded(image)))]
+        [
+            BenchmarkProblem(
+                "b", "1", question_fingerprint(question), (image_fingerprint(encoded(image)),) if image else ()
+            )
+        ]
     )
 
 
 def why(benchmarks, question, image=None):
-    match = benchmarks.match(question_fingerprint(question), image and image_fingerprint(encoded(image)))
+    match = benchmarks.match(question_fingerprint(question), [image_fingerprint(encoded(image))] if image else [])
     return match and match.why
 
 
@@ -72,10 +76,12 @@ def test_image_copies_are_found_among_real_figures_and_nothing_else():
     """Each of 24 real figures, saved again in other ways, is found as itself; without itself nothing is found."""
     rows = json.loads((K12 / "mm_k12_test_24.json").read_text())
     data = [(K12 / row["image_path"]).read_bytes() for row in rows]
-    known = [BenchmarkProblem("k", str(i), question_fingerprint(""), image_fingerprint(d)) for i, d in enumerate(data)]
+    known = [
+        BenchmarkProblem("k", str(i), question_fingerprint(""), (image_fingerprint(d),)) for i, d in enumerate(data)
+    ]
     for i, d in enumerate(data):
         rest = BenchmarkIndex(known[:i] + known[i + 1 :])
-        assert rest.match(question_fingerprint(rows[i]["question"]), image_fingerprint(d)) is None
+        assert rest.match(question_fingerprint(rows[i]["question"]), [image_fingerprint(d)]) is None
         layer = Image.open(io.BytesIO(d)).convert("RGBA")
         page = Image.new("RGBA", layer.size, "white")
         page.alpha_composite(layer)
@@ -83,7 +89,7 @@ def test_image_copies_are_found_among_real_figures_and_nothing_else():
         again = [encoded(page, "JPEG", quality=50), encoded(page.quantize(16)), encoded(page.convert("L")),
                  encoded(page.resize((page.width * 3 // 2, page.height * 3 // 2)))]  # fmt: skip
         for copy in again:
-            match = BenchmarkIndex(known).match(question_fingerprint("Another question?"), image_fingerprint(copy))
+            match = BenchmarkIndex(known).match(question_fingerprint("Another question?"), [image_fingerprint(copy)])
             assert match and match.benchmark_id == str(i) and "image" in match.why
 
 
@@ -103,13 +109,13 @@ def test_a_figure_of_another_shape_is_another_one():
 
 def test_an_exact_question_comes_before_a_near_image():
     known = [
-        BenchmarkProblem("b", "image", question_fingerprint("a b c d"), image_fingerprint(encoded(drawing(0)))),
-        BenchmarkProblem("b", "text", question_fingerprint(LONG), None),
+        BenchmarkProblem("b", "image", question_fingerprint("a b c d"), (image_fingerprint(encoded(drawing(0))),)),
+        BenchmarkProblem("b", "text", question_fingerprint(LONG)),
     ]
     for image in (drawing(0), drawing(0).resize((240, 180), Image.Resampling.NEAREST)):  # the same thumbnail to the bit
         copy = image_fingerprint(encoded(image, "JPEG", quality=100) if image.width == 120 else encoded(image))
-        assert BenchmarkIndex(known).match(question_fingerprint("e f g h"), copy).similarity < 1
-        match = BenchmarkIndex(known).match(question_fingerprint(LONG), copy)
+        assert BenchmarkIndex(known).match(question_fingerprint("e f g h"), [copy]).similarity < 1
+        match = BenchmarkIndex(known).match(question_fingerprint(LONG), [copy])
         assert (match.benchmark_id, match.why) == ("text", "question")
 
 
@@ -142,14 +148,14 @@ def test_similarity_is_exact_jaccard_against_brute_force():
     words = [f"w{chr(97 + i)}" for i in range(12)]
     texts = [" ".join(rng.choice(words, 30)) for _ in range(60)]
     near = [" ".join(t.split()[:27] + ["other", "end", "here"]) for t in texts]
-    known = [BenchmarkProblem("b", str(i), question_fingerprint(t), None) for i, t in enumerate(texts)]
+    known = [BenchmarkProblem("b", str(i), question_fingerprint(t)) for i, t in enumerate(texts)]
     index = BenchmarkIndex(known)
     for text in texts + near:
         mine = question_fingerprint(text)
         best = max(known, key=lambda k: (len(mine.shingles & k.question.shingles)
                                          / len(mine.shingles | k.question.shingles), -int(k.id)))  # fmt: skip
         similarity = len(mine.shingles & best.question.shingles) / len(mine.shingles | best.question.shingles)
-        match = index.match(mine, None)
+        match = index.match(mine, [])
         assert (match is not None) == (similarity >= decontaminate.JACCARD)
         if match:
             assert match.benchmark_id == best.id and match.similarity == round(similarity, 4)
@@ -157,8 +163,20 @@ def test_similarity_is_exact_jaccard_against_brute_force():
 
 def test_the_result_does_not_depend_on_the_order_of_the_benchmarks():
     known = [
-        BenchmarkProblem("b", str(i), question_fingerprint(LONG), image_fingerprint(encoded(drawing(i))))
+        BenchmarkProblem("b", str(i), question_fingerprint(LONG), (image_fingerprint(encoded(drawing(i))),))
         for i in range(5)
     ]
-    ask = question_fingerprint(TEMPLATE), image_fingerprint(encoded(drawing(3), "JPEG", quality=70))
+    ask = question_fingerprint(TEMPLATE), [image_fingerprint(encoded(drawing(3), "JPEG", quality=70))]
     assert BenchmarkIndex(known).match(*ask).benchmark_id == BenchmarkIndex(known[::-1]).match(*ask).benchmark_id == "3"
+
+
+def test_any_image_of_a_problem_counts():
+    pictures = [image_fingerprint(encoded(drawing(i))) for i in range(4)]
+    index = BenchmarkIndex(
+        [
+            BenchmarkProblem("b", "1", question_fingerprint("a b c d"), tuple(pictures[:2])),
+            BenchmarkProblem("b", "2", question_fingerprint("e")),
+        ]
+    )
+    assert index.match(question_fingerprint("f g h"), [pictures[3], pictures[1]]).benchmark_id == "1"
+    assert index.match(question_fingerprint("f g h"), pictures[2:]) is None

@@ -98,9 +98,9 @@ def test_files_and_counts(generated):
     ids = [r.id for rows in (*problems.values(), *sft.values()) for r in rows]
     assert len(set(ids)) == len(ids)
     assert len({p.question for rows in problems.values() for p in rows}) == 1  # the question says nothing
-    assert all(e.image is None for e in sft["text"])
+    assert all(e.images == () for e in sft["text"])
     for row in (*itertools.chain(*problems.values()), *sft["demonstrations"], *sft["transcriptions"]):
-        assert Image.open(generated[0] / row.image).size == (24, 24)
+        assert Image.open(generated[0] / row.images[0]).size == (24, 24)
 
 
 def test_expressions_and_handwriting_are_disjoint(generated):
@@ -271,7 +271,7 @@ def test_images_show_the_expression_in_the_handwriting_of_their_split(generated)
     for problem, (split, expression) in zip(
         itertools.chain(*(problems[s] for s in digits.SPLITS)), drawn[:120], strict=True
     ):
-        text, nearest = decode(np.asarray(Image.open(folder / problem.image)), originals)
+        text, nearest = decode(np.asarray(Image.open(folder / problem.images[0])), originals)
         assert text == "".join(expression.tokens())
         assert set(nearest) <= set(parts[split].tolist())
         used[split].update(nearest)

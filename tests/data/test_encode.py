@@ -29,7 +29,7 @@ def language(tokenizer, tiny):
 
 
 def test_sft(tokenizer, tiny, tiles, language):
-    example = SFTExample("a", "Read the image .", "<answer> 3 + 4 </answer>", "wide.png")
+    example = SFTExample("a", "Read the image .", "<answer> 3 + 4 </answer>", ("wide.png",))
     found = language.demonstration(example, tiles)
     assert found.id == "a" and found.images == (("wide.png", 5),)  # 4 x 1 and the whole
     assert np.sum(found.tokens == tokenizer.id(tok.IMAGE)) == 5 * tiny.cfg.tokens_per_tile
@@ -43,7 +43,7 @@ def test_sft(tokenizer, tiny, tiles, language):
 
 def test_steps(tokenizer, tiles, language):
     segments = ("<step> 3 + 4 = 7 </step>", "<step> 7 - 1 = 6 </step>", "<answer> 6 </answer>")
-    example = StepExample("a", "p", "Evaluate the expression .", segments, (3, 0, 1), (8, 0, 1), "square.png")
+    example = StepExample("a", "p", "Evaluate the expression .", segments, (3, 0, 1), (8, 0, 1), ("square.png",))
     found = language.steps(example, tiles)
     assert found.images == (("square.png", 1),)
     marks = np.flatnonzero(found.tokens == tokenizer.id(tok.PRM))
@@ -69,7 +69,6 @@ def test_images_are_checked_when_examples_are_encoded(tmp_path, tiny, tiles):
     text_only = VLMConfig(None, tiny.cfg.decoder)
     with pytest.raises(UserError, match="square.png: the model takes no images"):
         encode.tile_count(tmp_path, text_only, 1)("square.png")
-    assert encode.tile_count(tmp_path, text_only, 1)(None) == 0
 
 
 # One language for training, sampling and scoring
@@ -85,11 +84,11 @@ def spoken(request, golden, tiny):
     return encode.Language.released(Tokenizer.load(golden / "tokenizer" / request.param), tiny.cfg)
 
 
-@pytest.mark.parametrize("image", [None, "wide.png"])
-def test_a_policy_goes_on_as_its_demonstrations_do(spoken, tiles, image):
+@pytest.mark.parametrize("images", [(), ("wide.png",)])
+def test_a_policy_goes_on_as_its_demonstrations_do(spoken, tiles, images):
     """The prompt with any number of steps is the beginning of the demonstration with the same solution."""
-    found = spoken.demonstration(SFTExample("a", QUESTION, "".join(SEGMENTS), image), tiles)
-    ids, count = found.tokens.tolist(), tiles(image)
+    found = spoken.demonstration(SFTExample("a", QUESTION, "".join(SEGMENTS), images), tiles)
+    ids, count = found.tokens.tolist(), sum(map(tiles, images))
     assert ids[-1] == spoken.tokenizer.id(tok.TURN_END) and found.labels["response"][-1]
     assert ids.count(spoken.image_token) == count * spoken.cfg.tokens_per_tile
     text = spoken.tokenizer.decode(found.tokens[found.labels["response"]][:-1])
@@ -103,7 +102,7 @@ def test_a_policy_goes_on_as_its_demonstrations_do(spoken, tiles, image):
 
 def test_the_prm_is_trained_on_what_it_scores(spoken, tiles):
     judge = spoken.with_prm()
-    example = StepExample("a", "p", QUESTION, SEGMENTS, (3, 0, 1), (8, 0, 1), "wide.png")
+    example = StepExample("a", "p", QUESTION, SEGMENTS, (3, 0, 1), (8, 0, 1), ("wide.png",))
     found = judge.steps(example, tiles)
     ids, marks = judge.solution(QUESTION, SEGMENTS, 5)
     assert found.tokens.tolist() == ids and len(marks) == 3
@@ -115,13 +114,25 @@ def test_the_prm_is_trained_on_what_it_scores(spoken, tiles):
 
 def test_pixels_are_opened_when_they_are_needed(tmp_path, tiny, tiles):
     pixels = encode.file_pixels(tmp_path, tiny.cfg, 6)
-    assert pixels(Problem("a", "q", "1")) is None
-    assert len(pixels(Problem("a", "q", "1", "wide.png"))) == tiles("wide.png") == 5
+    assert pixels(Problem("a", "q", "1")) == []
+    assert len(*pixels(Problem("a", "q", "1", ("wide.png",)))) == tiles("wide.png") == 5
     with pytest.raises(UserError, match="wide.png: the model takes no images"):
-        encode.file_pixels(tmp_path, VLMConfig(None, tiny.cfg.decoder), 6)(Problem("a", "q", "1", "wide.png"))
+        encode.file_pixels(tmp_path, VLMConfig(None, tiny.cfg.decoder), 6)(Problem("a", "q", "1", ("wide.png",)))
 
 
 def test_what_a_word_level_policy_sampled_keeps_its_tokens(language, tokenizer):
     """A marker inside of a step has no other ids."""
     segment = "<step> 3 <|im_start|> <IMG_CONTEXT> </step>"
     assert language.prompt("Evaluate the expression .", [segment], 0)[-5:] == tokenizer.encode(segment)
+
+
+def test_several_images_in_order(tokenizer, tiles, language, tmp_path, tiny):
+    names = ("wide.png", "square.png")
+    ids = language.prompt("Read the image .", (), [5, 1])
+    example = StepExample("a", "p", "Read the image .", ("<step> 3 </step>",), (1,), (2,), names)
+    found = language.steps(example, tiles)
+    assert found.images == (("wide.png", 5), ("square.png", 1)) and found.tiles == 6
+    assert found.tokens.tolist()[: len(ids) - 3] == ids[:-3]
+    assert language.demonstration(SFTExample("a", "Read the image .", "3", names), tiles).images == found.images
+    opened = encode.file_pixels(tmp_path, tiny.cfg, 6)(Problem("a", "q", "1", names))
+    assert [len(x) for x in opened] == [5, 1] and encode.joined(opened).shape[0] == 6 and encode.joined([]) is None

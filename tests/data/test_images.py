@@ -68,6 +68,64 @@ def test_what_is_transparent_is_white(tmp_path, kind):
         assert original.getextrema() == ((0, 0),) * 3
 
 
+SAVED = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_picture_stands_as_its_camera_was_held(tmp_path, kind, turned):
+    """Red, the left third of what is seen, is found there whichever way the pixels lie."""
+    seen = Image.new("RGB", (48, 16), "white")
+    seen.paste("red", (0, 0, 16, 8))
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that undoes that of the orientation
+    stored = seen if turned == 1 else seen.transpose(Image.Transpose(back[turned]))
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    stored.save(tmp_path / "a", kind, exif=exif, **SAVED.get(kind, {}))
+    got = images.open_image(tmp_path / "a")
+    assert got.size == (48, 16)
+    np.testing.assert_allclose(np.asarray(got).astype(int), np.asarray(seen), atol=4 if kind == "JPEG" else 0)
+
+
+def test_exif_that_cannot_be_read_turns_nothing(tmp_path):
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "a.jpg", exif=b"Exif\0\0no TIFF header at all")
+    assert images.open_image(tmp_path / "a.jpg").size == (6, 4)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+def test_sixteen_bits_are_seen_as_eight(tmp_path, name):
+    levels = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    Image.fromarray(levels).save(tmp_path / name)
+    want = np.round(levels / 257).astype(int)
+    np.testing.assert_array_equal(np.asarray(images.open_image(tmp_path / name)), np.repeat(want[..., None], 3, -1))
+
+
+def test_a_transparent_level_of_sixteen_bits_is_white(tmp_path):
+    levels = np.full((4, 4), 300, np.uint16)
+    levels[1, 1] = 0
+    Image.fromarray(levels).save(tmp_path / "a.png", transparency=300)
+    found = np.asarray(images.open_image(tmp_path / "a.png"))
+    assert (found[1, 1] == 0).all() and (np.delete(found.reshape(16, 3), 5, 0) == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_numbers_that_are_no_colours_are_refused_with_the_mode(tmp_path, mode):
+    image = Image.new(mode, (8, 8), 7)
+    image.save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=rf"a.tif: not a readable image \(the mode {mode};"):
+        images.open_image(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=f"the mode {mode}"):
+        images.to_rgb(image)
+
+
+def test_a_palette_and_cmyk(tmp_path):
+    page = Image.new("RGB", (8, 8), (200, 40, 90))
+    page.quantize(2).save(tmp_path / "a.png")
+    page.convert("CMYK").save(tmp_path / "a.jpg", quality=100)
+    for name in ("a.png", "a.jpg"):
+        np.testing.assert_allclose(np.asarray(images.open_image(tmp_path / name)), np.asarray(page), atol=4)
+
+
 def png(width, height, data=b""):
     """A PNG file that claims a size."""
 

@@ -1,5 +1,6 @@
 """``mmprm prepare``: no good row is lost, every bad one is listed; again the same bytes; copies of benchmarks go."""
 
+import base64
 import io
 import itertools
 import json
@@ -21,7 +22,7 @@ from mmprm_jax.data.benchmarks import StepDetectionExample
 from mmprm_jax.data.images import open_image
 from mmprm_jax.data.prompts import split_segments
 from mmprm_jax.data.sources_base import Refused
-from mmprm_jax.records import Problem, SFTExample, UserError
+from mmprm_jax.records import Grading, Problem, SFTExample, UserError
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 K12 = GOLDEN / "mm_k12" / "mm_k12_test_24.json"
@@ -62,8 +63,8 @@ def test_real_problems_become_the_files_that_annotate_reads(tmp_path, capsys):
     found, given = read(tmp_path / "a" / "test.jsonl"), json.loads(K12.read_text())
     assert [(p.id, p.question, p.answer) for p in found] == [(g["id"], g["question"], g["answer"]) for g in given]
     for problem, row in zip(found, given, strict=True):
-        assert (tmp_path / "a" / problem.image).read_bytes() == (K12.parent / row["image_path"]).read_bytes()
-        open_image(tmp_path / "a" / problem.image)
+        assert (tmp_path / "a" / problem.images[0]).read_bytes() == (K12.parent / row["image_path"]).read_bytes()
+        open_image(tmp_path / "a" / problem.images[0])
     assert "24 of 24" in capsys.readouterr().out
     scoring = lines(tmp_path / "a/prepare/test/benchmark.jsonl")
     assert [(row["id"], row["gold"], row["mode"]) for row in scoring] == [(p.id, p.answer, "mm_k12") for p in found]
@@ -129,7 +130,8 @@ def test_the_command_ends_with_0_when_rows_were_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"id": "a", "question": "q", "answer": "1"}\n{"id": "b"}\n')
     argv = [sys.executable, "-m", "mmprm_jax.main", "prepare", "mm_k12", str(tmp_path), f"--output={tmp_path / 'o'}"]
     done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 of 2 rows" in done.stdout and "refused 1 rows (1 x no question)" in done.stderr
+    assert done.returncode == 0 and "1 of 2 rows" in done.stdout
+    assert "refused 1 rows (1 x no question or problem)" in done.stderr
 
 
 def test_nothing_left_is_an_error(tmp_path):
@@ -146,7 +148,7 @@ def test_images_in_which_a_model_sees_nothing_are_reported(tmp_path, capsys):
     (tmp_path / "train.json").write_text(json.dumps(rows))
     run("mm_k12", tmp_path, f"--output={tmp_path / 'o'}")
     first, _ = read(tmp_path / "o" / "train.jsonl")
-    assert json.loads((tmp_path / "o/prepare/train/summary.json").read_text())["blank_images"] == [first.image]
+    assert json.loads((tmp_path / "o/prepare/train/summary.json").read_text())["blank_images"] == list(first.images)
     assert "1 images are of one colour" in capsys.readouterr().err
 
 
@@ -203,7 +205,7 @@ def test_mmk12_from_parquet(tmp_path):
     run("mmk12", tmp_path, f"--output={tmp_path / 'out'}")
     found = read(tmp_path / "out" / "train.jsonl")
     assert [(p.id, p.answer, p.source) for p in found] == [("m0", "B", "mmk12"), ("m1", "B", "mmk12")]
-    assert [(tmp_path / "out" / p.image).read_bytes() for p in found] == data[:2]
+    assert [(tmp_path / "out" / p.images[0]).read_bytes() for p in found] == data[:2]
     assert lines(tmp_path / "out/prepare/train/refused.jsonl")[0]["id"] == "m2"
 
 
@@ -241,18 +243,80 @@ def test_demonstrations(tmp_path, name, file, row, wanted):
     run(name, tmp_path / "in", f"--output={tmp_path / 'out'}")
     (example,) = read(tmp_path / "out" / "sft.jsonl", SFTExample)
     assert example.response == wanted and example.source == name and example.id
-    assert (example.image is None) == (name in ("numina_math_cot", "dart_math"))
+    assert (example.images == ()) == (name in ("numina_math_cot", "dart_math"))
     assert "".join(split_segments(example.response)) == example.response
+
+
+def url(data, kind="png"):
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+BLUE, RED = {"type": "image_url", "image_url": {"url": "BLUE"}}, {"type": "image", "image": "images/red.png"}
+ASKED = [{"type": "text", "text": "Compare "}, BLUE, {"type": "text", "text": " with "}, RED]
+PLAIN = [{"type": "text", "text": "Compare "}, {"type": "image"}, {"type": "text", "text": " with "}, {"type": "image"}]
+
+
+def user(content):
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        user(ASKED),
+        {"messages": [{"role": "system", "content": "Think."}, {"role": "user", "content": ASKED}]},
+        user(PLAIN) | {"images": ["BLUE", "images/red.png"]},
+        user("Compare <image> with <image>") | {"images": [{"bytes": "BLUE"}, "red.png"]},
+        user("Compare <image 1> with <image 2>") | {"images": ["RAW", {"path": "red.png"}]},
+        user("Compare <|image|> with ![](x)") | {"image": ["BLUE", {"url": "red.png"}]},
+    ],
+)
+def test_chats_with_images_in_any_place(tmp_path, row):
+    blue, red = png("blue"), png("red", (10, 40))
+    (tmp_path / "in" / "images").mkdir(parents=True)
+    (tmp_path / "in" / "images" / "red.png").write_bytes(red)
+    row["messages"] = [*row["messages"], {"role": "assistant", "content": "Red is long.\n\nAnswer: B"}]
+    text = json.dumps([row]).replace("BLUE", url(blue)).replace("RAW", base64.b64encode(blue).decode())
+    (tmp_path / "in" / "train.json").write_text(text)
+    run("geo170k", tmp_path / "in", f"--output={tmp_path / 'out'}")
+    (example,) = read(tmp_path / "out" / "sft.jsonl", SFTExample)
+    assert example.question == "Compare <image> with <image>" and example.response.endswith("<answer>B</answer>")
+    assert [(tmp_path / "out" / name).read_bytes() for name in example.images] == [blue, red]
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ("data:image/png;base64,iVBORw0KGgo!", "a damaged data URL"),
+        ("data:image/png;base64,aGVsbG8=", "not a readable image"),
+        ("https://example.org/a.png", "download it"),
+        (base64.b64encode(b"\x89PNG" + bytes(90)).decode(), "not a readable image"),
+        ("q" * 64, "image not found"),  # a name without an ending
+        ({"url": None}, "NoneType, not a path"),
+        ([["a.png", 3]], "int, not a path"),
+    ],
+)
+def test_images_that_are_none(tmp_path, given, reason):
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"id": "x", "question": "q", "answer": "1", "images": given}, {"id": "y", "question": "q", "answer": "1"}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    run("mm_k12", tmp_path, f"--output={tmp_path / 'out'}")
+    (refused,) = lines(tmp_path / "out/prepare/train/refused.jsonl")
+    assert refused["id"] == "x" and reason in refused["reason"] and len(refused["reason"]) < 300
 
 
 @pytest.mark.parametrize(
     "change, reason",
     [
+        (user([{"type": "audio"}]), "no text and no image"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": [BLUE]}]}, "shows an image"),
+        ({"messages": "text"}, "no list messages of {role, content}"),
+        (user(None), "no content"),
         ({"conversations": CHAT * 2}, "4 turns"),
         ({"conversations": "text"}, "no list conversations"),
         ({"conversations": [CHAT[0], {"from": "gpt", "value": "I think, and think.\nNo idea."}]}, "no final answer"),
         ({"image": None}, "placeholders"),
-        ({"image": ["a.png", "b.png"]}, "the image is list"),
+        ({"image": ["a.png", "b.png"]}, "1 <image> placeholders, but 2 images"),
         ({"conversations": [CHAT[0], {"from": "gpt", "value": "x" * 200_000}]}, "characters"),
     ],
 )
@@ -340,7 +404,7 @@ def test_many_images_of_one_row_are_refused_before_all_are_in_memory(tmp_path, m
     assert "its 1000 images have more than" in lines(tmp_path / "out/prepare/test/refused.jsonl")[0]["reason"]
 
 
-def test_several_images_of_a_problem_become_one(tmp_path):
+def test_several_images_of_a_problem_stand_where_the_text_speaks_of_them(tmp_path):
     row = {
         "id": 5, "question": "Compare <image_1> with <image_2>.", "final_answer": ["3"], "answer_type": "Numerical",
         "is_multiple_answer": False, "unit": None, "error": None, "image_1": {"bytes": png("red"), "path": None},
@@ -349,9 +413,10 @@ def test_several_images_of_a_problem_become_one(tmp_path):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "OE_MM_maths_en_COMP.parquet")
     run("olympiadbench", tmp_path, f"--output={tmp_path / 'out'}")
     (problem,) = read(tmp_path / "out" / "test.jsonl")
-    image = open_image(tmp_path / "out" / problem.image)
-    assert image.size == (30, 76) and image.getpixel((5, 5)) == (255, 0, 0) and image.getpixel((5, 60)) == (0, 0, 255)
-    assert problem.question == "Compare (image 1) with (image 2)." and problem.answer == "3"
+    red, blue = (open_image(tmp_path / "out" / name) for name in problem.images)
+    assert blue.size == (10, 40) and red.getpixel((5, 5)) == (255, 0, 0) and blue.getpixel((5, 5)) == (0, 0, 255)
+    assert problem.question == "Compare <image> with <image>." and problem.answer == "3"
+    assert problem.grading == Grading.of(kind="number")
 
 
 def test_step_detection_rows(tmp_path):

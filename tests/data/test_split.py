@@ -8,7 +8,7 @@ from mmprm_jax.records import Problem, UserError
 
 
 def problem(i, image=None, question=None):
-    return Problem(str(i), question or f"What is {i}?", "1", image)
+    return Problem(str(i), question or f"What is {i}?", "1", (image,) if image else ())
 
 
 PROBLEMS = [problem(i, f"images/{i // 2}.png") for i in range(40)] + [problem(i) for i in range(40, 60)]
@@ -27,7 +27,7 @@ def test_what_is_one_problem_stays_together():
     assert [len(group) for group in split.groups([*same, *figures])] == [2, 1, 1]
     for seed in range(5):
         parts = split.split(PROBLEMS, 10, 16, seed)
-        images = [{p.image for p in part if p.image} for part in parts.values()]
+        images = [{name for p in part for name in p.images} for part in parts.values()]
         assert sum(map(len, images)) == len(set.union(*images)) == 20
 
 
@@ -64,3 +64,11 @@ def test_the_command(tmp_path, capsys):
     records.write(path, [*PROBLEMS, PROBLEMS[7]])
     with pytest.raises(UserError, match="the id '7' is there twice"):
         cli.run(["split", str(path), "--dev=1", "--test=1"])
+
+
+def test_an_image_joins_all_its_problems():
+    several = [Problem(name, "q", "1", images) for name, images in (
+        ("a", ("x", "y")), ("b", ("z",)), ("c", ("w", "v")), ("d", ("y", "z")), ("e", ("u",)),
+    )]  # fmt: skip
+    groups = split.groups(several)
+    assert sorted(sorted(p.id for p in group) for group in groups) == [["a", "b", "d"], ["c"], ["e"]]

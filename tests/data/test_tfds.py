@@ -12,7 +12,7 @@ from mmprm_jax.records import Problem, StepExample, UserError
 
 K12 = Path(__file__).parent.parent / "golden" / "mm_k12" / "mm_k12_test_24.json"
 STEPS = [
-    StepExample("a/1", "a", "q ü", ("<step>x</step>", "<answer>1</answer>"), (1, 0), (4, 0), None),
+    StepExample("a/1", "a", "q ü", ("<step>x</step>", "<answer>1</answer>"), (1, 0), (4, 0), ()),
     StepExample("a/2", "a", "q", (), (), ()),
 ]
 

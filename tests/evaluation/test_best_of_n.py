@@ -1,5 +1,6 @@
 """Best-of-N against hand counts, closed forms and a policy and PRM of known accuracy."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,7 +10,7 @@ import pytest
 from mmprm_jax.evaluation import best_of_n as bon
 from mmprm_jax.evaluation import statistics
 from mmprm_jax.evaluation.aggregate import AGGREGATORS
-from mmprm_jax.records import Candidate, ScoredCandidate
+from mmprm_jax.records import Candidate, Grading, ScoredCandidate
 
 
 def scored(answer, correct, text="", logprob=0.0, scores=(0.5,)):
@@ -115,7 +116,7 @@ def test_answers_of_one_class_vote_together():
     group.append(scored(r"\frac12", True))
     halves = {"1/2", "0.5", "50%", r"\frac12"}
     assert accuracy(group)["majority"] == 0
-    assert bon.per_problem([group], 7, key=lambda a: a in halves)["majority"] == [1.0]
+    assert bon.per_problem([group], 7, key=lambda c: c.answer in halves)["majority"] == [1.0]
 
 
 @pytest.mark.parametrize(("a", "b", "same"), [(" 12  m", "12 M", True), ("2²", "22", False), ("é", "e\u0301", True)])
@@ -323,9 +324,29 @@ def test_answers_that_say_the_same_vote_together():
     """Within a problem; what is one answer is so by the rules in both directions."""
     one = [scored(a, a in ("0.5", "\\frac{1}{2}", "1/2"), text=a) for a in ("\\frac{1}{2}", "7", "0.5", "1/2", "7")]
     key = bon.equivalent([one, [scored(None, False)], []])
-    assert key("0.5") == key("1/2") == key("\\frac{1}{2}") != key("7")
-    assert key("never seen") == bon.plain("never  seen ")
+    half, fraction, formula, seven = (key(scored(a, True).candidate) for a in ("0.5", "1/2", "\\frac{1}{2}", "7"))
+    assert half == fraction == formula != seven
+    assert key(scored("Never seen", True).candidate) == key(scored("never  seen ", True).candidate)
     assert bon.per_problem([one], 5)["majority"].tolist() == [0.0]
     assert bon.per_problem([one], 5, key)["majority"].tolist() == [1.0]
     rounded = bon.equivalent([[scored("3.1", True), scored("3.14", False), scored("22/7", False)]])
-    assert len({rounded(a) for a in ("3.1", "3.14", "22/7")}) == 3
+    assert len({rounded(scored(a, True).candidate) for a in ("3.1", "3.14", "22/7")}) == 3
+
+
+def test_choices_vote_by_letter_and_by_text():
+    """In the problem that has them; b is no letter there, and other problems have other choices."""
+
+    def one(name, *answers):
+        found = [scored(a, False, text=a) for a in answers]
+        return [dataclasses.replace(s, candidate=dataclasses.replace(s.candidate, problem_id=name)) for s in found]
+
+    answers = ("B", "4 cm", "(B) 4 cm", "A", "3 cm", "5 cm")
+    problems = [one("p", *answers), one("q", *answers), one("r", *answers)]
+    gradings = {"p": Grading.of(["3 cm", "4 cm"]), "q": Grading.of(["4 cm", "3 cm"]), "r": Grading()}
+    key = bon.equivalent(problems, gradings)
+    p, q, r = ([key(s.candidate) for s in group] for group in problems)
+    assert p[0] == p[1] == p[2] and p[3] == p[4] and len(set(p)) == 3
+    assert q[0] == q[4] and q[3] == q[1] and len(set(q[:2])) == 2
+    assert len({r[0], r[1], r[3], r[4], r[5]}) == 5
+    plain = bon.equivalent(problems)
+    assert [plain(s.candidate) for s in problems[2]] == r  # as without any

@@ -300,3 +300,10 @@ def test_a_sweep_goes_on_where_it_was_killed(trained, tmp_path):
     again = start(workdir, "sweep", "--grid=train_prm.label=soft,sofd")
     assert again.communicate()[1].strip().splitlines()[-1].startswith("mmprm: train_prm.label: 'sofd'")
     assert again.returncode == 2
+
+
+def test_other_images_are_as_many_as_the_prompt_has_places_for():
+    """The image of the problem before; two for a problem with two, and none for one without."""
+    counts = [1, 0, 2, 1, 2, 1, 3, 0]
+    problems = [Problem(f"p{i}", "q", "1", tuple(f"{i}.{j}.png" for j in range(n))) for i, n in enumerate(counts)]
+    assert [p.id for p in evaluate.shuffled(problems)] == ["p5", "p1", "p4", "p0", "p2", "p3", "p6", "p7"]

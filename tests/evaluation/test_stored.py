@@ -224,6 +224,18 @@ def test_answers_vote_as_in_the_evaluation_of_a_run(tmp_path):
     assert json.loads((tmp_path / "f.json").read_text())["best_of_n"]["5"]["majority"]["accuracy"] == 0.75
 
 
+def test_answers_vote_by_the_grading_of_their_problem(tmp_path):
+    """A letter and the text of its choice are one answer."""
+    rows = problem("a", [1, 1, 0, 0, 0], [0.5] * 5, ["B", "60°", "7", "7", "8"])
+    path, told = write(tmp_path / "c.jsonl", rows), {"id": "a", "source": "s"}
+    for grading, accuracy in (({}, 0), ({"grading": {"options": ["30°", "60°", "7", "8"]}}, 0.5)):
+        bon(path, f"--problems={write(tmp_path / 'p.jsonl', [told | grading])}", f"--json={tmp_path / 'f.json'}")
+        found = json.loads((tmp_path / "f.json").read_text())["best_of_n"]["5"]["majority"]["accuracy"]
+        assert found == accuracy
+    with pytest.raises(UserError, match='line 1: grading: "options" is a list'):
+        bon(path, f"--problems={write(tmp_path / 'p.jsonl', [told | {'grading': {'options': 3}}])}")
+
+
 def test_options_that_do_not_fit(tmp_path):
     path = write(tmp_path / "c.jsonl", problem("a", [1, 0], [0.9, 0.2]))
     with pytest.raises(UserError, match="1 problems are in .* too, e.g. a"):

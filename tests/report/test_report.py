@@ -48,7 +48,7 @@ def png():
 def tree(name="t", text="<step>3+4</step>", image="a.png", values=((-1, 1), (0, 2), (0, 0), (2, 1))):
     rollouts = tuple(Rollout((text, f"<answer>{i}</answer>"), i == 4, 3) for i in range(5))
     nodes = [Node(p, (text,) if p >= 0 else (), k, 2, 1, rollouts) for p, k in values]
-    return Tree(Problem(name, text, text, image), tuple(nodes), ((0, 1),))
+    return Tree(Problem(name, text, text, (image,) if image else ()), tuple(nodes), ((0, 1),))
 
 
 def metrics(sizes=(1, 2, 4, 8, 16)):

@@ -20,7 +20,7 @@ from PIL import Image
 from mmprm_jax.data.images import open_image
 from mmprm_jax.data.prompts import INTERNVL_SYSTEM, PAPER_TASK
 from mmprm_jax.interruption import Interrupted, handling
-from mmprm_jax.records import Failure, Problem, Request, Rollout, UserError
+from mmprm_jax.records import Failure, Grading, Problem, Request, Rollout, UserError
 from mmprm_jax.rollout import remote
 from mmprm_jax.rollout.remote import RemoteSampler, chat_body
 from mmprm_jax.rollout.sampling import Sampling
@@ -212,7 +212,7 @@ def stub():
 
 
 def verify(pairs):
-    return [answer == gold for answer, gold in pairs]
+    return [answer == gold for answer, gold, _ in pairs]
 
 
 def sampler(*servers, folder=".", **kwargs):
@@ -248,7 +248,7 @@ def expected(asked, seed=0):
         rollouts = []
         for i in range(request.n):
             number = remote._seed(remote.request_key(seed, "search", request), i)
-            text, tokens, _ = reply(chat_body("m", Sampling(), "continue", request, None, number))
+            text, tokens, _ = reply(chat_body("m", Sampling(), "continue", request, (), number))
             segments = tuple(re.findall("<step>.*?</step>|<answer>.*?</answer>", text, re.DOTALL))
             rollouts.append(Rollout(segments, bool(segments) and segments[-1] == "<answer> 1 </answer>", tokens))
         out[request] = tuple(rollouts)
@@ -300,8 +300,8 @@ def test_the_answers_to_verify_come_with_the_gold(stub):
     asked = requests(6, 3)
     with sampler(stub(), verify=record) as s:
         answers = collect_all(s, asked)
-    assert collections.Counter(seen).keys() <= {("0", "1"), ("1", "1"), ("2", "1"), (None, "1")}
-    assert (None, "1") in seen and ("1", "1") in seen and len(seen) == 18
+    assert collections.Counter(seen).keys() <= {(answer, "1", Grading()) for answer in ("0", "1", "2", None)}
+    assert (None, "1", Grading()) in seen and ("1", "1", Grading()) in seen and len(seen) == 18
     assert not any(r.correct for group in answers.values() for r in group)
 
 
@@ -527,7 +527,7 @@ def test_close_waits_for_the_thread_that_reads_an_image(monkeypatch):
     monkeypatch.setattr(remote, "image_url", lambda path: (reading.set(), time.sleep(0.3)))
     before = threading.active_count()
     with sampler("http://127.0.0.1:9/v1") as s:
-        s.submit([Request(Problem("p", "Why?", "1", "a.png"), (), 1)])
+        s.submit([Request(Problem("p", "Why?", "1", ("a.png",)), (), 1)])
         assert reading.wait(5)
     assert threading.active_count() == before
 
@@ -585,7 +585,7 @@ def test_other_bad_settings_are_user_errors(monkeypatch):
 
 def test_body_without_steps():
     sampling = Sampling(0.7, 50, 0.9, 0.05, 1.1, 77)
-    assert chat_body("m", sampling, "continue", Request(Problem("p", "Why?", "1"), (), 8), None, 5) == {
+    assert chat_body("m", sampling, "continue", Request(Problem("p", "Why?", "1"), (), 8), (), 5) == {
         "model": "m",
         "messages": [{"role": "user", "content": "Why?"}],
         "n": 1,
@@ -601,12 +601,12 @@ def test_body_without_steps():
 
 
 def test_body_that_keeps_all_tokens_and_stops():
-    body = chat_body("m", Sampling(stop=(7, 9)), "continue", Request(problems(1)[0], (), 1), None, 5)
+    body = chat_body("m", Sampling(stop=(7, 9)), "continue", Request(problems(1)[0], (), 1), (), 5)
     assert body["top_k"] == -1 and body["stop_token_ids"] == [7, 9]
 
 
 def test_body_that_continues():
-    body = chat_body("m", Sampling(), "continue", Request(Problem("p", "Why?\n", "1"), PREFIX, 1), "data:u", 5)
+    body = chat_body("m", Sampling(), "continue", Request(Problem("p", "Why?\n", "1"), PREFIX, 1), ["data:u"], 5)
     assert body["messages"] == [
         {
             "role": "user",
@@ -621,7 +621,7 @@ def test_body_that_continues():
 
 
 def test_body_of_the_paper():
-    body = chat_body("m", Sampling(), "paper", Request(Problem("p", "Why?", "1"), PREFIX, 1), "data:u", 5)
+    body = chat_body("m", Sampling(), "paper", Request(Problem("p", "Why?", "1"), PREFIX, 1), ["data:u"], 5)
     done = "\nPrevious Steps:<step>first</step><step>second</step>"
     assert body["messages"] == [
         {"role": "system", "content": INTERNVL_SYSTEM},
@@ -638,13 +638,44 @@ def test_body_of_the_paper():
 
 def test_the_image_stands_at_its_placeholder_and_markers_in_a_question_are_text():
     question = "<|im_end|><image>\nand <|im_end|>\n<|im_start|>say."
-    body = chat_body("m", Sampling(), "internvl", Request(Problem("p", question, "1"), PREFIX[:1], 1), "data:u", 5)
+    body = chat_body("m", Sampling(), "internvl", Request(Problem("p", question, "1"), PREFIX[:1], 1), ["data:u"], 5)
     assert [m["role"] for m in body["messages"]] == ["system", "user", "assistant"]
     assert body["messages"][1]["content"] == [
         {"type": "text", "text": "<|im_end|>"},
         {"type": "image_url", "image_url": {"url": "data:u"}},
         {"type": "text", "text": "and <|im_end|>\n<|im_start|>say."},
     ]
+
+
+def test_several_images_stand_at_their_placeholders_or_in_front():
+    problem = Problem("p", "Compare <image> with <image>.", "1", ("a", "b"))
+    body = chat_body("m", Sampling(), "continue", Request(problem, (), 1), ["data:a", "data:b"], 5)
+    first, second = ({"type": "image_url", "image_url": {"url": f"data:{name}"}} for name in "ab")
+    assert body["messages"][0]["content"] == [
+        {"type": "text", "text": "Compare "}, first, {"type": "text", "text": " with "}, second,
+        {"type": "text", "text": "."},
+    ]  # fmt: skip
+    body = chat_body("m", Sampling(), "paper", Request(Problem("p", "Why?", "1"), (), 1), ["data:a", "data:b"], 5)
+    assert body["messages"][1]["content"] == [first, second, {"type": "text", "text": f"{PAPER_TASK}Why?"}]
+
+
+def test_all_images_of_a_problem_and_its_choices_go_the_whole_way(stub, tmp_path):
+    for name in ("red", "blue"):
+        Image.new("RGB", (3, 3), name).save(tmp_path / f"{name}.png")
+    problem = Problem("p", "Which?", "1", ("red.png", "blue.png"), grading=Grading.of(["0", "2", "1"]))
+    seen, server = [], stub()
+
+    def record(answers):
+        seen.extend(answers)
+        return verify(answers)
+
+    with sampler(server, folder=tmp_path, verify=record) as s:
+        collect_all(s, [Request(problem, (), 3)])
+    assert len(seen) == 3 and {(gold, grading) for _, gold, grading in seen} == {("1", problem.grading)}
+    for body in server.bodies:
+        *pictures, text = body["messages"][0]["content"]
+        sent = [base64.b64decode(p["image_url"]["url"].split(",")[1]) for p in pictures]
+        assert sent == [(tmp_path / name).read_bytes() for name in problem.images] and text["text"] == "Which?"
 
 
 def test_placeholders_that_do_not_fit_are_a_failure(stub):
@@ -675,7 +706,7 @@ def test_the_image_arrives_pixel_for_pixel(stub, tmp_path, mode, form, kind):
     Image.fromarray(pixels.squeeze(), None if mode == "P" else mode).convert(mode).save(path, form)
     server = stub()
     with sampler(server, folder=tmp_path) as s:
-        collect_all(s, [Request(Problem("p", "Why?", "1", "images/a.picture"), (), 1)])
+        collect_all(s, [Request(Problem("p", "Why?", "1", ("images/a.picture",)), (), 1)])
     sent_kind, data = sent_image(server)
     assert sent_kind == (kind or "image/png")
     assert kind is None or data == path.read_bytes()
@@ -684,11 +715,30 @@ def test_the_image_arrives_pixel_for_pixel(stub, tmp_path, mode, form, kind):
         np.testing.assert_array_equal(np.asarray(image.convert("RGB")), np.asarray(open_image(path)))
 
 
+@pytest.mark.parametrize("kind", ["turned", "key", "16 bits"])
+def test_a_server_sees_an_image_as_we_do(stub, tmp_path, kind):
+    """What its library would show in another way is sent as plain pixels."""
+    page = Image.new("RGB", (6, 4), "red")
+    page.paste("blue", (0, 0, 2, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    if kind == "16 bits":
+        Image.fromarray(np.full((4, 6), 40_000, np.uint16)).save(tmp_path / "a", "PNG")
+    else:
+        page.save(tmp_path / "a", "PNG", **({"exif": exif} if kind == "turned" else {"transparency": (255, 0, 0)}))
+    server = stub()
+    with sampler(server, folder=tmp_path) as s:
+        collect_all(s, [Request(Problem("p", "Why?", "1", ("a",)), (), 1)])
+    with Image.open(io.BytesIO(sent_image(server)[1])) as image:
+        assert image.mode == "RGB" and not image.has_transparency_data and not image.getexif()
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(open_image(tmp_path / "a")))
+
+
 def test_an_image_is_read_once_until_its_problem_is_released(stub, tmp_path, monkeypatch):
     Image.new("RGB", (3, 3), "red").save(tmp_path / "a.png")
     read, original = [], remote.image_url
     monkeypatch.setattr(remote, "image_url", lambda path: read.append(path) or original(path))
-    problem, server = Problem("p", "Why?", "1", "a.png"), stub()
+    problem, server = Problem("p", "Why?", "1", ("a.png",)), stub()
     with sampler(server, folder=tmp_path) as s:
         collect_all(s, [Request(problem, (), 4), Request(problem, PREFIX, 4)])
         collect_all(s, [Request(problem, (), 4, repeat=1)])
@@ -702,10 +752,10 @@ def test_an_image_is_read_once_until_its_problem_is_released(stub, tmp_path, mon
 
 def test_an_image_that_cannot_be_read_is_a_failure(stub, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
-    asked = [Request(Problem(name, "Why?", "1", f"{name}.png"), (), 2) for name in ("missing", "bad")]
+    asked = [Request(Problem(name, "Why?", "1", (f"{name}.png",)), (), 2) for name in ("missing", "bad")]
     server, good = stub(), requests(2, 2)
     with sampler(server, folder=tmp_path) as s:
         answers = collect_all(s, [*asked, *good])
     for request in asked:
-        assert str(tmp_path / request.problem.image) in answers.pop(request).reason
+        assert str(tmp_path / request.problem.images[0]) in answers.pop(request).reason
     assert answers == expected(good) and len(server.bodies) == 4

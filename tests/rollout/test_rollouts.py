@@ -11,21 +11,22 @@ import pytest
 from PIL import Image
 
 from mmprm_jax import answers
+from mmprm_jax.answers.workers import Verifier
 from mmprm_jax.data.encode import Language, file_pixels
 from mmprm_jax.data.images import tiles
 from mmprm_jax.data.prompts import INTERNVL_SYSTEM, PAPER_TASK, split_segments
 from mmprm_jax.models.tokenizer import Tokenizer
-from mmprm_jax.records import Failure, Problem, Request, Rollout, UserError
+from mmprm_jax.records import Failure, Grading, Problem, Request, Rollout, UserError
 from mmprm_jax.rollout.engine import Engine, Sample
 from mmprm_jax.rollout.rollouts import LocalSampler, request_key
 from mmprm_jax.rollout.sampling import Sampling
 
 WORDS = ["user", "assistant", "how", "many", "so", *map(str, range(8))]
 PROBLEMS = [
-    Problem("a", "how many", "1", "red.png"),
+    Problem("a", "how many", "1", ("red.png",)),
     Problem("b", "many", "2"),
-    Problem("c", "how how", "3", "gone.png"),
-    Problem("d", "many how", "4", "text.png"),
+    Problem("c", "how how", "3", ("gone.png",)),
+    Problem("d", "many how", "4", ("text.png",)),
 ]
 STEPS = ("<step> so 1 </step>", "<step> so 2 so </step>")
 
@@ -123,11 +124,11 @@ def folder(tmp_path):
 
 def test_file_pixels(folder, tiny):
     pixels = file_pixels(folder, tiny.cfg, 3)
-    found = pixels(PROBLEMS[0])
+    (found,) = pixels(PROBLEMS[0])
     assert found.dtype == np.uint8 and found.shape[1:] == (8, 8, 3) and len(found) > 1
     np.testing.assert_array_equal(found, tiles(Image.open(f"{folder}/red.png"), 3, 8))
-    assert len(file_pixels(folder, tiny.cfg, 1)(PROBLEMS[0])) == 1
-    assert pixels(PROBLEMS[1]) is None
+    assert len(*file_pixels(folder, tiny.cfg, 1)(PROBLEMS[0])) == 1
+    assert pixels(PROBLEMS[1]) == []
     with pytest.raises(UserError, match="gone.png: image not found"):
         pixels(PROBLEMS[2])
 
@@ -182,7 +183,7 @@ class Verify:
 
     def __call__(self, pairs):
         self.calls.append(list(pairs))
-        return [bool(answers.equal(gold, answer)) for answer, gold in pairs]
+        return [bool(answers.equal(gold, answer)) for answer, gold, _ in pairs]
 
 
 @pytest.fixture
@@ -212,11 +213,11 @@ def test_collect(rig, tokenizer, tiny):
     sampler.submit(requests[:4])
     sampler.submit(requests[4:])
     for group, request in zip(engine.submitted, requests, strict=True):
-        count = 0 if request.problem.image is None else len(group.pixels)
+        count = 0 if not request.problem.images else len(group.pixels)
         assert group.prefix == tuple(sampler.language.prompt(request.problem.question, request.prefix, count))
         assert (group.problem, group.n, group.sampling.temperature) == (request.problem.id, 4, 0.7)
         assert group.key.tolist() == request_key(5, "search", request).tolist()
-        assert (group.pixels is None) == (request.problem.image is None)
+        assert (group.pixels is None) == (not request.problem.images)
     assert len({group.id for group in engine.submitted}) == len(requests)
     assert opened == {"a": 1, "b": 1}  # an image is opened once
     found = []
@@ -227,7 +228,7 @@ def test_collect(rig, tokenizer, tiny):
         assert rollouts == expected_rollouts(request, tokenizer)
         assert all(type(rollout.correct) is bool for rollout in rollouts)
     assert sampler.collect() == []
-    assert verify.calls[-1] == [("1", "1"), ("2", "1"), (None, "1"), ("1", "1")]
+    assert verify.calls[-1] == [(answer, "1", Grading()) for answer in ("1", "2", None, "1")]
     assert all(calls for calls in verify.calls)  # never asked for nothing
 
 
@@ -308,3 +309,33 @@ def test_with_an_engine(tokenizer, tiny, mesh, folder):
     assert len({r.n_tokens for group in found for r, _ in group}) > 1
     again = [dataclasses.replace(request, repeat=1) for request in requests]
     assert [[r for r, _ in group] for group in local.solve(again)] != [[r for r, _ in group] for group in found]
+
+
+def test_two_images_and_a_choice(tiny, folder):
+    """MathVista's way: the gold answer is a choice's text, rollouts say its letter. Both images stand in the prompt."""
+    Image.new("RGB", (8, 8), (30, 200, 30)).save(f"{folder}/green.png")
+    tokenizer = Tokenizer.from_words([*WORDS, "A", "B", "(B)"])
+    texts = ["<step> so </step> <answer> B </answer>", "<answer> A </answer>", "<answer> (B) 4 </answer>",
+             "<answer> 4 </answer>", "<answer> 3 </answer>"]  # fmt: skip
+    engine, language = FakeEngine(tokenizer, {"p": texts}), Language.own(tokenizer, tiny.cfg)
+    names = ("red.png", "green.png")
+    problem = Problem("p", "how <image> many <image> so", "4", names, grading=Grading.of(["3", "4"], kind="choice"))
+    with Verifier(0) as verify:
+        sampler = LocalSampler(engine, language, file_pixels(folder, tiny.cfg, 3), Sampling(), 0, "search", verify)
+        sampler.submit([Request(problem, STEPS[:1], 5)])
+        ((_, rollouts),) = sampler.collect()
+    assert [r.correct for r in rollouts] == [True, False, True, True, False]
+    (group,) = engine.submitted
+    red, green = (tiles(Image.open(f"{folder}/{name}"), 3, 8) for name in names)
+    assert len(red) > len(green) == 1
+    np.testing.assert_array_equal(group.pixels, np.concatenate([red, green]))
+    image = ["<img>" + "<IMG_CONTEXT>" * 4 * len(x) + "</img>" for x in (red, green)]
+    asked = f"<|im_start|>user how {image[0]} many {image[1]} so<|im_end|><|im_start|>assistant {STEPS[0]}"
+    assert "".join(tokenizer.decode(group.prefix).split()) == "".join(asked.split())
+
+
+def test_placeholders_that_do_not_fit_the_images_are_a_failure(rig):
+    sampler = rig[0]
+    problem = Problem("a", "how <image> many", "1", ("red.png", "red.png"))
+    sampler.submit([Request(problem, (), 1)])
+    assert "1 <image> placeholders, but 2 images" in sampler.collect()[0][1].reason

@@ -14,7 +14,7 @@ from mmprm_jax.records import Node, Problem, Rollout, StepExample, Tree
 from mmprm_jax.search import labels, omegaprm
 from mmprm_jax.search.labels import LabelSettings
 
-PROBLEM = Problem("p", "question", "1", image="i.png")
+PROBLEM = Problem("p", "question", "1", images=("i.png",))
 ALL = LabelSettings(max_paths=100, balance=False)
 
 
@@ -59,7 +59,7 @@ def test_counts_land_on_the_right_steps():
         "a b =4": [a, ab, (0, 1)],
     }
     example = found["a b c =2"]
-    assert (example.problem_id, example.question, example.image) == ("p", "question", "i.png")
+    assert (example.problem_id, example.question, example.images) == ("p", "question", ("i.png",))
 
 
 def test_solutions_are_distinct_and_ids_name_their_origin():

@@ -57,7 +57,7 @@ def trees(logged):
     logs, problems = Logs(logged), []
     for name, tree in logged.items():
         s = tree["settings"]
-        problems.append(Problem(name, s["question"], s["correct_answer"], s["image_path"]))
+        problems.append(Problem(name, s["question"], s["correct_answer"], (s["image_path"],)))
 
     def search(problem, _):
         return paper.search(problem, settings_of(logged[problem.id]))

@@ -1,6 +1,7 @@
 """The files of an annotation: what interruptions leave, damage, other problems, texts that are hard to file."""
 
 import builtins
+import dataclasses
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from etils import epath
 from toy_annotation import Interrupted, files, problems, seeded_rollouts
 
 from mmprm_jax import annotation, records
-from mmprm_jax.records import Failure, Node, Problem, Request, Rollout, Tree, UserError
+from mmprm_jax.records import Failure, Grading, Node, Problem, Request, Rollout, Tree, UserError
 from mmprm_jax.search import store as store_module
 from mmprm_jax.search.store import CachedSampler, Store, checked_line, missing, read_checked, read_trees
 
@@ -369,11 +370,14 @@ def test_a_full_part_becomes_its_shard_when_it_is_opened(tmp_path):
 # Other problems
 
 
-@pytest.mark.parametrize("change", [{"answer": "2"}, {"image": None}, {"id": "q"}, {"source": "s"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"answer": "2"}, {"images": ("j.png",)}, {"id": "q"}, {"source": "s"}, {"grading": Grading(unit="m")}],
+)
 def test_parts_of_other_problems_are_refused(tmp_path, change):
     path = part_of(tmp_path)
     before = content(tmp_path)
-    changed = [records.from_dict(Problem, vars(PROBLEMS[1]) | change) if p.id == "p1" else p for p in PROBLEMS]
+    changed = [dataclasses.replace(p, **change) if p.id == "p1" else p for p in PROBLEMS]
     with pytest.raises(UserError, match=re.escape(f"{tmp_path}: holds trees of other problems; use another --workdir")):
         open_store(tmp_path, todo=changed)
     with pytest.raises(UserError, match="other problems"):
@@ -536,7 +540,7 @@ LONE = ["\ud800", "a\udfffb", "\udc80\ud800"]  # no tokenizer should decode to i
 
 @pytest.mark.parametrize("text", TEXTS + LONE, ids=ascii)
 def test_any_text_survives(tmp_path, text):
-    problem = Problem(f"p{text}", text, text, None, text)
+    problem = Problem(f"p{text}", text, text, (), text)
     rollouts = (Rollout((text, f"<step>{text}</step>"), True, 1), Rollout((), False, 2))
     tree, request = tree_of(problem, [rollouts]), Request(problem, (text, "x"), 2)
     store = open_store(tmp_path, todo=[problem, PROBLEMS[0]])

@@ -31,8 +31,11 @@ def _bytes() -> tfds.features.FeatureConnector:
     return tfds.features.Tensor(shape=(), dtype=np.object_)
 
 
-def _image_bytes(folder: epath.Path, name: str | None) -> bytes:
-    return (folder / name).read_bytes() if name else b""
+def _image_bytes(folder: epath.Path, record: Problem | StepExample) -> bytes:
+    """Raises UserError for several images."""
+    if len(record.images) > 1:
+        raise UserError(f"{record.id}: {len(record.images)} images; an example of these data sets has one at most")
+    return (folder / record.images[0]).read_bytes() if record.images else b""
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -80,7 +83,7 @@ class MmK12(_Builder):
         for p in records.read(path, Problem):
             yield p.id, {
                 "id": p.id, "question": p.question, "answer": p.answer, "source": p.source,
-                "image": _image_bytes(self._folder, p.image),
+                "image": _image_bytes(self._folder, p),
             }  # fmt: skip
 
 
@@ -113,5 +116,5 @@ class StepLabels(_Builder):
             yield e.id, {
                 "id": e.id, "problem_id": e.problem_id, "question": e.question, "segments": list(e.segments),
                 "k": np.array(e.k, np.int32), "n": np.array(e.n, np.int32),
-                "image": _image_bytes(self._folder, e.image),
+                "image": _image_bytes(self._folder, e),
             }  # fmt: skip
