@@ -99,7 +99,7 @@ def test_the_embedded_problem_set(bucket, tmp_path):
     assert files(bucket / "data") == files(tmp_path / "data")
     assert files(bucket / "data" / "images") == files(tmp_path / "data" / "images")
     problems = records.read_all(bucket / "data" / "train.jsonl", Problem)
-    assert images.open_image(bucket / "data" / problems[0].image).size == (24, 24)
+    assert images.open_image(bucket / "data" / problems[0].images[0]).size == (24, 24)
     assert len(Tokenizer.load(bucket / "data" / "tokenizer.json")) > 10
     with pytest.raises(UserError, match=r"gs://bucket/run/data/none.png: image not found"):
         images.open_image(bucket / "data" / "none.png")
