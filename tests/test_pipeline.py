@@ -355,9 +355,9 @@ from mmprm_jax import config
 from mmprm_jax.answers.workers import Verifier
 from mmprm_jax.records import Request
 from mmprm_jax.search.store import read_trees
-from mmprm_jax.stages import Run, mesh_of, models
+from mmprm_jax.stages import Run, run_mesh, models
 run = Run(config.load(sys.argv[1]), epath.Path(sys.argv[2]))
-trees, mesh, c = read_trees(run.folder("annotate"))[:60], mesh_of(run.config), run.config
+trees, mesh, c = read_trees(run.folder("annotate"))[:60], run_mesh(run.config), run.config
 chosen = [(t, i) for t in trees for i in range(len(t.nodes)) if (i < 3)]
 with jax.set_mesh(mesh):
     policy = models.load_policy(run, c.annotate, mesh)
