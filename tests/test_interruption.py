@@ -50,7 +50,8 @@ with interruption.handling(permanent=True):
 
 def start(code, *argv, ignored=False):
     """ignored: with SIGINT ignored, as in a background job of a shell."""
-    begin = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if ignored else ""
+    begin = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # the tests themselves may run under nohup
+    begin += "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if ignored else ""
     process = subprocess.Popen(
         [sys.executable, "-c", begin + code, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
