@@ -720,11 +720,11 @@ def test_the_image_tower_runs_once_per_problem(make, groups, samples, monkeypatc
 @pytest.mark.slow
 def test_slots_are_refilled(make):
     """Samples of very different lengths: slots are never idle but at the end."""
-    rng, slots = np.random.default_rng(0), 16
+    rng, slots = np.random.default_rng(0), 48
     engine = make(max_new=64, slots=slots, samples=4, steps=32)
     groups = [
         Group(i, f"{i}", prefix_of(rng, 6), None, key_of(rng), 4, Sampling(max_new_tokens=int(most)))
-        for i, most in enumerate(rng.permutation(np.repeat([1, 2, 5, 9, 17, 30, 64], 10)))
+        for i, most in enumerate(rng.permutation(np.repeat([1, 2, 5, 9, 17, 30, 64], 45)))
     ]
     results = engine.sample(groups)
     assert [len(s.tokens) for group in results for s in group] == [
