@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mmprm_jax.cli.command import (
@@ -21,6 +21,7 @@ from mmprm_jax.cli.command import (
     at_least,
     checking_usage,
     command,
+    number,
     option,
     repeated,
 )
@@ -155,19 +156,12 @@ def _groups(figures: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------- detect
 
 
-def _share(low_too: bool) -> Callable[[str], float]:
-    """The type of a number between 0 and 1, or from 0 to 1."""
-
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (0 <= value <= 1 if low_too else 0 < value < 1):
-            raise argparse.ArgumentTypeError(f"expected a number {'from 0 to' if low_too else 'between 0 and'} 1")
-        return value
-
-    return number
+def _share(text: str) -> float:
+    """A number between 0 and 1."""
+    value = number(0, 1)(text)
+    if value in (0, 1):
+        raise argparse.ArgumentTypeError("expected a number between 0 and 1")
+    return value
 
 
 @command(
@@ -179,8 +173,8 @@ def _share(low_too: bool) -> Callable[[str], float]:
     option("--dev", "held-out rows to choose the threshold on", default=None, unset="a share of the rows",
            metavar="FILE"),
     option("--threshold", "a given one; nothing is held out", default=None, unset="chosen on held-out rows",
-           type=_share(low_too=True)),
-    option("--dev-share", "without --dev: share of the rows held out", default=0.2, type=_share(low_too=False)),
+           type=number(0, 1)),
+    option("--dev-share", "without --dev: share of the rows held out", default=0.2, type=_share),
     option("--seed", "of that share", default=0, type=int),
     JSON,
     example="mmprm detect scores.jsonl --labels=bench/vpb/test.jsonl",
