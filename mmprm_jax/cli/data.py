@@ -1,4 +1,4 @@
-"""``mmprm prepare`` and ``mmprm split``: data sets become the files that the stages read."""
+"""``mmprm prepare``, ``export`` and ``split``: data sets become the files that the stages read, and back."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import sys
 import warnings
 from pathlib import Path
 
-from mmprm_jax.cli.command import DATA, argument, at_least, checking_usage, command, number, option
+from mmprm_jax.cli.command import DATA, argument, at_least, checking_usage, command, flag, number, option
 from mmprm_jax.errors import UsageError
+
+EXPORTS = ("trl", "mm_prm", "visualprm")
 
 
 def _pair(text: str) -> tuple[float, float]:
@@ -98,6 +100,39 @@ def prepare(args: argparse.Namespace) -> None:
     print(done)
     for line in remarks:
         print(line, file=sys.stderr)
+
+
+@command(
+    "export",
+    DATA,
+    "writes trees or step labels as rows that other projects read",
+    argument("source", "trees or step labels: a file, or a stage's folder such as runs/digits/annotate"),
+    argument("target", "the file to write; images are copied to images/ beside it", type=Path, metavar="ROWS.jsonl"),
+    option("--format", "trl: stepwise supervision; mm_prm, visualprm (raw): their training files", choices=EXPORTS),
+    option("--images", "the folder that the images are relative to", default=None, type=Path,
+           unset="the run's data, or the file's folder", metavar="FOLDER"),
+    flag("--tags", "keep the tags around steps and answers, as models of our own read them"),
+    option("--mode", "how trees are labelled, as train_prm.mode", default="default", choices=("default", "paper")),
+    option("--max-paths", "solutions of a tree", default=16, type=at_least(1), metavar="N"),
+    flag("--balance", "of a tree, as many solutions ending right as ending wrong"),
+    option("--seed", "of the choice of a tree's solutions", default=0, type=at_least(0)),
+    example="mmprm export runs/digits/annotate labels/trl.jsonl --format=trl",
+)  # fmt: skip
+def export(args: argparse.Namespace) -> None:
+    """Exit code 0 also when examples were left out: they are counted on stderr."""
+    if args.target.suffix != ".jsonl":
+        raise UsageError(f"export: {args.target}: end the file's name in .jsonl")
+    if args.balance and args.max_paths == 1:
+        raise UsageError("export: --max-paths=1 with --balance, which needs at least 2")
+
+    from mmprm_jax.data.export import describe
+    from mmprm_jax.stages import export
+
+    trees = export.Trees(args.mode, args.max_paths, args.balance, args.seed)
+    written = export.export(args.source, args.target, args.format, args.images, args.tags, trees)
+    print(f"{args.target}: {written.rows} rows ({args.format})")
+    if written.left_out:
+        print(describe(written.left_out), file=sys.stderr)
 
 
 @command(

@@ -36,7 +36,9 @@ def share(value: Any, key: str) -> Label:
 
 
 def counts(k: Any, n: Any, key: str) -> Label:
-    """A label of k of n rollouts; of none there is no label. Raises UserError naming the key."""
+    """A label of k of n rollouts, or a number from 0 to 1 of 1; of none there is no label. Raises UserError."""
+    if type(k) is float and n == 1:
+        return share(k, key)
     if type(k) is not int or type(n) is not int or not 0 <= k <= n:
         raise UserError(f"{key} is {k!r:.40} of {n!r:.40}, which are no counts 0 <= k <= n")
     if n > MOST_ROLLOUTS:
