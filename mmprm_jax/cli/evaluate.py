@@ -62,7 +62,9 @@ def summary(args: argparse.Namespace) -> None:
     "bon",
     EVALUATE,
     "Best-of-N from stored candidates and scores",
-    argument("file", "ScoredCandidate rows, or rows with labels and prm_scores; JSONL or a JSON list"),
+    argument("file", "scored candidates, rows with labels and prm_scores, search-and-learn's, or mmprm score's"),
+    option("--labels", "for the latter: the file that was scored, with labels or the answer, joined by id",
+           default=None, unset="in the file", metavar="FILE"),
     option("--dev", "held-out candidates to choose the aggregator on", default=None, unset="none", metavar="FILE"),
     option("--problems", "JSONL rows with id, the category of each problem and, if any, its grading", default=None,
            unset="none", metavar="FILE"),
@@ -83,21 +85,21 @@ def bon(args: argparse.Namespace) -> None:
     from mmprm_jax.evaluation.figures import selectors
     from mmprm_jax.report.report import format_table
 
-    found = stored.read(args.file)
+    found = stored.read(args.file, args.labels)
     if args.output:
         if epath.Path(args.output).resolve() == epath.Path(args.file).resolve():
             raise UserError(f"{args.file}: would be replaced by the output; choose another --output")
         stored.write(args.output, found)
     if args.mode == "paper":
         figures = paper.evaluate(found.problems)
-        _finish(figures, paper.format_table(figures), args.json, found.bad)
+        _finish(figures, paper.format_table(figures) + _lines(found.unjudged), args.json, found.bad)
         return
     problems, bad = list(found.problems.values()), list(found.bad)
     categories, gradings = _categories_and_gradings(args.problems, args.category) if args.problems else ({}, {})
     n = max(map(len, problems), default=0) or 1
     figures, each = selectors(problems, n, without=found.without, key=best_of_n.equivalent(problems, gradings))
     if args.dev:
-        held_out = stored.read(args.dev)
+        held_out = stored.read(args.dev, args.labels)
         bad += held_out.bad
         both = set(held_out.problems) & set(found.problems)
         if both:
@@ -138,7 +140,12 @@ def _left_out(found: Any) -> str:
     from mmprm_jax.evaluation.stored import NEEDS
 
     lines = ((name, "not every" if found.field_counts[NEEDS[name]] else "no", NEEDS[name]) for name in found.without)
-    return "".join(f"\nleft out: {name} ({which} candidate has {need})" for name, which, need in lines)
+    left_out = "".join(f"\nleft out: {name} ({which} candidate has {need})" for name, which, need in lines)
+    return left_out + _lines(found.unjudged)
+
+
+def _lines(texts: Sequence[str]) -> str:
+    return "".join(f"\n{text}" for text in texts)
 
 
 def _groups(figures: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ def share(value: Any, key: str) -> Label:
 
 def counts(k: Any, n: Any, key: str) -> Label:
     """A label of k of n rollouts, or a number from 0 to 1 of 1; of none there is no label. Raises UserError."""
+    k, n = (int(x) if type(x) is float and x % 1 == 0 else x for x in (k, n))
     if type(k) is float and n == 1:
         return share(k, key)
     if type(k) is not int or type(n) is not int or not 0 <= k <= n:
