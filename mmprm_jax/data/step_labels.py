@@ -204,6 +204,8 @@ def math_shepherd(row: Mapping[str, Any], split: str) -> Item:
     """Math-Shepherd: in ``input`` every step ends with ки, in ``label`` with + or - instead."""
     said, judged = text(row, "input"), text(row, "label")
     *parts, rest = said.split(_SHEPHERD_MARK)
+    if not parts:
+        raise UserError(f"input has no {_SHEPHERD_MARK}")
     if rest.strip():
         raise UserError(f"input has a step without {_SHEPHERD_MARK} behind it: {rest.strip()!r:.60}")
     steps, labels, at = [], [], 0
@@ -214,8 +216,8 @@ def math_shepherd(row: Mapping[str, Any], split: str) -> Item:
         steps.append(part)
         labels.append(_JUDGED[judged[end]])
         at = end + 1
-    if judged[at:].strip() or not steps:
-        raise UserError("label has more than input" if steps else f"input has no {_SHEPHERD_MARK}")
+    if judged[at:].strip():
+        raise UserError("label has more than input")
     heads = list(_FIRST_STEP.finditer(steps[0]))
     if not heads:
         raise UserError('input has no "Step 1:" behind the question')
