@@ -227,7 +227,7 @@ class TrainPRM(Labels, Training):
             yield "files", f"{self.files!r}: no empty name"
         sources = self.trees + len(self.files)
         if not sources:
-            yield "files", "none, and no trees: name a file of step labels"
+            yield "trees", "none, and no files: name a file of step labels"
         if sources and self.weights and len(self.weights) != sources:
             trees = "the trees and " if self.trees else ""
             yield "weights", f"{len(self.weights)} for {trees}{len(self.files)} files; give one for each, or none"

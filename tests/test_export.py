@@ -87,10 +87,8 @@ def test_the_rows_are_those_that_the_other_projects_read(folder, tmp_path):
     }  # fmt: skip
     assert all(type(x) is float for row in found["trl"] for x in row["labels"])
     masked = found["mm_prm"][1]
-    assert masked["conversations"] == [
-        {"from": "human", "value": "Question: <image>\n<image>\nWhat?\nProcess: 3 + 4 = 7\n\nSo 7,\n\nor 7.0.<prm>\n\n7<prm>"},
-        {"from": "gpt", "value": [5 / 9, 1.0]},
-    ]  # fmt: skip
+    said = "Question: <image>\n<image>\nWhat?\nProcess: 3 + 4 = 7\n\nSo 7,\n\nor 7.0.<prm>\n\n7<prm>"
+    assert masked["conversations"] == [{"from": "human", "value": said}, {"from": "gpt", "value": [5 / 9, 1.0]}]
     assert len(masked["image"]) == 2 and "image" not in found["mm_prm"][2] and masked["prm_counts"]["n"] == [9, 1]
     assert isinstance(found["mm_prm"][0]["image"], str)
     raw = found["visualprm"][4]
