@@ -1,14 +1,18 @@
 """A PRM trained on step labels that others made: of files alone, and beside trees. Models are tiny and random."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+from test_manifest import opened, tiny_config
 from test_policy import QUESTION, STEPS, VISION, tree, write
 
-from mmprm_jax import PRM, cli, convert, open_run, records, train_prm
+from mmprm_jax import PRM, cli, convert, open_run, records, stages, train_prm
 from mmprm_jax.records import StepExample, UserError
+from mmprm_jax.sharding import make_mesh
 
 SETTINGS = dict(steps=4, batch_size=4, max_length=80, row_tiles=4, checkpoint_every=2)
 
@@ -113,7 +117,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(folder, data, mesh, tm
 
 
 @pytest.mark.slow
-def test_a_run_without_trees(tmp_path):
+def test_a_run_without_trees(tmp_path, monkeypatch):
     """No search is made; the report, and what a finished run is read with, do without."""
     rows = [
         {"prompt": "Evaluate the expression .", "completions": ["<step> 3 + 4 = 7 </step>", "<answer> 7 </answer>"],
@@ -121,15 +125,20 @@ def test_a_run_without_trees(tmp_path):
     ]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"id": i}) + "\n" for i, row in enumerate(rows)))
     cli.run(["prepare", "trl_stepwise", str(tmp_path / "rows.jsonl"), f"--output={tmp_path}"])
-    workdir = tmp_path / "run"
-    settings = [f"--config.train_prm.files={tmp_path / 'labels.jsonl'}", "--config.train_prm.trees=false"]
-    cli.run(["pipeline", "--config=configs/digits.py:smoke", f"--workdir={workdir}", *settings])
-    assert not (workdir / "annotate").exists() and (workdir / "report/index.html").exists()
-    run = open_run(workdir)
-    assert [x.k for x in run.examples()][:2] == [(0.25, 0), (0.25, 1)]
+    workdir, path = tmp_path / "run", tmp_path / "labels.jsonl"
+    monkeypatch.setattr(stages.run, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
+    config = tiny_config()
+    config = dataclasses.replace(
+        config, train_prm=dataclasses.replace(config.train_prm, trees=False, files=(str(path),))
+    )
+    with opened(workdir, config) as run:
+        stages.pipeline(run)
+    assert not (workdir / "annotate").exists()
+    assert "no search tree: step labels of files" in (workdir / "report/index.html").read_text()
+    assert [x.k for x in open_run(workdir).examples()][:2] == [(0.25, 0), (0.25, 1)]
     done = json.loads((workdir / "train_prm/done.json").read_text())
-    assert done["labels"]["steps"] == 16 and done["files"] == {str(tmp_path / "labels.jsonl"): 8}
-    assert str(tmp_path / "labels.jsonl") in done["manifest"]["made_of"]
-    (tmp_path / "labels.jsonl").write_text("")
-    with pytest.raises(UserError, match="labels.jsonl: 0 bytes"):
-        cli.run(["pipeline", "--config=configs/digits.py:smoke", f"--workdir={workdir}", *settings])
+    assert done["labels"]["steps"] == 16 and done["files"] == {str(path): 8}
+    assert str(path) in done["manifest"]["made_of"]
+    path.write_text("")
+    with pytest.raises(UserError, match="labels.jsonl: 0 bytes"), opened(workdir, config) as run:
+        stages.run_stage(run, "report")
