@@ -156,7 +156,9 @@ def _as_original(row: dict[str, Any], known: dict[str, dict[str, Any]] | None) -
     if told is None:
         raise ValueError("the file of --labels has no row of that id")
     steps = told.get("candidates", [told["steps"]] if "steps" in told else None)
-    steps = [_texts(x, f"candidates[{i}]") for i, x in enumerate(steps)] if isinstance(steps, list) else []
+    if not isinstance(steps, list):
+        raise ValueError("the row of --labels has no candidates")
+    steps = [list(_texts(x, f"candidates[{i}]") or ()) for i, x in enumerate(steps)]
     if told.get("labels") is None:
         answers = [final_answer(x) or extract.answer("\n\n".join(map(step_text, x))) for x in steps]
         labelled = _to_verify(told, "candidates", answers)
