@@ -10,8 +10,9 @@ from PIL import Image
 from test_manifest import opened, tiny_config
 from test_policy import QUESTION, STEPS, VISION, tree, write
 
-from mmprm_jax import PRM, cli, convert, open_run, records, stages, train_prm
+from mmprm_jax import PRM, cli, convert, open_run, records, schema, stages, train_prm
 from mmprm_jax.records import StepExample, UserError
+from mmprm_jax.settings import Config, TrainPRM
 from mmprm_jax.sharding import make_mesh
 
 SETTINGS = dict(steps=4, batch_size=4, max_length=80, row_tiles=4, checkpoint_every=2)
@@ -65,13 +66,27 @@ def exported_and_read_again(source, images, out):
     return counts
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setattr(stages.run, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
+
+
 @pytest.mark.slow
-def test_on_rows_of_trl_alone(folder, data, mesh, tmp_path):
-    prm = train_prm(folder, [], tmp_path / "prm", images=data, mesh=mesh, files=("trl.jsonl",), **SETTINGS)
-    loads_and_converts(tmp_path / "prm", prm, mesh)
-    assert not list((tmp_path / "prm").glob("trees-*")) and not (tmp_path / "prm/examples.jsonl").exists()
+def test_on_rows_of_trl_alone(folder, data, mesh, tmp_path, one_device):
+    """With a policy that is there, no problems and no other stage are needed."""
+    labelled = schema.given(TrainPRM, dict(trees=False, files=("trl.jsonl",), **SETTINGS))
+    config = dataclasses.replace(Config(policy=str(folder), max_tiles=2), train_prm=labelled)
+    config = dataclasses.replace(
+        config, sft=dataclasses.replace(config.sft, steps=0), data=dataclasses.replace(config.data, folder=str(data))
+    )
+    with opened(tmp_path / "run", config) as run:
+        stages.run_stage(run, "train_prm")
+    trained = tmp_path / "run/train_prm"
+    loads_and_converts(trained, open_run(tmp_path / "run").prm, mesh)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "train_prm", "train_prm_files"]
+    assert not (trained / "examples.jsonl").exists()
     assert exported_and_read_again(data / "trl.jsonl", data, tmp_path / "out") == [12] * 3
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "prm/metrics.jsonl").read_text().splitlines()]
+    losses = [json.loads(line)["loss"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert np.all(np.isfinite(losses))
 
 
@@ -117,7 +132,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(folder, data, mesh, tm
 
 
 @pytest.mark.slow
-def test_a_run_without_trees(tmp_path, monkeypatch):
+def test_a_run_without_trees(tmp_path, one_device):
     """No search is made; the report, and what a finished run is read with, do without."""
     rows = [
         {"prompt": "Evaluate the expression .", "completions": ["<step> 3 + 4 = 7 </step>", "<answer> 7 </answer>"],
@@ -126,7 +141,6 @@ def test_a_run_without_trees(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"id": i}) + "\n" for i, row in enumerate(rows)))
     cli.run(["prepare", "trl_stepwise", str(tmp_path / "rows.jsonl"), f"--output={tmp_path}"])
     workdir, path = tmp_path / "run", tmp_path / "labels.jsonl"
-    monkeypatch.setattr(stages.run, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:1]))
     config = tiny_config()
     config = dataclasses.replace(
         config, train_prm=dataclasses.replace(config.train_prm, trees=False, files=(str(path),))
