@@ -128,7 +128,9 @@ def test_what_is_wrong_is_said_before_anything_is_trained(folder, data, mesh, tm
     found = message(files=("raw.jsonl", "bad.jsonl"))
     assert f"{data / 'bad.jsonl'}, line 2: " in found and "needs counts 0 <= k <= n for each of its 3 steps" in found
     (data / "empty.jsonl").write_text("")
-    assert "no example to train on" in message(files=("empty.jsonl",))
+    assert "empty.jsonl: no step has a label" in message(files=("empty.jsonl",))
+    (data / "none.jsonl").write_text(json.dumps(json.loads(lines[0]) | {"k": [0] * 3, "n": [0] * 3}) + "\n")
+    assert "none.jsonl: no step has a label" in message(trees=[tree("p", 1)], files=("none.jsonl",))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmprm_jax.data.prompts import PLACEHOLDER, match_image_tags
-from mmprm_jax.data.sources_base import Item, Picture, Source, identity, picture, pictures_of, text
+from mmprm_jax.data.sources_base import MAX_TEXT, Item, Picture, Source, identity, picture, pictures_of, text
 from mmprm_jax.records import MOST_ROLLOUTS, StepExample, UserError
 
 IGNORED = -100  # TRL: what the loss leaves out
@@ -20,6 +20,7 @@ COUNTS = "prm_counts"  # Beta-Binomial-PRM's key, which also our own exports hav
 PROCESS = "\nProcess: "  # MM-PRM: what stands between the question and the steps
 MARK = "<prm>"  # MM-PRM: what follows a step
 ASKED, SOLVED = "### Question:", "### Solution Process:"  # VisualPRM: what stands in front of question and first step
+MAX_STEPS = 1000  # of a solution
 _TOLERANCE = 1e-3  # between a number and the counts that it comes from
 
 Label = tuple[float, int]  # k, n
@@ -73,9 +74,13 @@ def _example(
     row: Mapping[str, Any], question: str, steps: Sequence[str], labels: Sequence[Label],
     pictures: tuple[Picture, ...] = (),
 ) -> Item:  # fmt: skip
-    """Problems are told apart by question and images. Raises UserError for a row without a label."""
+    """Problems are told apart by question and images. Raises UserError for a row without a label, or too long a one."""
     if not any(n for _, n in labels):
         raise UserError("no step has a label" if steps else "there are no steps")
+    length = sum(map(len, steps))
+    if length > MAX_TEXT or len(steps) > MAX_STEPS:
+        limits = f"{MAX_STEPS} and {MAX_TEXT}"
+        raise UserError(f"its {len(steps)} steps have {length} characters; the limits are {limits}")
     question = _in_front(match_image_tags(question, len(pictures)), len(pictures)).strip()
     if not question:
         raise UserError("the question is empty")
@@ -245,6 +250,8 @@ def prm800k(row: Mapping[str, Any], split: str) -> list[Item]:
         if ends and rated:  # nobody chose: the first one ends the path
             chosen, *rated = rated
         others += [([*steps, said], [NONE] * len(steps) + [rating]) for said, rating in rated if rating[1]]
+        if len(others) > MAX_STEPS or len(steps) > MAX_STEPS:  # each repeats the steps before it
+            raise UserError(f"label.steps has more than {MAX_STEPS} steps, or other completions that were rated")
         if chosen:
             steps.append(chosen[0])
             labels.append(chosen[1])

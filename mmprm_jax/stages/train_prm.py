@@ -94,6 +94,7 @@ def label_file(config: TrainPRM, job: training.Job, number: int, path: epath.Pat
     """
 
     def examples(tiles: encode.TileCount) -> Iterator[Encoded]:
+        labelled = 0
         for line, example in records.read_numbered(path, StepExample):
             try:
                 encoded = language.steps(example, tiles)
@@ -104,7 +105,10 @@ def label_file(config: TrainPRM, job: training.Job, number: int, path: epath.Pat
                     f"{path}, line {line}: {example.id} has a label that is no count, but train_prm.label="
                     f"{config.label} needs k of n; choose soft or hard"
                 )
+            labelled += sum(n > 0 for n in example.n)
             yield encoded
+        if not labelled:
+            raise UserError(f"{path}: no step has a label, so there is nothing to train on")
 
     return training.training_set(
         job, f"labels-{number}-{path.stem}", "labels", language, [path], path.parent, examples, label=config.label
