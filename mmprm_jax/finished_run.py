@@ -54,8 +54,18 @@ class FinishedRun:
         return store.iter_trees(folder)
 
     def examples(self) -> list[StepExample]:
-        """The step labels that the PRM was trained on."""
-        return records.read_all(self._file("train_prm", "examples.jsonl"), StepExample)
+        """The step labels that the PRM was trained on: of the trees, whose images are relative to the run's data, then
+        of files, with their images by paths that can be opened from here."""
+        config, data, found = self.config.train_prm, self.config.data.folder or self.workdir / "data", []
+        self._stage("train_prm")
+        if config.trees:
+            found += records.read_all(self._file("train_prm", "examples.jsonl"), StepExample)
+        for name in config.files:
+            path = self._file("train_prm", name, epath.Path(data))
+            for example in records.read_all(path, StepExample):
+                images = tuple(str(path.parent / image) for image in example.images)
+                found.append(dataclasses.replace(example, images=images))
+        return found
 
     def candidates(self, split: str = "test") -> dict[str, list[ScoredCandidate]]:
         """The scored candidates of dev or test, by the ids of their problems."""

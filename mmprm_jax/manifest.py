@@ -72,7 +72,9 @@ def reads(run: Run, stage: str) -> list[str]:
     c = run.config
     if stage == "annotate" and (c.annotate.policy or c.annotate.servers or (c.policy and not c.sft.steps)):
         return [] if c.data.folder else ["data"]  # a policy that is there
-    return list(READS[stage])
+    if stage == "train_prm" and not c.train_prm.trees and c.policy and not c.sft.steps:
+        return []  # step labels that are there, too
+    return [name for name in READS[stage] if c.train_prm.trees or name != "annotate"]
 
 
 def read_done(folder: epath.Path, remedy: str) -> dict[str, Any] | None:

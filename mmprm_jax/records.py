@@ -25,6 +25,7 @@ from mmprm_jax import io
 from mmprm_jax.errors import UserError as UserError
 
 KINDS = ("number", "choice", "expression", "equation", "interval", "tuple", "list", "text")  # of answers
+MOST_ROLLOUTS = 2**24  # of a label: whole numbers up to there are exact in float32
 _MOST_OPTIONS = 26
 _MOST_DECIMALS = 40
 
@@ -178,15 +179,35 @@ class Tree:
 
 @dataclasses.dataclass(frozen=True)
 class StepExample(_Illustrated):
-    """A solution with Monte Carlo counts per step: k[i] of n[i] rollouts from segments[: i + 1] were right."""
+    """A solution with a label per step: k[i] of n[i] rollouts from segments[: i + 1] were right.
+
+    Labels that others made are counts, too: right or wrong is k = 1 or 0 of n = 1, and a number v in [0, 1], which is
+    no count of anything, is k = v of n = 1.
+    """
 
     id: str
     problem_id: str
     question: str
     segments: tuple[str, ...]
-    k: tuple[int, ...]
+    k: tuple[float, ...]  # whole numbers, but for labels that were numbers in [0, 1]
     n: tuple[int, ...]  # 0: this prefix was not estimated and carries no label
     images: tuple[str, ...] = ()
+
+    @property
+    def counted(self) -> bool:
+        """Whether every label is a count."""
+        return all(k % 1 == 0 for k in self.k)
+
+    def check(self) -> None:
+        """Raises ValueError unless there are labels as above for each step."""
+        lengths = {len(self.segments), len(self.k), len(self.n)}
+        if len(lengths) > 1 or not all(0 <= k <= n for k, n in zip(self.k, self.n, strict=False)):
+            raise ValueError(f"needs counts 0 <= k <= n for each of its {len(self.segments)} steps")
+        if max(self.n, default=0) > MOST_ROLLOUTS:
+            raise ValueError(f"n {max(self.n)} is more than {MOST_ROLLOUTS}")
+        for k, n in zip(self.k, self.n, strict=True):
+            if k % 1 and n != 1:
+                raise ValueError(f"k {k!r} of n {n} is no whole number, which only a label of n 1 may be")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,6 +411,12 @@ def read(path: epath.PathLike, cls: type[Record]) -> Iterator[Record]:
 
     Raises UserError naming the file and the line of the first bad one.
     """
+    for _, record in read_numbered(path, cls):
+        yield record
+
+
+def read_numbered(path: epath.PathLike, cls: type[Record]) -> Iterator[tuple[int, Record]]:
+    """As ``read``, with the number of each record's line, from 1."""
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file; the stage that writes it has not run, or the path is wrong")
@@ -410,7 +437,7 @@ def read(path: epath.PathLike, cls: type[Record]) -> Iterator[Record]:
                 record = from_dict(cls, row, unknown)
             except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
-            yield record
+            yield number, record
 
 
 def read_all(path: epath.PathLike, cls: type[Record]) -> list[Record]:

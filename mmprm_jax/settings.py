@@ -201,8 +201,11 @@ class Labels(Section):
 
 @dataclasses.dataclass(frozen=True)
 class TrainPRM(Labels, Training):
-    """Step labels from the trees, and the training of the PRM."""
+    """Step labels from the trees, from files or both, and the training of the PRM."""
 
+    trees: bool = setting(True, "step labels of the run's trees; false: of the files alone")
+    files: tuple[str, ...] = setting((), "step labels that mmprm prepare wrote: in the data's folder, or whole paths")
+    weights: tuple[float, ...] = setting((), "of the trees, then of each file: sampling; empty: by length", above=0)
     mode: str = setting("default", "paper: one label per node, all steps of a right rollout right", choices=EXAMPLES)
     label: str = setting("soft", "k / n; hard: is k / n above the threshold; beta_binomial: k of n", choices=LABELS)
     threshold: float = setting(0.0, "of hard labels, on k / n", low=0, high=1)
@@ -220,6 +223,14 @@ class TrainPRM(Labels, Training):
         yield from Training.rules(self)
         if self.steps == 0:
             yield "steps", "0 is not allowed; a PRM has to be trained"
+        if not all(self.files):
+            yield "files", f"{self.files!r}: no empty name"
+        sources = self.trees + len(self.files)
+        if not sources:
+            yield "trees", "none, and no files: name a file of step labels"
+        if sources and self.weights and len(self.weights) != sources:
+            trees = "the trees and " if self.trees else ""
+            yield "weights", f"{len(self.weights)} for {trees}{len(self.files)} files; give one for each, or none"
 
 
 @dataclasses.dataclass(frozen=True)

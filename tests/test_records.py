@@ -105,7 +105,7 @@ def test_bad_row_names_file_and_line(tmp_path, bad, wanted):
 @pytest.mark.parametrize(
     "values, wanted",
     [({"segments": "s1"}, "segments must be a list, found 's1'"), ({"segments": ["s1", 2]}, "a list of texts"),
-     ({"k": 3}, "k must be a list"), ({"k": [1, "2"]}, "k must be a list of whole numbers"),
+     ({"k": 3}, "k must be a list"), ({"k": [1, "2"]}, "k must be a list of numbers"),
      ({"n": [1.5, 2]}, "n must be a list of whole numbers")],
 )  # fmt: skip
 def test_lists_are_lists(tmp_path, values, wanted):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -93,6 +94,22 @@ def at_least(low: int) -> Callable[[str], int]:
         return value
 
     return whole
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """The type of an option that takes a finite number in a range."""
+
+    def parsed(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            allowed = f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number of at least {low:g}"
+            raise argparse.ArgumentTypeError(f"expected {allowed}, got {text!r}")
+        return value
+
+    return parsed
 
 
 JSON = option("--json", "a file for all figures", default=None, unset="none", metavar="FILE")

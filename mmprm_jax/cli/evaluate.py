@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mmprm_jax.cli.command import (
@@ -21,6 +21,7 @@ from mmprm_jax.cli.command import (
     at_least,
     checking_usage,
     command,
+    number,
     option,
     repeated,
 )
@@ -61,7 +62,9 @@ def summary(args: argparse.Namespace) -> None:
     "bon",
     EVALUATE,
     "Best-of-N from stored candidates and scores",
-    argument("file", "ScoredCandidate rows, or rows with labels and prm_scores; JSONL or a JSON list"),
+    argument("file", "scored candidates, rows with labels and prm_scores, search-and-learn's, or mmprm score's"),
+    option("--labels", "for the latter: the file that was scored, with labels or the answer, joined by id",
+           default=None, unset="in the file", metavar="FILE"),
     option("--dev", "held-out candidates to choose the aggregator on", default=None, unset="none", metavar="FILE"),
     option("--problems", "JSONL rows with id, the category of each problem and, if any, its grading", default=None,
            unset="none", metavar="FILE"),
@@ -82,21 +85,21 @@ def bon(args: argparse.Namespace) -> None:
     from mmprm_jax.evaluation.figures import selectors
     from mmprm_jax.report.report import format_table
 
-    found = stored.read(args.file)
+    found = stored.read(args.file, args.labels)
     if args.output:
         if epath.Path(args.output).resolve() == epath.Path(args.file).resolve():
             raise UserError(f"{args.file}: would be replaced by the output; choose another --output")
         stored.write(args.output, found)
     if args.mode == "paper":
         figures = paper.evaluate(found.problems)
-        _finish(figures, paper.format_table(figures), args.json, found.bad)
+        _finish(figures, paper.format_table(figures) + _lines(found.unjudged), args.json, found.bad)
         return
     problems, bad = list(found.problems.values()), list(found.bad)
     categories, gradings = _categories_and_gradings(args.problems, args.category) if args.problems else ({}, {})
     n = max(map(len, problems), default=0) or 1
     figures, each = selectors(problems, n, without=found.without, key=best_of_n.equivalent(problems, gradings))
     if args.dev:
-        held_out = stored.read(args.dev)
+        held_out = stored.read(args.dev, args.labels)
         bad += held_out.bad
         both = set(held_out.problems) & set(found.problems)
         if both:
@@ -137,7 +140,12 @@ def _left_out(found: Any) -> str:
     from mmprm_jax.evaluation.stored import NEEDS
 
     lines = ((name, "not every" if found.field_counts[NEEDS[name]] else "no", NEEDS[name]) for name in found.without)
-    return "".join(f"\nleft out: {name} ({which} candidate has {need})" for name, which, need in lines)
+    left_out = "".join(f"\nleft out: {name} ({which} candidate has {need})" for name, which, need in lines)
+    return left_out + _lines(found.unjudged)
+
+
+def _lines(texts: Sequence[str]) -> str:
+    return "".join(f"\n{text}" for text in texts)
 
 
 def _groups(figures: dict[str, Any]) -> str:
@@ -155,19 +163,12 @@ def _groups(figures: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------- detect
 
 
-def _share(low_too: bool) -> Callable[[str], float]:
-    """The type of a number between 0 and 1, or from 0 to 1."""
-
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (0 <= value <= 1 if low_too else 0 < value < 1):
-            raise argparse.ArgumentTypeError(f"expected a number {'from 0 to' if low_too else 'between 0 and'} 1")
-        return value
-
-    return number
+def _share(text: str) -> float:
+    """A number between 0 and 1."""
+    value = number(0, 1)(text)
+    if value in (0, 1):
+        raise argparse.ArgumentTypeError("expected a number between 0 and 1")
+    return value
 
 
 @command(
@@ -179,8 +180,8 @@ def _share(low_too: bool) -> Callable[[str], float]:
     option("--dev", "held-out rows to choose the threshold on", default=None, unset="a share of the rows",
            metavar="FILE"),
     option("--threshold", "a given one; nothing is held out", default=None, unset="chosen on held-out rows",
-           type=_share(low_too=True)),
-    option("--dev-share", "without --dev: share of the rows held out", default=0.2, type=_share(low_too=False)),
+           type=number(0, 1)),
+    option("--dev-share", "without --dev: share of the rows held out", default=0.2, type=_share),
     option("--seed", "of that share", default=0, type=int),
     JSON,
     example="mmprm detect scores.jsonl --labels=bench/vpb/test.jsonl",

@@ -132,16 +132,16 @@ class Language:
     def steps(self, example: StepExample, tiles: TileCount) -> Encoded:
         """Prompt and steps, ``k`` and ``n`` where a step's score stands and 0 elsewhere.
 
-        Raises UserError unless there are counts 0 <= k <= n for each step.
+        ``k`` is int32, or float32 where a label is no count. Raises UserError as ``StepExample.check``.
         """
-        lengths = {len(example.segments), len(example.k), len(example.n)}
-        if len(lengths) > 1 or not all(0 <= k <= n for k, n in zip(example.k, example.n, strict=False)):
-            raise UserError(
-                f"step example {example.id}: needs counts 0 <= k <= n for each of its {len(example.segments)} steps"
-            )
+        try:
+            example.check()
+        except ValueError as error:
+            raise UserError(f"step example {example.id}: {error}") from None
         counts = [tiles(name) for name in example.images]
         ids, marks = self.solution(example.question, example.segments, counts)
-        k, n = np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32)
+        k = np.zeros(len(ids), np.int32 if example.counted else np.float32)
+        n = np.zeros(len(ids), np.int32)
         k[marks], n[marks] = example.k, example.n
         return Encoded(example.id, np.array(ids, np.int32), {"k": k, "n": n}, _images(example.images, counts))
 

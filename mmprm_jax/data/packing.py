@@ -39,10 +39,11 @@ def stream(sets: Sequence[TrainingSet], weights: Sequence[float], seed: int) -> 
     if len(weights) != len(sets) or min(weights, default=0) <= 0:
         raise UserError(f"weights {tuple(weights)}: need one for each of the {len(sets)} sets, greater than 0")
     total, start, parts = sum(map(len, sets)), 0, []
+    dtypes = label_dtypes(sets)
     for i, data in enumerate(sets):
         order = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
         part = grain.MapDataset.range(len(data)).shuffle(seed=order).repeat()
-        parts.append(part.map_with_index(_Read(data, start, total)))
+        parts.append(part.map_with_index(_Read(data, start, total, dtypes)))
         start += len(data)
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
 
@@ -54,12 +55,23 @@ class _Read:
     data: TrainingSet
     start: int
     total: int
+    dtypes: Mapping[str, np.dtype]  # of the labels
 
     def __call__(self, position: int, row: int) -> dict[str, np.ndarray]:
         example = self.data[row]
         code = position // len(self.data) * self.total + self.start + row + 1
         tiles = np.ones(example.tiles, np.int8)
-        return {"tokens": example.tokens, **example.labels, "tiles": tiles, "example": np.array([code])}
+        labels = {name: example.labels[name].astype(dtype, copy=False) for name, dtype in self.dtypes.items()}
+        return {"tokens": example.tokens, **labels, "tiles": tiles, "example": np.array([code])}
+
+
+def label_dtypes(sets: Sequence[TrainingSet]) -> Mapping[str, np.dtype]:
+    """The dtypes of the labels of all sets: those of the set that has step labels of files, if there is one.
+
+    A row holds examples of several sets, and has room for whole numbers only if all labels are.
+    """
+    kinds = [data.kind for data in sets]
+    return LABELS["labels" if "labels" in kinds else kinds[0]]
 
 
 def pack(examples: grain.IterDataset, sizes: Sizes, labels: Sequence[str], seed: int) -> grain.IterDataset:
@@ -95,4 +107,4 @@ def rows(sets: Sequence[TrainingSet], weights: Sequence[float], sizes: Sizes, se
                 f" {sizes.tiles}; delete the file and run the stage again"
             )
     read = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
-    return pack(stream(sets, weights, seed).to_iter_dataset(read), sizes, list(LABELS[sets[0].kind]), seed)
+    return pack(stream(sets, weights, seed).to_iter_dataset(read), sizes, list(label_dtypes(sets)), seed)

@@ -1,6 +1,6 @@
 """``mmprm prepare``: a named data set into the files that the stages read.
 
-    OUTPUT/NAME.jsonl              the records (NAME: the split, "sft" for demonstrations)
+    OUTPUT/NAME.jsonl              the records (NAME: the split, "sft" for demonstrations, "labels" for step labels)
     OUTPUT/images/ab/abcd….png     the images as they were encoded, by the hash of their bytes
     OUTPUT/prepare/NAME/           refused.jsonl, removed.jsonl, benchmark.jsonl (of a benchmark) and summary.json
 
@@ -24,7 +24,8 @@ from mmprm_jax import interruption, records
 from mmprm_jax import io as files
 from mmprm_jax.data import decontaminate, images, sources, sources_files
 from mmprm_jax.data.rewriter import Rewriter
-from mmprm_jax.data.sources_base import Item, Picture, Refused, replace_fields
+from mmprm_jax.data.selection import Selection, select
+from mmprm_jax.data.sources_base import Item, Picture, Refused, Source, replace_fields
 from mmprm_jax.metrics import progress
 from mmprm_jax.records import Problem, UserError
 
@@ -39,13 +40,14 @@ class Settings:
     path: str
     output: Path
     split: str = "train"
-    name: str = ""  # of the file of records; "": the split, or "sft"
+    name: str = ""  # of the file of records; "": the split, "sft" or "labels"
     limit: int = 0  # good rows; 0: all
     against: tuple[Path, ...] = ()  # prepared benchmarks
     rewriter: Rewriter | None = None
+    selection: Selection = Selection()  # of step labels
 
 
-class _Images:
+class Images:
     """Copies the images of rows into the output folder."""
 
     def __init__(self, files: sources_files.ImageFiles, output: Path):
@@ -111,7 +113,9 @@ def _kind(reason: str) -> str:
 def _held_out(summary: Path) -> bool:
     """Whether prepared rows are no training data, which may lie beside a benchmark. Raises UserError."""
     try:
-        return json.loads(summary.read_text(encoding="utf-8"))["split"] != "train"
+        found = json.loads(summary.read_text(encoding="utf-8"))
+        source = sources.SOURCES.get(found["source"])
+        return found["split"] != "train" and not (source and source.kind == "labels")
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{summary}: damaged; run mmprm prepare again") from None
 
@@ -145,7 +149,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """Prepares a source. Returns the summary. Raises UserError when no row at all was good."""
     source = sources.find(settings.source)
     located = sources.locate(source, settings.path, settings.split, settings.output)
-    name = settings.name or ("sft" if source.kind == "sft" else settings.split)
+    name = settings.name or (source.kind if source.kind in ("sft", "labels") else settings.split)
     target = settings.output / f"{name}.jsonl"
     if target.resolve() in [path.resolve() for path in located.files]:
         raise UserError(f"{target}: is read, and would be replaced; choose another --output or --name")
@@ -156,11 +160,13 @@ def run(settings: Settings) -> dict[str, Any]:
     )
     folder = settings.output / FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = _Images(sources_files.ImageFiles(located, source.image_folders), settings.output)
+    pictures = Images(sources_files.ImageFiles(located, source.image_folders), settings.output)
     scoring: list[dict[str, Any]] = []
+    left_out: collections.Counter[str] = collections.Counter()
     with _replacing(folder / "refused.jsonl") as refused, _replacing(folder / "removed.jsonl") as removed:
         report = _Report(refused, removed)
-        rows = _select(sources.items(source, located, settings.split), pictures, benchmarks, report, settings.limit)
+        rows = _rows(source, located, settings, left_out)
+        rows = _select(rows, pictures, benchmarks, report, settings.limit)
         if settings.rewriter:
             rows = settings.rewriter.rewrite(rows)
         with progress(None, f"prepare {source.name}", "row") as bar:
@@ -172,6 +178,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "removed_by_match": dict(sorted(report.matches.items())), "benchmark_problems": len(benchmarks or ()),
         "blank_images": sorted(pictures.blank),
         **({"rewriter": settings.rewriter.figures()} if settings.rewriter else {}),
+        **({"left_out": dict(sorted(left_out.items()))} if settings.selection else {}),
     }  # fmt: skip
     if scoring:
         with _replacing(folder / "benchmark.jsonl") as file:
@@ -184,8 +191,26 @@ def run(settings: Settings) -> dict[str, Any]:
         raise UserError(
             f"{settings.path}: none of {report.rows} rows became a record of {source.name}: {summary['refused']} were"
             f" refused, {summary['removed']} removed as copies of a benchmark's; each is listed in {folder}"
+            + _not_selected(left_out)
         )
     return summary
+
+
+def _rows(
+    source: Source, located: sources_files.Located, settings: Settings, left_out: collections.Counter
+) -> Iterable[Item | Refused]:
+    """The rows of the source that the settings select."""
+
+    def read() -> Iterator[Item | Refused]:
+        return sources.items(source, located, settings.split)
+
+    return select(read, settings.selection, left_out) if settings.selection else read()
+
+
+def _not_selected(left_out: Mapping[str, int]) -> str:
+    """What ``selection.select`` counted, in words; empty for nothing."""
+    rows = left_out.get("rows_bis", 0), left_out.get("rows_certain", 0)
+    return f"; not selected: {rows[0]} rows by their score, {rows[1]} as uncertain" if any(rows) else ""
 
 
 def _to_records(rows: Iterable[Item], scoring: list[dict[str, Any]], bar: Any) -> Iterator[Any]:
@@ -198,7 +223,7 @@ def _to_records(rows: Iterable[Item], scoring: list[dict[str, Any]], bar: Any) -
 
 
 def _select(
-    rows: Iterable[Item | Refused], pictures: _Images, benchmarks: decontaminate.BenchmarkIndex | None, report: _Report,
+    rows: Iterable[Item | Refused], pictures: Images, benchmarks: decontaminate.BenchmarkIndex | None, report: _Report,
     limit: int,
 ) -> Iterator[Item]:  # fmt: skip
     """The items that are to be written, with their images in place."""
@@ -240,6 +265,9 @@ def describe(settings: Settings, summary: Mapping[str, Any]) -> Iterator[str]:
     """What was written, then a line for each kind of row or image that the user may want to image_fingerprint at."""
     folder = settings.output / FOLDER / Path(summary["file"]).stem
     yield f"{settings.output / summary['file']}: {summary['written']} of {summary['rows']} rows of {summary['source']}"
+    left_out = summary.get("left_out", {})
+    if any(left_out.values()):
+        yield f"{_not_selected(left_out)[2:]}; {left_out.get('steps_certain', 0)} uncertain labels of other rows"
     for kind, by in (("refused", "refused_by_reason"), ("removed", "removed_by_match")):
         if summary[kind]:
             top = "; ".join(f"{count} x {reason}" for reason, count in list(summary[by].items())[:8])

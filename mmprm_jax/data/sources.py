@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmprm_jax.data import sources_files
+from mmprm_jax.data import sources_files, step_labels
 from mmprm_jax.data.benchmarks import BENCHMARKS
 from mmprm_jax.data.prompts import PLACEHOLDER, match_image_tags
 from mmprm_jax.data.sources_base import (
@@ -182,7 +182,8 @@ _TRAINING = (
     Source("numina_math_cot", "sft", "AI-MO/NuminaMath-CoT", _splits(*_ANYTHING), _written("problem", "solution")),
     Source("dart_math", "sft", "hkust-nlp/dart-math-hard", _splits(*_ANYTHING), _written("query", "response")),
 )  # fmt: skip
-SOURCES: Mapping[str, Source] = {source.name: source for source in _TRAINING} | BENCHMARKS
+_LABELS = step_labels.sources(_ANYTHING, BENCHMARKS["processbench"].files)
+SOURCES: Mapping[str, Source] = {source.name: source for source in (*_TRAINING, *_LABELS)} | BENCHMARKS
 
 
 def find(name: str) -> Source:
@@ -203,8 +204,8 @@ def locate(source: Source, path_or_id: str, split: str, output: Path | None = No
 def read(name: str, path_or_id: str, split: str) -> Iterator[Item | Refused]:
     """The rows of a source in order, each an Item or Refused; streams. Raises UserError when there is no such source.
 
-    Records have the source's name in ``source`` and unique ids: "" becomes NAME-FILE-ROW, an id seen before with other
-    content gets "~2", "~3" … behind it, and the same content under the same id is refused.
+    Records have the source's name in ``source``, if they have that, and unique ids: "" becomes NAME-FILE-ROW, an id
+    seen before with other content gets "~2", "~3" … behind it, and the same content under the same id is refused.
     """
     source = find(name)
     yield from items(source, locate(source, path_or_id, split), split)
@@ -219,21 +220,28 @@ def items(source: Source, located: Located, split: str) -> Iterator[Item | Refus
             continue
         given = identity(row.value, "id", "pid", "sample_index") or None
         try:
-            item = source.parse(row.value, split)
+            found = source.parse(row.value, split)
         except UserError as error:
             yield Refused(row.file, row.number, given, str(error))
             continue
-        id_ = item.record.id or f"{source.name}-{row.file}-{row.number}"
-        content = (to_json(item.record) + repr(item.pictures)).encode(errors="surrogatepass")
-        digest = hashlib.blake2b(content, digest_size=8).digest()
-        same = seen.setdefault(id_, [])
-        if digest in same:
-            yield Refused(row.file, row.number, given, "the same row, id included, came before")
-            continue
-        same.append(digest)
-        if len(same) > 1:
-            next_one = f"{id_}~{len(same)}"
-            id_ = f"{id_}~{digest.hex()}" if next_one in seen else next_one  # a row may be called so
-            seen[id_] = [digest]
-        record = replace_fields(item.record, id=id_, source=source.name)
-        yield dataclasses.replace(item, record=record, file=row.file, row=row.number)
+        for item in [found] if isinstance(found, Item) else found:
+            yield _named(source, row, given, item, seen)
+
+
+def _named(
+    source: Source, row: sources_files.Row, given: str | None, item: Item, seen: dict[str, list[bytes]]
+) -> Item | Refused:
+    """The item with the id and the source of its record. given: the row's own id; seen: as in ``items``."""
+    id_ = item.record.id or f"{source.name}-{row.file}-{row.number}"
+    content = (to_json(item.record) + repr(item.pictures)).encode(errors="surrogatepass")
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    same = seen.setdefault(id_, [])
+    if digest in same:
+        return Refused(row.file, row.number, given, "the same row, id included, came before")
+    same.append(digest)
+    if len(same) > 1:
+        next_one = f"{id_}~{len(same)}"
+        id_ = f"{id_}~{digest.hex()}" if next_one in seen else next_one  # a row may be called so
+        seen[id_] = [digest]
+    named = {"id": id_} if source.kind == "labels" else {"id": id_, "source": source.name}
+    return dataclasses.replace(item, record=replace_fields(item.record, **named), file=row.file, row=row.number)

@@ -20,7 +20,7 @@ _SHORTEST = 64  # characters of an encoded image
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_TEXT = 100_000  # characters of a question, an answer or a response
 
-Record = Any  # Problem, SFTExample or StepDetectionExample
+Record = Any  # Problem, SFTExample, StepExample or StepDetectionExample
 Picture = str | bytes  # a path as the row has it, or an encoded image
 
 
@@ -54,15 +54,15 @@ class Refused:
 class Source:
     """A named data set.
 
-    parse: a row (JSON object, or Parquet row as Python values) and the split to an Item; raises UserError with the
-    reason when the row is bad. ``Item.record.id`` may be "": the reader then takes the place in the file.
+    parse: a row (JSON object, or Parquet row as Python values) and the split to an Item, or several; raises UserError
+    with the reason when the row is bad. ``Item.record.id`` may be "": the reader then takes the place in the file.
     """
 
     name: str
-    kind: str  # "problem", "sft" or "steps": of the records
+    kind: str  # "problem", "sft", "labels" (StepExample) or "steps" (StepDetectionExample): of the records
     hub: str  # where it is published on the Hugging Face hub; "": nowhere, or unknown
     files: Mapping[str, tuple[str, ...]]  # split to the patterns of its files, in order of preference
-    parse: Callable[[Mapping[str, Any], str], Item]
+    parse: Callable[[Mapping[str, Any], str], Item | Sequence[Item]]
     image_folders: tuple[str, ...] = ("", "images")  # where image paths may start
 
 

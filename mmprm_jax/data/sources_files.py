@@ -80,7 +80,9 @@ def locate(path_or_id: str, patterns: Sequence[str], output: Path | None = None)
         found = [name for name in names if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(Path(name).name, pattern)]
         if found:
             return Located(path, tuple(path / name for name in found), (path, trusted), revision)
+    archives = [p.name for p in sorted(path.rglob("*.zip"))]
     seen = f"; it has {', '.join(names[:5])}{' …' * (len(names) > 5)}" if names else ""
+    seen += f"; unpack {', '.join(archives[:3])} if the rows are in there" if archives else ""
     raise UserError(f"{path}: no file {' or '.join(patterns)} in this folder{seen}; name the file itself")
 
 

@@ -1,12 +1,16 @@
 """Candidates and their scores as files that others can make.
 
-Two layouts, told apart row by row; a file is JSONL or one JSON list:
+Layouts, told apart row by row; a file is JSONL or one JSON list:
 
     ours          {"candidate": {"problem_id", "segments", "answer", "correct", "logprob", "n_tokens"}, "scores": […]}
                   one row per candidate; ``problem_id``, ``correct`` and ``scores`` are enough
     the original  {"id", "question", "image_path", "solutions_splits": [[step, …], …], "labels": [0, 1, …],
                   "prm_scores": [[0.9, …], …], "answers": [text or null, …]}
                   one row per problem; ``labels`` and ``prm_scores`` are enough
+    search-and-learn  {"unique_id", "problem", "answer", "completions": [text, …], "scores": [[0.9, …], …]}
+                  one row per problem; the completions' answers are verified against ``answer``
+    `mmprm score` {"id", "scores": [[0.9, …], …]}; all else is in the file that was scored, joined by id: "candidates",
+                  and "labels" as above, or "answer", against which the candidates' answers are verified
 
 A bad row (a candidate, or a problem of the original) is left out and named; the others are read.
 """
@@ -23,8 +27,10 @@ from typing import Any
 from etils import epath
 
 from mmprm_jax import io, manifest
-from mmprm_jax.data.prompts import final_answer
-from mmprm_jax.records import Candidate, ScoredCandidate, UserError, number_text, warn_unknown
+from mmprm_jax.answers import extract
+from mmprm_jax.answers.workers import Verifier
+from mmprm_jax.data.prompts import final_answer, step_text
+from mmprm_jax.records import Candidate, Grading, ScoredCandidate, UserError, grading_of, number_text, warn_unknown
 
 # what a file must tell for these selectors to mean anything
 NEEDS = {
@@ -43,6 +49,7 @@ class Stored:
     field_counts: Counter[str]  # how many candidates have "answer", "logprob", "segments"
     rows: dict[str, dict[str, Any]]  # what else the original's rows say, by problem id
     bad: list[str]
+    unjudged: list[str] = dataclasses.field(default_factory=list)  # answers that could not be verified: wrong ones
 
     @property
     def known(self) -> set[str]:
@@ -84,9 +91,13 @@ def iter_rows(path: epath.PathLike) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", ValueError(f"not JSON ({error})")
 
 
-def read(path: epath.PathLike) -> Stored:
-    """Reads a file of either layout. Raises UserError if there is no file, or no good row in it."""
-    found = Stored({}, Counter(), {}, [])
+def read(path: epath.PathLike, truth: epath.PathLike | None = None) -> Stored:
+    """Reads a file of any layout. truth: what `mmprm score` read, for a file that it wrote.
+
+    Raises UserError if there is no file, no good row in it, or an id twice in ``truth``.
+    """
+    found, known = Stored({}, Counter(), {}, []), _by_id(truth)
+    golds: dict[str, tuple[str, Grading]] = {}
     for where, row in iter_rows(path):
         try:
             if isinstance(row, ValueError):
@@ -96,20 +107,100 @@ def read(path: epath.PathLike) -> Stored:
             if "candidate" in row:
                 scored, says = _candidate(path, row)
                 found.problems.setdefault(scored.candidate.problem_id, []).append(scored)
-            elif "prm_scores" in row:
+            else:
+                row = _as_original(row, known)
                 name = str(row["id"]) if row.get("id") is not None else where.split()[1]
                 if name in found.problems:
                     raise ValueError(f"a second row of problem {name}")
+                gold = row.pop("gold", None)
                 found.problems[name], says = _problem(name, row)
                 found.rows[name] = {k: v for k, v in row.items() if k not in _WRITTEN}
-            else:
-                raise ValueError("neither candidate (one row per candidate) nor prm_scores (one per problem) is there")
+                if gold:
+                    golds[name] = gold
             found.field_counts.update(says)
         except (ValueError, TypeError) as error:
             found.bad.append(f"{path}, {where}: {error}")
     if not found.problems:
         raise UserError("; ".join(found.bad[:3]) or f"{path}: is empty")
+    if golds:
+        _verify(found, golds)
     return found
+
+
+def _by_id(truth: epath.PathLike | None) -> dict[str, dict[str, Any]] | None:
+    """The rows of a file by their ids; None: there is no file. Raises UserError for an id that is there twice."""
+    if truth is None:
+        return None
+    known: dict[str, dict[str, Any]] = {}
+    for _, row in iter_rows(truth):
+        if isinstance(row, dict) and row.get("id") is not None and known.setdefault(str(row["id"]), row) is not row:
+            raise UserError(f"{truth}: the id {row['id']!r:.80} is there twice; rows are joined by it")
+    return known
+
+
+def _as_original(row: dict[str, Any], known: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
+    """A row per problem as the original has it. Where answers are to be verified, ``gold`` says by what, and the labels
+    are all wrong. Raises ValueError.
+    """
+    if "prm_scores" in row:
+        return dict(row)
+    if "completions" in row:
+        return _of_search_and_learn(row)
+    if "error" in row and "scores" not in row:
+        raise ValueError(f"it could not be scored: {_short(row['error'])}")
+    if not {"id", "scores"} <= row.keys():
+        raise ValueError("neither candidate (one row per candidate) nor prm_scores (one per problem) is there")
+    if known is None:
+        raise ValueError("of `mmprm score`: name the file that it read, --labels=FILE, which says what is right")
+    told = known.get(str(row["id"])) if row.get("id") is not None else None
+    if told is None:
+        raise ValueError("the file of --labels has no row of that id")
+    steps = told.get("candidates", [told["steps"]] if "steps" in told else None)
+    if not isinstance(steps, list):
+        raise ValueError("the row of --labels has no candidates")
+    steps = [list(_texts(x, f"candidates[{i}]") or ()) for i, x in enumerate(steps)]
+    if told.get("labels") is None:
+        answers = [final_answer(x) or extract.answer("\n\n".join(map(step_text, x))) for x in steps]
+        labelled = _to_verify(told, "candidates", answers)
+    else:
+        labelled = {"labels": told["labels"], "answers": told.get("answers")}
+    same = {key: told[key] for key in ("id", "question", "image_path") if key in told}
+    return {**same, "solutions_splits": steps, "prm_scores": row["scores"], **labelled}
+
+
+def _of_search_and_learn(row: dict[str, Any]) -> dict[str, Any]:
+    """Steps are told only where all completions have as many, parted by blank lines, as scores. Raises ValueError."""
+    completions, scores = _texts(row["completions"], "completions"), row.get("scores")
+    if completions is None or not isinstance(scores, list) or len(scores) != len(completions):
+        raise ValueError("completions and scores must be lists of one length")
+    name = next((row[key] for key in ("unique_id", "id") if row.get(key) is not None), None)
+    split = [text.split("\n\n") for text in completions]
+    told = all(isinstance(x, list) and len(x) == len(steps) for x, steps in zip(scores, split, strict=True))
+    same = {"id": name, "prm_scores": scores} | ({"question": row["problem"]} if "problem" in row else {})
+    labelled = _to_verify(row, "completions", [extract.answer(text) for text in completions])
+    return {**same, **labelled} | ({"solutions_splits": split} if told else {})
+
+
+def _to_verify(row: dict[str, Any], key: str, answers: list[str | None]) -> dict[str, Any]:
+    """The answers, and by what they are to be verified. Raises ValueError."""
+    gold = _answer(row.get("answer"))
+    if gold is None:
+        raise ValueError(f"answer is missing: the right one, by which those of {key} are verified")
+    return {"answers": answers, "labels": [0] * len(answers), "gold": (gold, grading_of(row.get("grading") or {}))}
+
+
+def _verify(found: Stored, golds: dict[str, tuple[str, Grading]]) -> None:
+    """Says of the candidates of these problems whether their answers are right."""
+    pairs = [(s.candidate.answer, *gold) for name, gold in golds.items() for s in found.problems[name]]
+    with Verifier() as verifier:
+        verdicts = iter(verifier(pairs))
+        unknown = verifier.unknown
+    for name in golds:
+        group = found.problems[name]
+        judged = (dataclasses.replace(s.candidate, correct=next(verdicts)) for s in group)
+        found.problems[name] = [ScoredCandidate(c, s.scores) for c, s in zip(judged, group, strict=True)]
+    if unknown:
+        found.unjudged.append(f"{unknown} of {len(pairs)} answers could not be verified, and count as wrong")
 
 
 _WRITTEN = ("solutions_splits", "labels", "prm_scores", "answers")

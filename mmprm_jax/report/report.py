@@ -363,7 +363,7 @@ def _example(tree: Tree, image_dir: epath.PathLike) -> str:
 
 def _introduction(metrics: dict, n_trees: int) -> str:
     labels, rollouts = metrics.get("labels", {}), metrics.get("rollouts", {})
-    facts = [f"{n_trees} search trees"]
+    facts = [f"{n_trees} search trees"] if n_trees else ["no search tree: step labels of files"]
     named = {"steps": "labelled steps", "examples": "training examples", "problems": "annotated problems"}
     facts += [f"{labels[key]} {name}" for key, name in named.items() if key in labels]
     facts += [f"{count} rollouts in {_escape(stage)}" for stage, count in rollouts.items()]

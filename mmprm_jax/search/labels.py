@@ -124,5 +124,5 @@ def histogram(examples: Iterable[StepExample]) -> dict[str, Any]:
         problems.add(example.problem_id)
         for k, n in zip(example.k, example.n, strict=True):
             if n > 0:
-                bins[min(9, 10 * k // n)] += 1
+                bins[min(9, int(10 * k // n))] += 1
     return {"histogram": bins, "steps": sum(bins), "examples": count, "problems": len(problems)}

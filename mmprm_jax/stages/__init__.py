@@ -74,7 +74,7 @@ def _evaluate(run: Run) -> Figures:
 
 def _report(run: Run) -> Figures:
     if is_first():
-        figures = {stage: run.figures(stage) for stage in STAGES if stage != "report"}
+        figures = {stage: run.figures(stage) for stage in manifest.reads(run, "report")}
         report.write(figures, run.folder("report"), run.folder("annotate"), run.data, run.config_text)
     return {}
 
@@ -149,10 +149,11 @@ def force(run: Run, stage: str, command: str) -> None:
 
 
 def pipeline(run: Run) -> None:
-    """All stages, and the table of results."""
+    """All stages that are needed, and the table of results."""
     check_rows(run.config, run_mesh(run.config), TRAINING)
     for stage in STAGES:
-        run_stage(run, stage)
+        if stage in ("report", *manifest.reads(run, "report")):
+            run_stage(run, stage)
     if not is_first():
         return
     print(report_page.format_table(json.loads((run.folder("report") / "metrics.json").read_text())))

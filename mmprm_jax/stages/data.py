@@ -19,9 +19,17 @@ from mmprm_jax.settings import Config
 def generate(config: Config, folder: epath.Path) -> dict[str, Any]:
     """Generates the embedded problem set into ``folder``. Returns the stage's figures."""
     settings = from_config(digits.Settings, config.data, seed=config.seed)
+    _check_labels(config, folder)
     if is_first():
         digits.generate(folder, settings)
     return {"problems": {split: getattr(settings, split) for split in digits.SPLITS}}
+
+
+def _check_labels(config: Config, data: epath.Path) -> None:
+    """Raises UserError for a file of step labels that is not there."""
+    for name in config.train_prm.files:
+        if not (data / name).exists():
+            raise UserError(f"{data / name}: no such file; train_prm.files names it")
 
 
 def take(config: Config, data: epath.Path, folder: epath.Path) -> dict[str, Any]:
@@ -35,6 +43,7 @@ def take(config: Config, data: epath.Path, folder: epath.Path) -> dict[str, Any]
     for name in config.sft.files if config.sft.steps else ():  # found before anything is trained
         if not (data / name).exists():
             raise UserError(f"{data / name}: no such file; sft.files names it")
+    _check_labels(config, data)
     if is_first() and not config.policy and not (data / "tokenizer.json").exists():
         tokenizer = Tokenizer.train_bpe(_texts(data, config.sft.files), config.data.vocab)
         tokenizer.save(folder / "tokenizer.json")

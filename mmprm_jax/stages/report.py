@@ -23,9 +23,11 @@ def write(
     seconds = {stage: found["seconds"] for stage, found in figures.items()}
     result = dict(figures["evaluate"])
     result["labels"] = figures["train_prm"]["labels"]
-    result["rollouts"] = {"annotate": figures["annotate"]["rollouts"], "evaluate": result["rollouts"]}
+    annotated = {"annotate": figures["annotate"]["rollouts"]} if "annotate" in figures else {}
+    result["rollouts"] = annotated | {"evaluate": result["rollouts"]}
     result.pop("environment", None)  # that of one stage
     result["seconds"] = seconds | {"total": sum(seconds.values())}
     folder.mkdir(parents=True, exist_ok=True)
     io.write_json(folder / "metrics.json", result)
-    report_page.write_report(folder / "index.html", result, read_trees(trees), data, config_text)
+    found = read_trees(trees) if annotated else []  # the labels are of files
+    report_page.write_report(folder / "index.html", result, found, data, config_text)

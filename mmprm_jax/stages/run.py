@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from mmprm_jax import manifest, records
 from mmprm_jax.data import digits
-from mmprm_jax.records import Problem, SFTExample
+from mmprm_jax.records import Problem, SFTExample, StepExample
 from mmprm_jax.settings import Config
 from mmprm_jax.sharding import AXES, make_mesh, make_own_mesh
 
@@ -62,11 +62,12 @@ class Run:
 
     def record_files(self) -> list[epath.Path]:
         """The files of records, and the tokenizer, that no stage wrote."""
+        given = [*self.files, *self._labels()]
         if not self.config.data.folder:
-            return list(self.files)
+            return given
         names = [f"{name}.jsonl" for name in (*digits.SPLITS, "truth")] + ["tokenizer.json", *self._demonstrations()]
         found = (self.data / name for name in dict.fromkeys(names))
-        return [*self.files, *(path for path in found if path.exists())]
+        return [*given, *(path for path in found if path.exists())]
 
     def image_files(self) -> Iterator[epath.Path]:
         """The images that the records name."""
@@ -76,6 +77,12 @@ class Run:
         for path in (self.data / name for name in self._demonstrations()):
             found = records.read(path, SFTExample) if path.exists() else ()  # reported by the stage that needs it
             yield from (path.parent / name for x in found for name in x.images)
+        for path in self._labels():
+            yield from (path.parent / name for x in records.read(path, StepExample) for name in x.images)
+
+    def _labels(self) -> list[epath.Path]:
+        """The files of step labels that are there; one that is not is reported by the stage that needs it."""
+        return [path for path in (self.data / name for name in self.config.train_prm.files) if path.exists()]
 
     def _demonstrations(self) -> Sequence[str]:
         return self.config.sft.files if self.config.sft.steps else ()

@@ -103,9 +103,10 @@ def _evaluation(base: Run, run: Run) -> evaluate.Inputs:
 def run(base: Run, settings: Sequence[tuple[Cell, Config]], grid: Grid) -> str:
     """Trains and evaluates the cells that are missing, writes the tables and returns the Markdown.
 
-    Raises UserError if the annotation has not finished, or a cell's folder belongs to other settings; Interrupted.
+    Raises UserError if the annotation has not finished and a cell needs its trees, or a cell's folder belongs to other
+    settings; Interrupted.
     """
-    if base.figures("annotate") is None:
+    if base.figures("annotate") is None and any(config.train_prm.trees for _, config in settings):
         raise UserError(f"{base.workdir}: its annotation has not finished; run `mmprm annotate` there first")
     check_on_first(lambda: manifest.check(base, ["data", "sft", "annotate"], Depth.ALL))
     folder = base.workdir / "sweep"

@@ -1,10 +1,12 @@
-"""The stage ``train_prm``: trees to step labels, and a PRM trained on them from the policy's weights."""
+"""The stage ``train_prm``: a PRM trained from the policy's weights, on step labels of trees, of files, or of both."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,16 +36,25 @@ def train(
     config: TrainPRM, job: training.Job, trees: epath.Path, images: epath.Path, language: Language,
     start: Callable[[], convert.Start],
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains a PRM on the trees in the folder ``trees``. Returns the stage's figures.
+    """Trains a PRM on the trees in the folder ``trees`` and on the files of step labels. Returns the stage's figures.
 
-    images: the folder that the problems' images are relative to. language: the PRM's. start: makes what the training
-    begins with.
+    images: the folder that the problems' images, and the names of the files, are relative to. language: the PRM's.
+    start: makes what the training begins with.
     """
-    data = step_examples(config, job, trees, images, language)
+    files = [images / name for name in config.files]
+    sets = [step_examples(config, job, trees, images, language)] if config.trees else []
+    sets += [label_file(config, job, number, path, language) for number, path in enumerate(files)]
     loss = losses.prm_loss(config.label, config.threshold, *language.classes)
-    training.train(job, language, start(), loss, [data])
-    found = labels.histogram(records.read(job.folder / "examples.jsonl", StepExample))
-    return {"labels": found, "left_out": data.summary["left_out"]}
+    training.train(job, language, start(), loss, sets, config.weights)
+    read = [job.folder / "examples.jsonl"] * config.trees + files
+    found = labels.histogram(itertools.chain.from_iterable(records.read(path, StepExample) for path in read))
+    left_out = Counter()
+    for data in sets:
+        left_out.update(data.summary["left_out"])
+    figures = {"labels": found, "left_out": dict(left_out)}
+    if files:
+        figures["files"] = {os.fspath(path): len(data) for path, data in zip(files, sets[-len(files) :], strict=True)}
+    return figures
 
 
 def step_examples(
@@ -75,17 +86,47 @@ def step_examples(
     return encoded
 
 
+def label_file(config: TrainPRM, job: training.Job, number: int, path: epath.Path, language: Language) -> TrainingSet:
+    """The step examples of a file, whose images are relative to its folder; ``number``: which of the files it is.
+
+    Reading it raises UserError naming the first bad row: labels that cannot be, an image that is missing, and labels
+    that are no counts where the loss needs them.
+    """
+
+    def examples(tiles: encode.TileCount) -> Iterator[Encoded]:
+        labelled = 0
+        for line, example in records.read_numbered(path, StepExample):
+            try:
+                encoded = language.steps(example, tiles)
+            except UserError as error:
+                raise UserError(f"{path}, line {line}: {error}") from None
+            if config.needs_kappa and not example.counted:
+                raise UserError(
+                    f"{path}, line {line}: {example.id} has a label that is no count, but train_prm.label="
+                    f"{config.label} needs k of n; choose soft or hard"
+                )
+            labelled += sum(n > 0 for n in example.n)
+            yield encoded
+        if not labelled:
+            raise UserError(f"{path}: no step has a label, so there is nothing to train on")
+
+    return training.training_set(
+        job, f"labels-{number}-{path.stem}", "labels", language, [path], path.parent, examples, label=config.label
+    )
+
+
 def train_prm(
     policy: str | os.PathLike, trees: Sequence[Tree], folder: epath.PathLike, *, images: epath.PathLike = "",
     seed: int = 0, mesh: Any = None, max_tiles: int | None = None, **settings: Any,
 ) -> PRM:  # fmt: skip
     """Trains a PRM on trees from a policy's weights, and leaves a model folder; an interrupted training goes on there.
 
-    policy: a model folder or hub id. images: the folder that the problems' images are relative to. mesh: default all
+    policy: a model folder or hub id. trees: may be none where ``files`` names step labels, as ``mmprm prepare`` writes
+    them. images: the folder that the problems' images, and the names of files, are relative to. mesh: default all
     devices, parameters split over them. max_tiles: of one image; default the model's own number. settings: those of
-    ``settings.TrainPRM``, such as steps, batch_size, max_length, label, lora_rank. Raises UserError.
+    ``settings.TrainPRM``, such as steps, batch_size, max_length, label, files, lora_rank. Raises UserError.
     """
-    config, folder = schema.given(TrainPRM, settings), epath.Path(folder)
+    config, folder = schema.given(TrainPRM, {"trees": bool(trees), **settings}), epath.Path(folder)
     mesh = mesh or make_mesh({"fsdp": -1})
     source, model = convert.inspect(policy)
     default_tiles, _ = hf_config.tiling(model.config)
@@ -98,7 +139,7 @@ def train_prm(
         )
 
     with jax.set_mesh(mesh):
-        if is_first():
+        if is_first() and config.trees:
             records.write(folder / "trees-000000.jsonl", trees)
         wait_for_all("train_prm: trees")
         train(config, job, folder, epath.Path(images), language, start)

@@ -50,8 +50,9 @@ class Batches(Iterator):
 
     With B rows in all and b = B / n for n shares: tokens int32 [b, S]; segment int32 [b, S], the number (1, 2,
     ...) of the example within its row, 0: padding; pixels float32 [b, V, H, W, 3], the tiles of a row's examples in
-    order, unused slots zero (absent without ``tiles``); response bool [b, S], or k and n int32 [b, S]; example int32
-    [b, E], the index of each example among those of all sets, -1: none.
+    order, unused slots zero (absent without ``tiles``); response bool [b, S], or n int32 and k int32
+    (float32 with labels of files) [b, S]; example int32 [b, E], the index of each example among those of all sets, -1:
+    none.
 
     Batches are made ahead in a thread, images in several. ``close`` ends them.
     """

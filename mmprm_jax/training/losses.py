@@ -92,6 +92,7 @@ def prm_loss(kind: str, threshold: float, yes: int, no: int) -> Loss:
 
     ``kind``: "soft": cross-entropy with k / n; "hard": with 1 where k / n > ``threshold``, else 0; "beta_binomial":
     see ``beta_binomial``, for models with a kappa head. batch: k and n [B, S] int32, n = 0 where there is no label.
+    Of a label that is no count, n is 1 and k float32 in [0, 1]: "soft" and "hard" take it, "beta_binomial" does not.
     Returns the sum in nats and the number of labels. Raises UserError on an unknown kind.
     """
     if kind not in LABELS:

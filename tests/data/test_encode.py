@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from mmprm_jax.data import digits, encode
+from mmprm_jax.data.training_files import Encoded
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
@@ -52,6 +53,26 @@ def test_steps(tokenizer, tiles, language):
     prompt = language.prompt(example.question, (), 1)
     rest = [i for segment in segments for i in (*tokenizer.encode(segment), tokenizer.id(tok.PRM))]
     assert found.tokens.tolist() == prompt + rest
+
+
+def test_labels_that_are_no_counts(tokenizer, tiles, language):
+    """A number in [0, 1] stays what it is, to the precision of float32."""
+    step = "<step> 3 + 4 = 7 </step>"
+    found = language.steps(StepExample("a", "p", "3 + 4", (step,) * 3, (0.3, 0, 1), (1, 0, 1)), tiles)
+    marks = np.flatnonzero(found.tokens == tokenizer.id(tok.PRM))
+    assert found.labels["k"].dtype == np.float32 and found.labels["n"][marks].tolist() == [1, 0, 1]
+    assert found.labels["k"][marks].tolist() == [np.float32(0.3), 0, 1]
+    again = Encoded.from_bytes(found.to_bytes("labels"), "labels")
+    np.testing.assert_array_equal(again.labels["k"], found.labels["k"])
+    whole = language.steps(StepExample("a", "p", "3 + 4", (step,), (7,), (16,)), tiles)
+    assert whole.labels["k"].dtype == np.int32
+    assert Encoded.from_bytes(whole.to_bytes("labels"), "labels").labels["k"].max() == 7
+    with pytest.raises(TypeError):  # rather than 0 where there was 0.3
+        found.to_bytes("prm")
+    for k, n, words in ((0.3, 2, "k 0.3 of n 2 is no whole number"), (float("nan"), 1, "needs counts"),
+                        (1, 2**24 + 1, "n 16777217 is more than")):  # fmt: skip
+        with pytest.raises(UserError, match=f"step example a: .*{words}"):
+            language.steps(StepExample("a", "p", "q", (step,), (k,), (n,)), tiles)
 
 
 @pytest.mark.parametrize(("k", "n"), [((1,), (1, 1)), ((1, 2), (2, 1)), ((-1, 0), (1, 1)), ((1, 1, 1), (1, 1, 1))])

@@ -52,6 +52,15 @@ def test_data_source_and_grain_read_what_was_written(tmp_path):
     assert list((tmp_path / "tfds" / "mm_k12").rglob("*.array_record-*"))
 
 
+def test_labels_that_are_no_counts_are_refused(tmp_path):
+    from mmprm_jax.data.tfds import StepLabels
+
+    records.write(tmp_path / "labels.jsonl", [STEPS[0], StepExample("b", "p", "q", ("s",), (0.3,), (1,))])
+    builder = StepLabels(folder=tmp_path, examples=tmp_path / "labels.jsonl", data_dir=tmp_path / "tfds")
+    with pytest.raises(UserError, match="labels.jsonl: b has a label that is no count"):
+        builder.download_and_prepare()
+
+
 def test_a_folder_without_records_is_reported(tmp_path):
     from mmprm_jax.data.tfds import MmK12
 

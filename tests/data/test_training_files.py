@@ -23,6 +23,8 @@ def make(i, kind, length=None):
         labels = {"response": rng.integers(0, 2, length).astype(bool)}
     else:
         labels = {"n": rng.integers(0, 16, length, np.int32), "k": rng.integers(0, 16, length, np.int32)}
+        if kind == "labels":
+            labels["k"] = rng.random(length, np.float32)
     names = (f"images/ä {i}.png", "b\nc\ud800.jpg", "d.png")
     return Encoded(f"Beispiel {i}\n", tokens, labels, tuple((n, t + 1) for t, n in enumerate(names[: i % 4])))
 
@@ -40,7 +42,7 @@ def same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("kind", ["policy", "prm"])
+@pytest.mark.parametrize("kind", ["policy", "prm", "labels"])
 def test_round_trip(tmp_path, kind):
     summary = write(tmp_path, kind)
     found = TrainingSet(tmp_path / "set", kind, tmp_path, MADE)

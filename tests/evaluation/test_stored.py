@@ -1,6 +1,7 @@
 """Candidates from files that others make: both layouts, bad rows, `mmprm bon`."""
 
 import json
+import re
 
 import pytest
 
@@ -246,6 +247,89 @@ def test_options_that_do_not_fit(tmp_path):
         bon(path, f"--problems={write(tmp_path / 'p.jsonl', [{'id': 'b', 'source': 's'}])}")
     with pytest.raises(UserError, match="line 1: expected an object with id and topic"):
         bon(path, f"--problems={tmp_path / 'p.jsonl'}", "--category=topic")
+
+
+SEARCHED = {
+    "unique_id": "test/9.json", "problem": "1/4 + 1/4?", "answer": "\\frac{1}{2}", "level": 1,
+    "completions": ["Add.\n\nIt is $\\boxed{0.5}$.", "Add.\n\n\\boxed{1}", "No idea.\n\nStop."],
+    "scores": [[0.9, 0.8], [0.4, 0.3], [0.2, 0.1]], "agg_scores": [0.8, 0.3, 0.1], "pred": "\\boxed{0.5}",
+    "completion_tokens": [9, 8, -1],
+}  # fmt: skip
+
+
+def test_rows_of_search_and_learn(tmp_path, capsys):
+    """Right is what the verifier says of the completions' answers; steps are parted by blank lines."""
+    path = write(tmp_path / "s.jsonl", [SEARCHED, SEARCHED | {"unique_id": "b", "scores": [[0.7], [0.1, 0.2], [0.3]]}])
+    found = stored.read(path)
+    first, other = found.problems["test/9.json"], found.problems["b"]
+    assert [(s.candidate.correct, s.candidate.answer, s.scores) for s in first] == [
+        (True, "0.5", (0.9, 0.8)), (False, "1", (0.4, 0.3)), (False, None, (0.2, 0.1))
+    ]  # fmt: skip
+    assert first[1].candidate.segments == ("Add.", "\\boxed{1}") and other[0].candidate.segments == ()
+    assert found.without == ["policy_logprob"] and not found.bad and not found.unjudged
+    bon(path, f"--json={tmp_path / 'f.json'}", f"--output={tmp_path / 'o.json'}")
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["best_of_n"]["3"]["prm"]["last"]["accuracy"] == 1
+    assert [row["labels"] for row in json.loads((tmp_path / "o.json").read_text())] == [[1, 0, 0]] * 2
+    unsure = SEARCHED | {"answer": "\\int x dx", "completions": ["\\boxed{\\frac{x^2}{2}}"] * 3}
+    unsure = write(tmp_path / "u.jsonl", [unsure])
+    bon(unsure)
+    assert "3 of 3 answers could not be verified, and count as wrong" in capsys.readouterr().out
+
+
+def test_what_score_writes_is_joined_with_what_it_read(tmp_path):
+    scored = [
+        {"id": 3, "scores": [[0.9, 0.8], [0.1, 0.2]], "model": "m", "template": "own"},
+        {"id": "a", "scores": [[0.5], [0.4]], "model": "m", "template": "own"},
+    ]
+    told = [
+        {"id": "a", "question": "q", "candidates": [["<answer> 7 </answer>"], ["<answer> 8 </answer>"]], "answer": 8},
+        {"id": 3, "question": "q", "candidates": [["s", "t"], ["u", "v"]], "labels": [1, 0]},
+        {"id": 4, "question": "never scored"},
+    ]
+    path, truth = write(tmp_path / "s.jsonl", scored), write(tmp_path / "p.jsonl", told)
+    found = stored.read(path, truth)
+    assert list(found.problems) == ["3", "a"] and not found.bad
+    assert [[s.candidate.correct for s in group] for group in found.problems.values()] == [[True, False], [False, True]]
+    assert [s.candidate.segments for s in found.problems["3"]] == [("s", "t"), ("u", "v")]
+    assert [s.candidate.answer for s in found.problems["a"]] == ["7", "8"]
+    bon(path, f"--labels={truth}", f"--dev={write(tmp_path / 'd.jsonl', problem('d', [0, 1], [0.4, 0.6]))}")
+    with pytest.raises(UserError, match="the id 'a' is there twice"):
+        stored.read(path, write(tmp_path / "twice.jsonl", [*told, told[0]]))
+
+
+OTHERS = [
+    (SEARCHED | {"answer": None}, "answer is missing"),
+    ({k: v for k, v in SEARCHED.items() if k != "answer"}, "answer is missing"),
+    (SEARCHED | {"answer": [1]}, "answer must be a text, a number or null"),
+    (SEARCHED | {"scores": [[0.1]]}, "completions and scores must be lists of one length"),
+    (SEARCHED | {"scores": [0.1, 0.2, 0.3]}, r"prm_scores\[0\] must be a list of numbers"),
+    (SEARCHED | {"scores": [[0.1], [-1], [2]]}, r"prm_scores\[1\]\[0\] must be a number from 0 to 1"),
+    (SEARCHED | {"completions": "text"}, "completions must be a list of texts"),
+    ({"id": "c", "scores": [[0.5]]}, "the file of --labels has no row of that id"),
+    ({"id": None, "scores": [[0.5]]}, "the file of --labels has no row of that id"),
+    ({"id": "t", "scores": [[0.5]]}, "labels must be a list as long as prm_scores, 1"),
+    ({"id": "g", "scores": [[0.5]]}, "answer is missing: the right one, by which those of candidates"),
+    ({"id": "n", "scores": [[0.5]]}, "the row of --labels has no candidates"),
+    ({"id": "t", "line": 2, "error": "no image"}, "it could not be scored: 'no image'"),
+]
+
+
+def test_bad_rows_of_others_are_named(tmp_path):
+    told = [
+        {"id": "t", "candidates": [["s"]], "labels": [1, 0]},
+        {"id": "g", "candidates": [["s"]]},
+        {"id": "n", "labels": [1]},
+    ]
+    truth, missed = write(tmp_path / "p.jsonl", told), []
+    for row, words in OTHERS:
+        path = write(tmp_path / "s.jsonl", [OURS, row])
+        (bad,) = stored.read(path, truth).bad
+        if not (bad.startswith(f"{path}, line 2: ") and re.search(words, bad)):
+            missed.append((words, bad))
+    assert not missed
+    with pytest.raises(UserError, match="line 1: of `mmprm score`: name the file that it read, --labels=FILE"):
+        bon(write(tmp_path / "s.jsonl", [OTHERS[7][0]]))
 
 
 def test_mode_paper(golden, tmp_path, capsys):

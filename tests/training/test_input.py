@@ -199,6 +199,29 @@ def test_text_only(tmp_path):
     np.testing.assert_array_equal(batch["k"], batch["tokens"])
 
 
+def test_labels_of_trees_and_of_files_in_one_batch(tmp_path):
+    """Whole counts and numbers in [0, 1] stay what they are; counts alone are whole numbers, as ever."""
+    shares = np.linspace(0, 1, 9, dtype=np.float32)
+    for kind, first, ks in (("prm", 100, np.arange(9, dtype=np.int32)), ("labels", 200, shares)):
+        examples = (
+            Encoded(
+                f"{i}", np.full(5, first + i, np.int32), {"k": np.full(5, k), "n": np.full(5, 8 if first == 100 else 1)}
+            )
+            for i, k in enumerate(ks)
+        )
+        training_files.write(tmp_path / kind, kind, examples, 8, 0, {})
+    trees, files = (TrainingSet(tmp_path / kind, kind, "") for kind in ("prm", "labels"))
+    for sets in ([trees, files], [files, trees], [files]):
+        seen = set()
+        for batch in take(Batches(sets, Sizes(3, 16, 0, 3), 0), 8):
+            assert batch["k"].dtype == np.float32 and batch["n"].dtype == np.int32
+            seen |= set(zip(batch["tokens"].ravel().tolist(), batch["k"].ravel().tolist(), strict=True))
+        wanted = {(200 + i, float(x)) for i, x in enumerate(shares)}
+        wanted |= {(100 + i, float(i)) for i in range(9)} if trees in sets else set()
+        assert seen - {(0, 0.0)} == wanted
+    assert take(Batches([trees], Sizes(3, 16, 0, 3), 0), 1)[0]["k"].dtype == np.int32
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -235,6 +258,10 @@ def test_missing_demonstrations_are_reported_by_the_first_stage(run, tmp_path):
     (run.data / "sft.jsonl").unlink()
     with pytest.raises(UserError, match="sft.jsonl: no such file; sft.files names it"):
         stages.STAGES["data"](run)
+    labels = dataclasses.replace(run.config.train_prm, files=("no.jsonl",))
+    config = dataclasses.replace(run.config, train_prm=labels, sft=dataclasses.replace(run.config.sft, steps=0))
+    with pytest.raises(UserError, match="no.jsonl: no such file; train_prm.files names it"):
+        stages.STAGES["data"](dataclasses.replace(run, config=config))
 
 
 def test_rows_that_processes_cannot_share(mesh_of, monkeypatch):

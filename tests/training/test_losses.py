@@ -85,6 +85,16 @@ def test_prm_loss(batch, kind, threshold):
     assert call(prm_loss(kind, threshold, YES, NO), batch) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind, threshold", [("soft", 0.0), ("hard", 0.0), ("hard", 0.5)])
+def test_labels_that_are_no_counts(batch, kind, threshold):
+    """Numbers in [0, 1] of n = 1: soft takes them as they are, hard compares them with the threshold."""
+    share = np.where(batch["n"] > 0, batch["k"] / np.maximum(batch["n"], 1), 0).astype(np.float32)
+    share[0, :2], batch["n"][0, :2] = (0.5, 0.0), 1  # at the thresholds
+    batch["k"], batch["n"] = share, (batch["n"] > 0).astype(np.int32)
+    expected = by_hand_prm(batch, kind, threshold)
+    assert call(prm_loss(kind, threshold, YES, NO), batch) == pytest.approx(expected, rel=1e-5)
+
+
 def test_kinds_differ(batch):
     assert len({round(call(prm_loss(kind, threshold, YES, NO), batch)[0], 3) for kind, threshold in KINDS}) == 3
 

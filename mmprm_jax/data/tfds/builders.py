@@ -113,6 +113,8 @@ class StepLabels(_Builder):
 
     def _generate_examples(self, path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for e in records.read(path, StepExample):
+            if not e.counted:
+                raise UserError(f"{path}: {e.id} has a label that is no count; this data set holds counts only")
             yield e.id, {
                 "id": e.id, "problem_id": e.problem_id, "question": e.question, "segments": list(e.segments),
                 "k": np.array(e.k, np.int32), "n": np.array(e.n, np.int32),
