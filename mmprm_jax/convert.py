@@ -82,7 +82,7 @@ def _open(path_or_id: str | os.PathLike, revision: str | None) -> hf.Checkpoint:
 
 
 def from_scratch(cfg: VLMConfig, tokenizer: Tokenizer, params: Any, mesh: Any) -> Loaded:
-    """A model of our own sizes, of parameters in float32, without what only training has (adapters, a head for kappa).
+    """A model of our own sizes, of parameters in float32, without adapters, and without the head for kappa so far.
 
     Raises UserError when transformers has no class for it.
     """
@@ -304,5 +304,6 @@ def warm_start(
     cfg = dataclasses.replace(cfg, kappa=kappa, remat=remat, decoder=decoder)
     image = tokenizer.id(tok.IMAGE) if cfg.vision else -1
     with jax.set_mesh(mesh):
-        params = build.complete(loaded.params, cfg, image, seed, mesh)
+        have = {name: x for name, x in loaded.params.items() if name != "kappa" or kappa}
+        params = build.complete(have, cfg, image, seed, mesh)
     return Start(cfg, build.abstract(cfg, image, mesh)[0], params, tokenizer, loaded)

@@ -31,7 +31,7 @@ from safetensors.numpy import save_file
 
 from mmprm_jax.models import build, hf_adapter, hf_config, hf_unreadable, tokenizer_files
 from mmprm_jax.models.config import VLMConfig
-from mmprm_jax.models.hf_layout import Group, get, layout, put
+from mmprm_jax.models.hf_layout import KAPPA, Group, get, layout, put
 from mmprm_jax.records import UserError
 from mmprm_jax.settings import HUB_ID
 from mmprm_jax.sharding import AXES, fit_spec
@@ -41,6 +41,7 @@ _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _OTHER = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.md")
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
+KAPPA_FILE = "kappa/model.safetensors"  # apart: others that read all weight files of a folder know nothing of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +67,9 @@ class Description:
 
     @property
     def dtype(self) -> Any:
-        """bfloat16 if that holds every tensor exactly, else float32."""
-        found = {d for f in self.manifest.files.values() for d in f["tensors"].values()}
+        """bfloat16 if that holds every tensor (but for the head for kappa) exactly, else float32."""
+        files = (f for name, f in self.manifest.files.items() if name != KAPPA_FILE)
+        found = {d for f in files for d in f["tensors"].values()}
         return jnp.bfloat16 if found == {"BF16"} else jnp.float32
 
     @functools.cached_property
@@ -86,6 +88,16 @@ def describe(config: Mapping[str, Any], manifest: Manifest) -> Description:
     if cfg.decoder.tied and heads & keys:  # the files decide whether the head is one of its own
         cfg = dataclasses.replace(cfg, decoder=dataclasses.replace(cfg.decoder, tied=False))
     return Description(dict(config), cfg, layout(cfg, kind, decoder, prefixed), manifest)
+
+
+def with_kappa(model: Description, kappa: bool) -> Description:
+    """The same model with a head for a PRM's concentration, or without; it has a file of its own, in float32."""
+    config = {key: value for key, value in model.config.items() if key != hf_config.KAPPA}
+    files = {name: file for name, file in model.manifest.files.items() if name != KAPPA_FILE}
+    if kappa:
+        config[hf_config.KAPPA] = True
+        files[KAPPA_FILE] = {"metadata": {"format": "pt"}, "tensors": dict.fromkeys(KAPPA, "F32")}
+    return describe(config, dataclasses.replace(model.manifest, files=files))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +166,10 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: damaged or truncated safetensors ({error})") from None
 
 
-def _scan(folder: Path) -> tuple[Manifest, dict[str, tuple[int, ...]], dict[str, str]]:
+def _scan(folder: Path, kappa: bool) -> tuple[Manifest, dict[str, tuple[int, ...]], dict[str, str]]:
     """The manifest, every tensor's shape, and what the index says is in a file but is not.
 
-    Raises UserError when a file is missing or damaged.
+    kappa: whether there is a KAPPA_FILE. Raises UserError when a file is missing or damaged.
     """
     index = folder / INDEX
     if index.exists():
@@ -171,6 +183,7 @@ def _scan(folder: Path) -> tuple[Manifest, dict[str, tuple[int, ...]], dict[str,
         names = ["model.safetensors"] if (folder / "model.safetensors").exists() else []
     if not names:
         raise UserError(hf_unreadable.folder(folder) or f"{folder}: no model.safetensors and no {INDEX}")
+    names += [KAPPA_FILE] * kappa
     lost = [name for name in names if not (folder / name).exists()]
     if lost:
         raise UserError(f"{folder}: {len(lost)} of {len(names)} weight files are missing: {', '.join(lost)}")
@@ -230,8 +243,8 @@ def _open_adapter(folder: Path) -> Checkpoint:
 def _open(folder: Path, config: dict[str, Any], adapter: hf_adapter.Adapter | None = None) -> Checkpoint:
     where = adapter.folder if adapter else folder
     try:
-        hf_config.from_hf_config(config)  # tell of a wrong architecture before missing files
-        manifest, shapes, claimed = _scan(folder)
+        cfg = hf_config.from_hf_config(config)  # tell of a wrong architecture before missing files
+        manifest, shapes, claimed = _scan(folder, cfg.kappa)
         model = describe(config, manifest)
     except UserError as error:
         raise UserError(str(error) if str(folder) in str(error) else f"{where}: {error}") from None
@@ -422,14 +435,16 @@ def save(folder: Path, params: Any, mesh: Any, model: Description) -> None:
     with jax.set_mesh(mesh):
         for name, file in model.manifest.files.items():
             found = dict(tensors(model.groups, params, {key: model.dtypes[key] for key in file["tensors"]}))
-            total += sum(x.nbytes for x in found.values())
+            total += sum(x.nbytes for x in found.values()) if name != KAPPA_FILE else 0
             if writer:
+                (folder / name).parent.mkdir(exist_ok=True)
                 ordered = {key: np.ascontiguousarray(found[key]) for key in file["tensors"]}
                 save_file(ordered, folder / name, file["metadata"])
     if not writer:
         return
     if model.manifest.index is not None:
-        weights = {key: name for name, file in model.manifest.files.items() for key in file["tensors"]}
+        files = {name: file for name, file in model.manifest.files.items() if name != KAPPA_FILE}
+        weights = {key: name for name, file in files.items() for key in file["tensors"]}
         index = {"metadata": {**model.manifest.index, "total_size": total}, "weight_map": dict(sorted(weights.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     write_config(folder, model.config)
