@@ -111,7 +111,7 @@ def read_folder(files: Mapping[str, bytes], where: str) -> Read:
                 f"{where}: the added token {token!r} should have the id {i} and has {core.lookup(token)};"
                 f" the files are not of one checkpoint, copy them again"
             )
-    config = _DEFAULTS.get(kind, {}) | config if slow or FAST not in files or kind == "Qwen2Tokenizer" else config
+    config = _DEFAULTS.get(kind, {}) | config
     if config.get("add_eos_token"):
         raise UserError(f"{where}/{CONFIG}: add_eos_token is not supported; set it to false")
     return Read(core, _begin(core, config, where), _pad(core, config, where))
