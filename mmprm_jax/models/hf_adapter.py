@@ -23,9 +23,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MERGE = "merge it where it was trained (peft: merge_and_unload, then save_pretrained) and name that folder"
 # What changes a product otherwise than by A and B, or the base itself.
 _OTHER = (
-    "use_dora", "use_qalora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
-    "fan_in_fan_out", "megatron_config", "alora_invocation_tokens", "arrow_config", "use_bdlora", "monteclora_config",
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "trainable_token_indices",
+    "target_parameters", "fan_in_fan_out", "alora_invocation_tokens",
 )  # fmt: skip
+_HARMLESS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")  # of initialisations, see _KEPT_BASE
 _KEPT_BASE = ("gaussian", "eva", "orthogonal")  # initialisations that leave the base as it is
 _PAIR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.(?!bias)[^.]+)??(?:\.weight)?")
 _WHOLE = re.compile(r"(.+?)(?:\.modules_to_save(?:\.default)?|\.base_layer)?\.(weight|bias)")
@@ -73,7 +74,8 @@ def base_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str | None]:
     where = folder / CONFIG
     if (kind := config.get("peft_type")) != "LORA":
         raise UserError(f"{where}: peft_type {kind!r} is not read, only LORA is; {MERGE}")
-    if other := [key for key in _OTHER if config.get(key)]:
+    variants = [key for key in config if key.endswith("_config") and key not in _HARMLESS]
+    if other := [key for key in (*_OTHER, *variants) if config.get(key)]:
         raise UserError(f"{where}: {other[0]} is not read; {MERGE}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init not in _KEPT_BASE:
@@ -107,16 +109,22 @@ def read(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int
     whole, lost = {}, []
     for key in found:
         name = key.removeprefix("base_model.model.")
+        if ".original_module." in name:  # what stood in place of one that was trained whole
+            continue
         pair, alone = _PAIR.fullmatch(name), _WHOLE.fullmatch(name)
         if pair and (target := names.get(_canonical(f"{pair[1].removesuffix('.base_layer')}.weight"))):
             pairs.setdefault((target, bool(pair[2])), {})[pair[3]] = key
         elif not pair and alone and (target := names.get(_canonical(f"{alone[1]}.{alone[2]}"))):
-            whole[target] = key
+            if not _equal(folder, whole.setdefault(target, key), key):
+                raise UserError(f"{folder / WEIGHTS}: {whole[target]} and {key} are one tensor and differ; {MERGE}")
         else:
             lost.append(key)
     if embedding := next((whole[t] for t in whole if t.endswith("embed_tokens.weight")), None):
         # a tied head is saved beside its embedding
-        lost = [k for k in lost if not (k.endswith("lm_head.weight") and _equal(folder, k, embedding))]
+        heads = [k for k in lost if k.endswith("lm_head.weight")]
+        if any(not _equal(folder, k, embedding) for k in heads):
+            raise UserError(f"{folder / WEIGHTS}: its head is not its embedding, to which the base's is tied; {MERGE}")
+        lost = [k for k in lost if k not in heads]
     lost += [key for parts in pairs.values() if len(parts) < 2 for key in parts.values()]
     if lost:
         raise UserError(
@@ -140,6 +148,8 @@ def read(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int
 
 
 def _equal(folder: Path, one: str, other: str) -> bool:
+    if one == other:
+        return True
     with safe_open(folder / WEIGHTS, framework="np") as file:
         return np.array_equal(file.get_tensor(one), file.get_tensor(other))
 

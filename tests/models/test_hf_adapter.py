@@ -111,7 +111,9 @@ def test_an_embedding_that_has_grown_with_its_tokenizer(tied, golden, tmp_path):
     embed = rng.standard_normal((len(tokenizer) + 1, 24), np.float32)
     head = embed if tied else rng.standard_normal(embed.shape, np.float32)
     tensors = {
-        "base_model.model.model.embed_tokens.weight": embed,
+        f"{EMBED}.weight": embed,
+        f"{EMBED}.modules_to_save.weight": embed,
+        f"{EMBED}.original_module.weight": 0 * embed,
         "base_model.model.lm_head.modules_to_save.weight" if not tied else "base_model.model.lm_head.weight": head,
         "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias": np.ones(24, np.float32),
     }
@@ -177,6 +179,7 @@ REFUSED = {
     "layers twice": ({"layer_replication": [[0, 1]]}, "layer_replication is not read"),
     "no base": ({"base_model_name_or_path": None}, "no base_model_name_or_path"),
     "no such base": ({"base_model_name_or_path": "/nowhere"}, "the base of the adapters: /nowhere: neither"),
+    "kasa": ({"kasa_config": {"beta": 1}}, "kasa_config is not read"),
     "patterns": ({"alpha_pattern": {"(a+)+": 3}}, "regular expressions"),
     "alpha no number": ({"lora_alpha": "many"}, "lora_alpha 'many'"),
     "alpha infinite": ({"lora_alpha": float("inf")}, "lora_alpha inf"),
@@ -202,6 +205,9 @@ def damaged(change):
     return apply
 
 
+EMBED = "base_model.model.model.embed_tokens"
+OWN_HEAD = {f"{EMBED}.weight": np.ones((50, 24)), "base_model.model.lm_head.weight": np.zeros((50, 24))}
+TWICE = {f"{EMBED}.weight": np.ones((50, 24)), f"{EMBED}.modules_to_save.weight": np.zeros((50, 24))}
 FIRST = f"base_model.model.{MODULES[0]}.lora_"
 DAMAGED = {
     "of another model": (damaged(lambda t: t.update({"base_model.model.h.0.lora_A.weight": np.ones(4)})), "1 of 7"),
@@ -210,6 +216,8 @@ DAMAGED = {
     "a bias of B": (damaged(lambda t: t.update({f"{FIRST}B.bias": np.ones(24)})), "1 of 7 tensors"),
     "other sizes": (damaged(lambda t: t.update({f"{FIRST}A.weight": np.ones((3, 7))})), "do not fit the base's"),
     "other ranks": (damaged(lambda t: t.update({f"{FIRST}A.weight": np.ones((2, 24))})), "do not fit the base's"),
+    "a head of its own": (damaged(lambda t: t.update(OWN_HEAD)), "its head is not its embedding"),
+    "one tensor twice": (damaged(lambda t: t.update(TWICE)), "are one tensor and differ"),
     "nothing in it": (damaged(lambda t: t.clear()), "holds no tensors"),
     "cut": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x00" * 5), "damaged or truncated"),
     "pickled": (
@@ -223,7 +231,7 @@ DAMAGED = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damaged_adapters(case, tmp_path):
     change, words = DAMAGED[case]
-    base = base_of(tmp_path / "base")
+    base = base_of(tmp_path / "base", LLAMA | {"tie_word_embeddings": case == "a head of its own"})
     folder = adapter_of(tmp_path / "adapter", base, pair(base, MODULES))
     change(folder)
     with pytest.raises(UserError) as told:
