@@ -13,6 +13,7 @@ from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.tokenizer import Segment
 from mmprm_jax.records import Request
 from mmprm_jax.rollout.sampling import Sampling
+from mmprm_jax.servers import message_text
 
 IN_IMAGE, IN_BODY = "in each image_url", "in the body"
 # Where a server, by the ``owned_by`` of its models, takes the most tiles that an image is cut into.
@@ -116,17 +117,13 @@ def server_kind(data: bytes) -> str:
 def read_answer(data: bytes) -> Answer:
     """What a server's answer amounts to, however it ended: one that ran into a filter or a tool is cut off there.
 
-    The text is the message's content, a string or parts of text; where that is empty, what a server's parser took for
-    reasoning (``reasoning_content``, ``reasoning``): a model that does not think has its steps there. Raises Unusable
-    for what is no answer, and for one that the server itself broke off.
+    Raises Unusable for what is no answer, and for one that the server itself broke off.
     """
     try:
         answer = json.loads(data)
         (choice,) = answer["choices"]
         message, finish = choice["message"], choice.get("finish_reason")
-        text = _text(message.get("content")) or next(
-            filter(None, (_text(message.get(key)) for key in ("reasoning_content", "reasoning"))), ""
-        )
+        text = message_text(message)
         usage = answer.get("usage")
         counted = usage.get("completion_tokens") if isinstance(usage, Mapping) else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -140,24 +137,3 @@ def read_answer(data: bytes) -> Answer:
     if finish in _GIVEN_UP:
         raise Unusable(f"the server broke off (finish_reason {finish!r})", found)
     return found
-
-
-def _text(content: Any) -> str:
-    """The text of a message's content. Raises TypeError for what is none."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise TypeError(f"content is {type(content).__name__}")
-    return "".join(_part(part) for part in content)
-
-
-def _part(part: Any) -> str:
-    """The text of a part; a part of another kind (thinking, refusal, a call of a tool) has none."""
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, Mapping):
-        raise TypeError(f"a part of the content is {type(part).__name__}")
-    text = part.get("text") if part.get("type", "text") in ("text", "output_text") else ""
-    if not isinstance(text, str):
-        raise TypeError(f"the text of a part is {type(text).__name__}")
-    return text
