@@ -199,17 +199,25 @@ def verifier(config: Engine) -> Iterator[Verifier]:
 
 
 @contextlib.contextmanager
-def remote(config: Annotate, folder: epath.Path, seed: int, sampling: Any) -> Iterator[RemoteSampler]:
-    """A sampler of the servers that ``config`` names. Raises UserError when none of them can be reached."""
+def remote(
+    config: Annotate, folder: epath.Path, seed: int, sampling: Any, max_tiles: int = 0
+) -> Iterator[RemoteSampler]:
+    """A sampler of the servers that ``config`` names. Raises UserError when none of them can be reached.
+
+    max_tiles: of an image, for servers that can be told; 0: there are no images. Tells at the end of answers that were
+    no rollouts.
+    """
     check_reachable(config.servers)
     with (
         verifier(config) as verify,
         RemoteSampler(
             config.servers, config.policy, folder, seed, "annotate", verify, sampling, config.template or "continue",
-            concurrency=config.concurrency,
+            concurrency=config.concurrency, max_tiles=max_tiles,
         ) as sampler,
     ):  # fmt: skip
         yield sampler
+    if sampler.unusable:
+        logging.warning("%d rollouts are answers that could not be used: counted as wrong", sampler.unusable)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import PartitionSpec as P
 
-from mmprm_jax.models import build, hf, hf_config, hf_native
+from mmprm_jax.models import build, hf, hf_config, hf_native, tokenizer_files
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.models.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def _open(path_or_id: str | os.PathLike, revision: str | None) -> hf.Checkpoint:
 
 
 def from_scratch(cfg: VLMConfig, tokenizer: Tokenizer, params: Any, mesh: Any) -> Loaded:
-    """A model of our own sizes, of parameters in float32, without what only training has (adapters, a head for kappa).
+    """A model of our own sizes, of parameters in float32, without adapters, and without the head for kappa so far.
 
     Raises UserError when transformers has no class for it.
     """
@@ -123,7 +123,7 @@ def inspect(path_or_id: str | os.PathLike, revision: str | None = None) -> tuple
     """The folder of config.json and tokenizer, and the model's description; weights are not read, but checked."""
     if not is_model_folder(path_or_id):
         checkpoint = _open(path_or_id, revision)
-        return checkpoint.folder, checkpoint.model
+        return checkpoint.files, checkpoint.model
     folder = _local(os.fspath(epath.Path(path_or_id) / "hf"))
     stored = hf.read_json(folder / hf.MANIFEST)
     return folder, hf.describe(hf.read_json(folder / "config.json"), hf.Manifest(stored["files"], stored["index"]))
@@ -133,7 +133,7 @@ def load(path_or_id: str | os.PathLike, mesh: Any, dtype: Any = None, revision: 
     """A released checkpoint (folder or hub id) or a model folder of ours, on ``mesh``; dtype: as stored by default."""
     if not is_model_folder(path_or_id):
         checkpoint = _open(path_or_id, revision)
-        return Loaded(checkpoint.folder, checkpoint.model, hf.load_params(checkpoint, mesh, dtype), mesh)
+        return Loaded(checkpoint.files, checkpoint.model, hf.load_params(checkpoint, mesh, dtype), mesh)
     folder, model = inspect(path_or_id)
     kept = jnp.dtype(hf.read_json(folder / hf.MANIFEST)["dtype"])
     _, abstract = build.abstract(model.cfg, 0, mesh, kept if dtype is None else dtype)
@@ -163,14 +163,16 @@ def convert(
         raise UserError("a PRM is made on the way from the released checkpoint: mmprm convert CHECKPOINT TARGET --prm")
     if from_folder and dtype is not None and not layout:
         raise UserError("--dtype is for the way to Orbax; an export has the dtypes of the files that came in")
-    loaded, tokenizer, note = load(source, mesh, dtype), None, ""
+    note = _check_tokenizer(*inspect(source))
+    loaded, tokenizer = load(source, mesh, dtype), None
     if prm:
         loaded, tokenizer = add_prm(loaded)
     part = final.with_name(f"{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     if layout or from_folder:
         if layout:
-            loaded, note = _native_files(loaded, tokenizer or Tokenizer.load(loaded.folder), part)
+            loaded, more = _native_files(loaded, tokenizer or Tokenizer.load(loaded.folder), part)
+            note += more
         else:
             hf.copy_other_files(loaded.folder, part)
         hf.save(part, loaded.params, mesh, loaded.model)
@@ -185,6 +187,16 @@ def convert(
     size = sum(x.size for x in jax.tree.leaves(loaded.params))
     done = f"{target}: {len(loaded.model.dtypes)} tensors, {size:,} parameters" + (", verified" if verify else "")
     return done + note
+
+
+def _check_tokenizer(folder: Path, model: hf.Description) -> str:
+    """What to say of a model without a tokenizer. Raises UserError for one that cannot be read, or does not fit."""
+    if not any((folder / name).exists() for name in (*tokenizer_files.FILES, *tokenizer_files.FOREIGN)):
+        return "; there is no tokenizer in it: copy the checkpoint's beside its config.json"
+    count, rows = len(Tokenizer.load(folder)), model.cfg.decoder.vocab_size
+    if count > rows:
+        raise UserError(f"{folder}: the tokenizer has {count} tokens, and the model {rows} embeddings only")
+    return ""
 
 
 def _native_files(loaded: Loaded, tokenizer: Tokenizer, folder: Path) -> tuple[Loaded, str]:
@@ -292,5 +304,6 @@ def warm_start(
     cfg = dataclasses.replace(cfg, kappa=kappa, remat=remat, decoder=decoder)
     image = tokenizer.id(tok.IMAGE) if cfg.vision else -1
     with jax.set_mesh(mesh):
-        params = build.complete(loaded.params, cfg, image, seed, mesh)
+        have = {name: x for name, x in loaded.params.items() if name != "kappa" or kappa}
+        params = build.complete(have, cfg, image, seed, mesh)
     return Start(cfg, build.abstract(cfg, image, mesh)[0], params, tokenizer, loaded)

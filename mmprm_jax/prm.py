@@ -105,7 +105,8 @@ class PRM:
     def settings(self) -> dict[str, Any]:
         """What the scores depend on beside the checkpoint."""
         dtype = jax.tree.leaves(self.params)[0].dtype
-        return {"template": self.template, "max_tiles": self.max_tiles, "dtype": jnp.dtype(dtype).name}
+        kappa = {"kappa": True} if self.language.cfg.kappa else {}
+        return {"template": self.template, "max_tiles": self.max_tiles, "dtype": jnp.dtype(dtype).name, **kappa}
 
     @property
     def tiles(self) -> int:
@@ -128,16 +129,28 @@ class PRM:
     def score_candidates(
         self, problem: Problem | str, candidates: Sequence[Sequence[str]], *, images: Sequence[Picture] | None = None
     ) -> list[list[float]]:
-        """The step scores of many solutions of one problem; images and question are computed once.
+        """The step scores of many solutions of one problem; images and question are computed once."""
+        return self.scores_and_kappas(problem, candidates, images=images)[0]
 
-        Raises UserError: images the model cannot take, an image that is none, placeholders that do not fit.
+    def scores_and_kappas(
+        self, problem: Problem | str, candidates: Sequence[Sequence[str]], *, images: Sequence[Picture] | None = None
+    ) -> tuple[list[list[float]], list[list[float]] | None]:
+        """The step scores, and how reliable each is: the concentration kappa > 0 of a Beta-Binomial PRM, else None.
+
+        The PRM believes that a rollout behind the step is right with a probability that is Beta distributed, with the
+        mean ``score`` and the variance score (1 - score) / (kappa + 1) (arXiv 2605.15529). Raises UserError: images the
+        model cannot take, an image that is none, placeholders that do not fit.
         """
         if any(isinstance(steps, str) for steps in candidates):
             raise UserError("a solution must be a list of steps, not one string")
         question, pictures = encode.problem_text(problem, images)
         tiles = encode.picture_tiles(pictures, self.language.cfg, self.max_tiles, self.thumbnail)
         with jax.set_mesh(self.mesh):
-            return [list(scores) for scores in self.scorer.score([self.tokens(question, candidates, tiles)])[0]]
+            solutions = [self.tokens(question, candidates, tiles)]
+            if not self.language.cfg.kappa:
+                return [list(scores) for scores in self.scorer.score(solutions)[0]], None
+            scores, kappas = self.scorer.score_with_kappa(solutions)
+            return [list(x) for x in scores[0]], [list(x) for x in kappas[0]]
 
     def tokens(self, question: str, candidates: Sequence[Sequence[str]], tiles: Sequence[np.ndarray]) -> Solutions:
         """The candidates of one problem as ``scorer`` takes them. tiles: of each image, uint8 [tiles, H, W, 3]."""
@@ -194,9 +207,10 @@ def score_file(prm: PRM, model: str, problems: epath.PathLike, output: epath.Pat
 
     Rows: ``{"id", "question", "images": [files beside it], "candidates": [[step, …], …]}``, or ``image``, one file;
     or for one candidate its ``steps``, as ``mmprm prepare`` writes step-detection benchmarks. Written rows: ``{"id",
-    "scores": [[…], …], "model", "template"}`` in the same order, or ``{"id", "line", "error"}`` for a row that could
-    not be scored. What an interrupted run scored (``<output>.part``) is not scored again. Raises UserError at the end
-    if there were bad rows, with everything else written.
+    "scores": [[…], …], "model", "template"}`` in the same order, with ``"kappa": [[…], …]`` (see
+    ``PRM.scores_and_kappas``) of a Beta-Binomial PRM, or ``{"id", "line", "error"}`` for a row that could not be
+    scored. What an interrupted run scored (``<output>.part``) is not scored again. Raises UserError at the end if
+    there were bad rows, with everything else written.
     """
     problems, output = epath.Path(problems), epath.Path(output)
     if not problems.exists():
@@ -258,12 +272,13 @@ def _score_line(prm: PRM, problems: epath.Path, number: int, line: str, made_by:
         if not images:  # else a misspelt key would be scored without its image, and nobody notice
             for key in difflib.get_close_matches("images", set(row) - {"image", "images"}, cutoff=0.7):
                 records.warn_unknown(problems, "row", key, ("images", "image"))
-        scores = prm.score_candidates(question, candidates, images=[problems.parent / name for name in images])
+        files = [problems.parent / name for name in images]
+        scores, kappas = prm.scores_and_kappas(question, candidates, images=files)
     except (UserError, ValueError, RecursionError) as error:
         name = row.get("id") if isinstance(row, dict) else None
         logging.error("line %d: %s", number, error)
         return {"id": name, "line": number, "error": str(error)}
-    return {"id": row.get("id"), "scores": scores, **made_by}
+    return {"id": row.get("id"), "scores": scores, **({"kappa": kappas} if kappas is not None else {}), **made_by}
 
 
 def _parse(row: Any) -> tuple[str, list[str], list[list[str]]]:

@@ -1,10 +1,11 @@
-"""Checks that servers can be reached, before any work is lost on one that cannot."""
+"""Checks that servers can be reached, before any work is lost on one that cannot; reads the messages they send."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import httpx2
 from absl import logging
@@ -44,3 +45,34 @@ def _probe(url: str, reasons: dict[str, str | None], until: float) -> None:
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError):
             # It took the connection; a wrong address is reported later.
             reasons[url] = ""
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """The text of a chat completion's message: its content, a string or parts of text.
+
+    Where that is empty, what a server's parser took for reasoning (``reasoning_content``, ``reasoning``): a model that
+    does not think has its whole answer there. Raises TypeError, AttributeError for what is no message.
+    """
+    keys = ("content", "reasoning_content", "reasoning")
+    return next((text for text in (_text(message.get(key)) for key in keys) if text), "")
+
+
+def _text(content: Any) -> str:
+    """The text of a message's content. Raises TypeError for what is none."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise TypeError(f"content is {type(content).__name__}")
+    return "".join(_part(part) for part in content)
+
+
+def _part(part: Any) -> str:
+    """The text of a part; a part of another kind (thinking, refusal, a call of a tool) has none."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise TypeError(f"a part of the content is {type(part).__name__}")
+    text = part.get("text") if part.get("type", "text") in ("text", "output_text") else ""
+    if not isinstance(text, str):
+        raise TypeError(f"the text of a part is {type(text).__name__}")
+    return text

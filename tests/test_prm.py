@@ -633,12 +633,12 @@ def known():
 
 @pytest.fixture
 def calls(prm, known, monkeypatch):
-    """The candidates of every ``score_candidates``; ``calls.stop_at``: the call that is interrupted."""
+    """The candidates of every ``scores_and_kappas``; ``calls.stop_at``: the call that is interrupted."""
 
     class Calls(list):
         stop_at = None
 
-    found, original = Calls(), PRM.score_candidates
+    found, original = Calls(), PRM.scores_and_kappas
 
     def counted(self, question, candidates, *, images):
         if len(found) == found.stop_at:
@@ -649,7 +649,7 @@ def calls(prm, known, monkeypatch):
             known[key] = original(self, question, candidates, images=images)
         return known[key]
 
-    monkeypatch.setattr(PRM, "score_candidates", counted)
+    monkeypatch.setattr(PRM, "scores_and_kappas", counted)
     return found
 
 

@@ -17,6 +17,7 @@ import httpx2
 
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 from mmprm_jax.records import UserError
+from mmprm_jax.servers import message_text
 
 _MAX_TEXT = 2000  # characters of each text that the judge is shown: its end
 _MAX_REPLY = 2**20  # bytes
@@ -100,10 +101,8 @@ class Judge:
                 )
             try:
                 if response.status_code == 200 and len(response.content) <= _MAX_REPLY:
-                    text = response.json()["choices"][0]["message"]["content"]
-                    if isinstance(text, str):
-                        return text
+                    return message_text(response.json()["choices"][0]["message"])
                 reason = f"HTTP {response.status_code}"
-            except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
                 reason = f"{type(error).__name__} in the reply"
         return reason

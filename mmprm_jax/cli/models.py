@@ -16,7 +16,7 @@ _DTYPE = option("--dtype", "of the weights", default=None, unset="as stored", ch
     "convert",
     MODELS,
     "takes a released checkpoint to Orbax, or a model folder back to safetensors",
-    argument("source", "a checkpoint folder, a hub id (org/name@revision) or a model folder"),
+    argument("source", "a folder of a checkpoint or of LoRA adapters, a hub id (org/name@revision) or a model folder"),
     argument("target", "the folder to write"),
     flag("--prm", "add the token <prm>, to train a policy on as a PRM"),
     flag("--verify", "read the result again and compare every tensor"),
@@ -45,7 +45,7 @@ def convert(args: argparse.Namespace) -> None:
     EVALUATE,
     "scores solutions, step by step, with a PRM",
     argument("file", "rows: id, question, images, candidates (lists of steps)", metavar="PROBLEMS.jsonl"),
-    option("--model", "a checkpoint folder, a hub id (org/name@revision) or a model folder"),
+    option("--model", "a folder of a checkpoint or of LoRA adapters, a hub id (org/name@revision) or a model folder"),
     option("--output", "the file to write", default=None, unset="PROBLEMS.scores.jsonl", metavar="FILE"),
     option("--template", "the prompt", default=None, unset="by the model's kind", metavar="NAME"),
     option(

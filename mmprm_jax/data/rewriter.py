@@ -20,6 +20,7 @@ import httpx2
 from mmprm_jax.data.prompts import final_answer, split_segments, step_text
 from mmprm_jax.data.sources_base import Item, replace_fields
 from mmprm_jax.records import UserError
+from mmprm_jax.servers import message_text
 
 MAX_ANSWER = 4 * 2**20  # bytes
 _TASK = (
@@ -116,10 +117,9 @@ class Rewriter:
 
 def _content(data: bytes) -> str:
     try:
-        content = json.loads(data)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        return message_text(json.loads(data)["choices"][0]["message"]).encode(errors="replace").decode()
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return ""
-    return content.encode(errors="replace").decode() if isinstance(content, str) else ""
 
 
 def accepted(said: str, by_rules: str) -> tuple[str, str]:

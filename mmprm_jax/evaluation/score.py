@@ -59,9 +59,11 @@ def _prefill(params: Any, batch: Any, *, graphdef: Any) -> Any:
     return model(batch["tokens"], batch["valid"], batch["pixels"], batch["length"], caches=True)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "classes"))
-def _scores(params: Any, prefix: Any, known: Any, batch: Any, *, graphdef: Any, classes: Any) -> jax.Array:
-    """Scores at every position of the suffixes, [R n, S].
+@functools.partial(jax.jit, static_argnames=("graphdef", "classes", "kappa"))
+def _scores(
+    params: Any, prefix: Any, known: Any, batch: Any, *, graphdef: Any, classes: Any, kappa: bool = False
+) -> tuple[jax.Array, ...]:
+    """Scores at every position of the suffixes, [R n, S], and with ``kappa`` their concentrations.
 
     known [R, P]: where the prefix is no padding; batch: tokens, valid [R n, S], start, length [R n].
     """
@@ -76,10 +78,11 @@ def _scores(params: Any, prefix: Any, known: Any, batch: Any, *, graphdef: Any, 
         return shared_attention(q, shared, known, (k, v), mask), None
 
     hidden, _ = model.decoder(model.decoder.embed_tokens(batch["tokens"]), rope, attend)
+    more = (model.concentration(hidden),) if kappa else ()
     if classes is None:
-        return jax.nn.softmax(model.score(hidden), axis=-1)[..., 1]
+        return jax.nn.softmax(model.score(hidden), axis=-1)[..., 1], *more
     logits = model.decoder.logits_of(hidden, classes)
-    return jax.nn.sigmoid(logits[..., 0] - logits[..., 1])
+    return jax.nn.sigmoid(logits[..., 0] - logits[..., 1]), *more
 
 
 class Scorer:
@@ -113,15 +116,24 @@ class Scorer:
 
     def score(self, problems: Sequence[Solutions]) -> list[list[tuple[float, ...]]]:
         """For each problem and each of its solutions one score in [0, 1] per position."""
-        found = [[()] * len(problem.rows) for problem in problems]
+        return self._score(problems, kappa=False)[0]
+
+    def score_with_kappa(self, problems: Sequence[Solutions]) -> tuple[list[list[tuple[float, ...]]], ...]:
+        """The scores, and in the same form how sure the PRM is of each: kappa > 0 of a Beta-Binomial PRM."""
+        return self._score(problems, kappa=True)
+
+    def _score(self, problems: Sequence[Solutions], kappa: bool) -> tuple[list[list[tuple[float, ...]]], ...]:
+        found = tuple([[()] * len(problem.rows) for problem in problems] for _ in range(1 + kappa))
         for batch in self._batches(list(self._groups(problems))):
             interruption.check()
-            for (p, r), scores in self._run(batch):
-                found[p][r] = scores
+            for (p, r), values in self._run(batch, kappa):
+                for part, value in zip(found, values, strict=True):
+                    part[p][r] = value
         first = [{} for _ in problems]
         for p, problem in enumerate(problems):
             for r, row in enumerate(problem.rows):
-                found[p][r] = found[p][first[p].setdefault(_key(row), r)]
+                for part in found:
+                    part[p][r] = part[p][first[p].setdefault(_key(row), r)]
         return found
 
     def _groups(self, problems: Sequence[Solutions]) -> Iterator[_Group]:
@@ -153,7 +165,7 @@ class Scorer:
         step = max(self._bucket, 1 << max(0, (tokens - 1).bit_length() - 4))
         return max(1, -(-tokens // step)) * step
 
-    def _run(self, groups: list[_Group]) -> Iterator[tuple[tuple[int, int], tuple[float, ...]]]:
+    def _run(self, groups: list[_Group], kappa: bool) -> Iterator[tuple[tuple[int, int], list[tuple[float, ...]]]]:
         count, n = self._problems, self._solutions
         width = self._width(max(len(group.prefix) for group in groups))
         tokens, known = np.zeros((count, width), np.int32), np.zeros((count, width), bool)
@@ -190,13 +202,13 @@ class Scorer:
             }
             scores = _scores(
                 self._params, prefix, put["valid"], put_batch(suffix, self._mesh),
-                graphdef=self._graphdef, classes=self._classes,
+                graphdef=self._graphdef, classes=self._classes, kappa=kappa,
             )  # fmt: skip
-            scores = np.asarray(jax.device_get(scores)).reshape(count, n, wide)
+            values = [np.asarray(x).reshape(count, n, wide) for x in jax.device_get(scores)]
             for i, (group, part) in enumerate(zip(groups, parts, strict=True)):
                 for j, (_, marks) in enumerate(part):
                     at = np.array(marks) - len(group.prefix)
-                    yield group.index[start + j], tuple(scores[i, j, at].tolist())
+                    yield group.index[start + j], [tuple(x[i, j, at].tolist()) for x in values]
 
 
 def _key(row: tuple[Sequence[int], Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:

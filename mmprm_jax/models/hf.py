@@ -6,14 +6,17 @@ the same keys, shapes, dtypes and files that came in. No pickle, no remote code.
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,9 @@ from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mmprm_jax.models import build, hf_config
+from mmprm_jax.models import build, hf_adapter, hf_config, hf_unreadable, tokenizer_files
 from mmprm_jax.models.config import VLMConfig
-from mmprm_jax.models.hf_layout import Group, get, layout, put
+from mmprm_jax.models.hf_layout import KAPPA, Group, get, layout, put
 from mmprm_jax.records import UserError
 from mmprm_jax.settings import HUB_ID
 from mmprm_jax.sharding import AXES, fit_spec
@@ -38,6 +41,7 @@ _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 _OTHER = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.md")
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
+KAPPA_FILE = "kappa/model.safetensors"  # apart: others that read all weight files of a folder know nothing of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +67,9 @@ class Description:
 
     @property
     def dtype(self) -> Any:
-        """bfloat16 if that holds every tensor exactly, else float32."""
-        found = {d for f in self.manifest.files.values() for d in f["tensors"].values()}
+        """bfloat16 if that holds every tensor (but for the head for kappa) exactly, else float32."""
+        files = (f for name, f in self.manifest.files.items() if name != KAPPA_FILE)
+        found = {d for f in files for d in f["tensors"].values()}
         return jnp.bfloat16 if found == {"BF16"} else jnp.float32
 
     @functools.cached_property
@@ -85,12 +90,29 @@ def describe(config: Mapping[str, Any], manifest: Manifest) -> Description:
     return Description(dict(config), cfg, layout(cfg, kind, decoder, prefixed), manifest)
 
 
+def with_kappa(model: Description, kappa: bool) -> Description:
+    """The same model with a head for a PRM's concentration, or without; it has a file of its own, in float32."""
+    config = {key: value for key, value in model.config.items() if key != hf_config.KAPPA}
+    files = {name: file for name, file in model.manifest.files.items() if name != KAPPA_FILE}
+    if kappa:
+        config[hf_config.KAPPA] = True
+        files[KAPPA_FILE] = {"metadata": {"format": "pt"}, "tensors": dict.fromkeys(KAPPA, "F32")}
+    return describe(config, dataclasses.replace(model.manifest, files=files))
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checked folder of weights."""
+    """A checked folder of weights. ``adapter``: what is added to them."""
 
     folder: Path
     model: Description
+    adapter: hf_adapter.Adapter | None = None
+    merged: Path | None = None
+
+    @property
+    def files(self) -> Path:
+        """The folder of config.json and tokenizer; with an adapter not that of the weights."""
+        return self.merged or self.folder
 
     @functools.cached_property
     def where(self) -> dict[str, str]:
@@ -144,10 +166,10 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: damaged or truncated safetensors ({error})") from None
 
 
-def _scan(folder: Path) -> tuple[Manifest, dict[str, tuple[int, ...]], dict[str, str]]:
+def _scan(folder: Path, kappa: bool) -> tuple[Manifest, dict[str, tuple[int, ...]], dict[str, str]]:
     """The manifest, every tensor's shape, and what the index says is in a file but is not.
 
-    Raises UserError when a file is missing or damaged.
+    kappa: whether there is a KAPPA_FILE. Raises UserError when a file is missing or damaged.
     """
     index = folder / INDEX
     if index.exists():
@@ -160,13 +182,8 @@ def _scan(folder: Path) -> tuple[Manifest, dict[str, tuple[int, ...]], dict[str,
         listed, weights = None, {}
         names = ["model.safetensors"] if (folder / "model.safetensors").exists() else []
     if not names:
-        pickled = sorted(p.name for p in folder.glob("*.bin"))
-        if pickled:
-            raise UserError(
-                f"{folder}: only pickled weights ({pickled[0]}, …), which can run code when they are read; convert them"
-                " to safetensors where you trust them (transformers: save_pretrained)"
-            )
-        raise UserError(f"{folder}: no model.safetensors and no {INDEX}")
+        raise UserError(hf_unreadable.folder(folder) or f"{folder}: no model.safetensors and no {INDEX}")
+    names += [KAPPA_FILE] * kappa
     lost = [name for name in names if not (folder / name).exists()]
     if lost:
         raise UserError(f"{folder}: {len(lost)} of {len(names)} weight files are missing: {', '.join(lost)}")
@@ -176,26 +193,101 @@ def _scan(folder: Path) -> tuple[Manifest, dict[str, tuple[int, ...]], dict[str,
             tensors = {}
             for key in file.offset_keys():
                 part = file.get_slice(key)
-                tensors[key], shapes[key] = part.get_dtype(), tuple(part.get_shape())
+                if not hf_unreadable.is_buffer(key):
+                    tensors[key], shapes[key] = part.get_dtype(), tuple(part.get_shape())
             files[name] = {"metadata": file.metadata(), "tensors": tensors}
-    claimed = {key: name for key, name in weights.items() if key not in files[name]["tensors"]}
+    claimed = {
+        key: name
+        for key, name in weights.items()
+        if key not in files[name]["tensors"] and not hf_unreadable.is_buffer(key)
+    }
     return Manifest(files, listed and listed.get("metadata", {})), shapes, claimed
 
 
 def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     """Reads config.json and the headers of all weight files, and checks every key, shape and dtype.
 
-    Raises UserError: one that lists every missing, unexpected, mis-shaped and mistyped tensor, or the one thing that
-    keeps us from getting that far.
+    A folder of LoRA adapters (peft) is its base with the adapters in it. Raises UserError: one that lists every
+    missing, unexpected, mis-shaped and mistyped tensor, or the one thing that keeps us from getting that far.
     """
     folder = find(path_or_id, revision)
-    config = read_json(folder / "config.json")
+    if hf_adapter.is_adapter(folder):
+        return _open_adapter(folder)
+    if not (folder / "config.json").exists() and (known := hf_unreadable.folder(folder)):
+        raise UserError(known)
+    return _open(folder, read_json(folder / "config.json"))
+
+
+def _open_adapter(folder: Path) -> Checkpoint:
+    if whole := [name for name in (INDEX, "model.safetensors") if (folder / name).exists()]:
+        raise UserError(
+            f"{folder}: a whole model ({whole[0]}) and adapters ({hf_adapter.CONFIG}); move away what is not meant"
+        )
+    settings = read_json(folder / hf_adapter.CONFIG)
+    base_name, revision = hf_adapter.base_of(folder, settings)
     try:
-        hf_config.from_hf_config(config)  # tell of a wrong architecture before missing files
-        manifest, shapes, claimed = _scan(folder)
+        base = open_checkpoint(base_name, revision)
+        if base.adapter:
+            raise UserError(f"{base_name}: adapters again; {hf_adapter.MERGE}")
+    except UserError as error:
+        raise UserError(f"{folder}: the base of the adapters: {error}") from None
+    shapes = {key: shape for group in base.model.groups for key, shape, _ in group.tensors()}
+    adapter = hf_adapter.read(folder, settings, shapes)
+    config = copy.deepcopy(base.model.config)
+    grown = {new[0] for key, new in adapter.shapes.items() if new != shapes[key] and new[1:] == shapes[key][1:]}
+    if len(grown) == 1:  # rows of the embedding, and of the head
+        hf_config.text_section(config)["vocab_size"] = grown.pop()
+    return _open(base.folder, config, adapter)
+
+
+def _open(folder: Path, config: dict[str, Any], adapter: hf_adapter.Adapter | None = None) -> Checkpoint:
+    where = adapter.folder if adapter else folder
+    try:
+        cfg = hf_config.from_hf_config(config)  # tell of a wrong architecture before missing files
+        manifest, shapes, claimed = _scan(folder, cfg.kappa)
         model = describe(config, manifest)
     except UserError as error:
-        raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+        raise UserError(str(error) if str(folder) in str(error) else f"{where}: {error}") from None
+    shapes |= adapter.shapes if adapter else {}
+    _check_tensors(where, model, shapes, claimed)
+    _check_frequencies(folder, model)
+    return Checkpoint(folder, model, adapter, _files_of(adapter.folder, folder, config) if adapter else None)
+
+
+def _check_frequencies(folder: Path, model: Description) -> None:
+    """Raises UserError when rotary frequencies that were saved are not those of config.json."""
+    d = model.cfg.decoder
+    wanted = d.rope_theta ** -(np.arange(0, d.head_dim, 2) / d.head_dim)
+    for name in model.manifest.files:
+        with _opened(folder / name) as file:
+            for key in (k for k in file.keys() if k.endswith("rotary_emb.inv_freq")):  # noqa: SIM118
+                found = file.get_tensor(key).astype(np.float64)
+                if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=0.02, atol=0):
+                    raise UserError(
+                        f"{folder / name}: the rotary frequencies {key} are not those of config.json's rope_theta"
+                        f" {d.rope_theta:g}; correct rope_theta there"
+                    )
+
+
+def _files_of(adapter: Path, base: Path, config: Mapping[str, Any]) -> Path:
+    """A folder of what stands beside the weights of a merged model: the base's, and the adapter's own tokenizer."""
+    merged = Path(tempfile.mkdtemp(prefix="mmprm_jax"))
+    atexit.register(shutil.rmtree, merged, ignore_errors=True)
+    copy_other_files(base, merged)
+    own = [name for name in tokenizer_files.FILES if (adapter / name).exists()]
+    if tokenizer_files.CONFIG in own or tokenizer_files.FAST in own:
+        for name in (*tokenizer_files.FILES, *tokenizer_files.FOREIGN):
+            (merged / name).unlink(missing_ok=True)
+        for name in own:
+            shutil.copyfile(adapter / name, merged / name)
+    write_config(merged, config)
+    return merged
+
+
+def _check_tensors(
+    folder: Path, model: Description, shapes: Mapping[str, tuple[int, ...]], claimed: Mapping[str, str]
+) -> None:
+    """Raises UserError when the tensors are not those of config.json."""
     expected = {key: shape for group in model.groups for key, shape, _ in group.tensors()}
     problems = [
         f"missing: {key} {list(shape)}" + (f" (the index says it is in {claimed[key]})" if key in claimed else "")
@@ -207,7 +299,8 @@ def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) 
         for key, name in claimed.items()
         if key in shapes
     ]
-    problems += [f"unexpected: {key} {list(shape)}" for key, shape in shapes.items() if key not in expected]
+    unexpected = [key for key in shapes if key not in expected]
+    problems += [f"unexpected: {key} {list(shapes[key])}" for key in unexpected]
     problems += [
         f"shape: {key} is {list(shapes[key])}, config.json makes it {list(shape)}"
         for key, shape in expected.items()
@@ -215,15 +308,17 @@ def open_checkpoint(path_or_id: str | os.PathLike, revision: str | None = None) 
     ]
     problems += [
         f"dtype: {key} is {dtype}; F32, F16 and BF16 are read"
-        for file in manifest.files.values()
+        for file in model.manifest.files.values()
         for key, dtype in file["tensors"].items()
         if key in expected and dtype not in _DTYPES
     ]
     if problems:
+        shards = any(folder.glob("global_step*"))
+        if known := hf_unreadable.tensors(model.config, shapes, unexpected, shards):
+            raise UserError(f"{folder}: {known}")
         counts = collections.Counter(p.partition(":")[0] for p in problems)
         summary = ", ".join(f"{count} {what}" for what, count in counts.items())
         raise UserError(f"{folder}: the weights do not fit config.json ({summary}):\n  " + "\n  ".join(problems))
-    return Checkpoint(folder, model)
 
 
 def load_params(checkpoint: Checkpoint, mesh: Any, dtype: Any = None) -> Any:
@@ -273,7 +368,11 @@ def _read(checkpoint: Checkpoint, key: str, shape: tuple[int, ...], mesh: Any) -
 
 
 def read_tensor(checkpoint: Checkpoint, key: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """A tensor, or a part of it, as it is in the file."""
+    """A tensor, or a part of it, as it is in the file, with the checkpoint's adapter."""
+    if adapter := checkpoint.adapter:
+        base = dataclasses.replace(checkpoint, adapter=None)
+        whole = adapter.merged(key, lambda: read_tensor(base, key))  # whole: a part's sums could be rounded otherwise
+        return whole[index] if index else whole
     with _opened(checkpoint.folder / checkpoint.where[key]) as file:
         return file.get_slice(key)[index] if index else file.get_tensor(key)
 
@@ -336,14 +435,16 @@ def save(folder: Path, params: Any, mesh: Any, model: Description) -> None:
     with jax.set_mesh(mesh):
         for name, file in model.manifest.files.items():
             found = dict(tensors(model.groups, params, {key: model.dtypes[key] for key in file["tensors"]}))
-            total += sum(x.nbytes for x in found.values())
+            total += sum(x.nbytes for x in found.values()) if name != KAPPA_FILE else 0
             if writer:
+                (folder / name).parent.mkdir(exist_ok=True)
                 ordered = {key: np.ascontiguousarray(found[key]) for key in file["tensors"]}
                 save_file(ordered, folder / name, file["metadata"])
     if not writer:
         return
     if model.manifest.index is not None:
-        weights = {key: name for name, file in model.manifest.files.items() for key in file["tensors"]}
+        files = {name: file for name, file in model.manifest.files.items() if name != KAPPA_FILE}
+        weights = {key: name for name, file in files.items() for key in file["tensors"]}
         index = {"metadata": {**model.manifest.index, "total_size": total}, "weight_map": dict(sorted(weights.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     write_config(folder, model.config)

@@ -12,6 +12,7 @@ from mmprm_jax.records import UserError
 # How the weights are named: InternVLChatModel's remote code, transformers' own InternVL, a text-only policy or PRM.
 CHAT, NATIVE, TEXT, TEXT_PRM = "internvl_chat", "internvl", "causal_lm", "qwen2_prm"
 TEMPLATES = "mmprm_templates"  # a key of config.json: the prompts that the model was trained with
+KAPPA = "mmprm_kappa"  # a key of config.json: true where a PRM has a head for its concentration
 _KINDS = {
     "InternVLChatModel": CHAT,
     "InternVLRewardModel": CHAT,  # VisualPRM
@@ -80,6 +81,12 @@ def from_hf_config(config: Mapping[str, Any]) -> VLMConfig:
 
     Raises UserError on an unknown architecture, a missing size, and settings that the model does not have.
     """
+    if not isinstance(config.get(KAPPA, False), bool):
+        raise UserError(f"config.json: {KAPPA} must be true or false, it is {config[KAPPA]!r}")
+    return dataclasses.replace(_sizes(config), kappa=config.get(KAPPA, False))
+
+
+def _sizes(config: Mapping[str, Any]) -> VLMConfig:
     kind = checkpoint_kind(config)
     decoder = _decoder(config)
     if kind == TEXT_PRM:

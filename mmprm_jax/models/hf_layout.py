@@ -17,6 +17,7 @@ from mmprm_jax.models.config import VisionConfig, VLMConfig
 from mmprm_jax.models.hf_config import CHAT, NATIVE, TEXT, TEXT_PRM
 
 Arrays = tuple[jax.Array, ...]
+KAPPA = ("kappa.weight", "kappa.bias")  # the head for a PRM's concentration
 
 
 # How tensors become parameters (``read``) and parameters tensors again (``write``). Equal ones are compiled once.
@@ -241,11 +242,19 @@ def _decoder(cfg: VLMConfig, root: str, head: str, internlm2: bool) -> list[Grou
 
 
 def layout(cfg: VLMConfig, kind: str, decoder: str, prefixed: bool = False) -> list[Group]:
-    """Every tensor of a checkpoint.
+    """Every tensor of a checkpoint, a PRM's head for its concentration last.
 
     kind: CHAT, NATIVE, TEXT or TEXT_PRM; decoder: internlm2, qwen2, qwen3 or llama; prefixed: transformers' newer names
     of the NATIVE kind, ``model.language_model.*`` and ``lm_head.*``, not ``language_model.model.*``.
     """
+    groups = _layout(cfg, kind, decoder, prefixed)
+    if cfg.kappa:
+        groups.append(_linear(KAPPA[0], "kappa/kernel", (cfg.decoder.hidden_size,), (1,)))
+        groups.append(_plain(KAPPA[1], "kappa/bias", (1,)))
+    return groups
+
+
+def _layout(cfg: VLMConfig, kind: str, decoder: str, prefixed: bool) -> list[Group]:
     if kind == TEXT_PRM:
         size = cfg.decoder.hidden_size
         return [

@@ -6,6 +6,7 @@ they cannot compute exactly is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +34,8 @@ def describe(cfg: VLMConfig, tokenizer: Tokenizer, dtype: Any, longest: int = 0)
     """
     config = _config(cfg, tokenizer, longest) | {"torch_dtype": jnp.dtype(dtype).name}
     kind, decoder = hf_config.checkpoint_kind(config), hf_config.decoder_kind(config)
-    return hf.describe(config, _manifest(layout(cfg, kind, decoder), jnp.dtype(dtype)))
+    groups = layout(dataclasses.replace(cfg, kappa=False), kind, decoder)
+    return hf.with_kappa(hf.describe(config, _manifest(groups, jnp.dtype(dtype))), cfg.kappa)
 
 
 def _config(cfg: VLMConfig, tokenizer: Tokenizer, longest: int) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class SentencePieceCore:
     def encode(self, text: str) -> list[int]:
         return self._encode(self._sp, self._split, text)
 
-    def encode_literal(self, text: str) -> list[int]:
+    def encode_literal(self, text: str, inside: bool = False) -> list[int]:
         return self._encode(self._literal_sp, self._literal_split, text)
 
     def _encode(self, sp: sentencepiece.SentencePieceProcessor, split: re.Pattern[str], text: str) -> list[int]:

@@ -34,10 +34,9 @@ from PIL import Image
 
 from mmprm_jax import interruption
 from mmprm_jax.data.images import open_image, orientation
-from mmprm_jax.data.prompts import final_answer, policy_template, split_segments, step_text
-from mmprm_jax.models import tokenizer as tok
-from mmprm_jax.models.tokenizer import Segment
+from mmprm_jax.data.prompts import final_answer, policy_template, split_segments
 from mmprm_jax.records import Failure, Problem, Request, Rollout, UserError
+from mmprm_jax.rollout.chat import Answer, Unusable, chat_body, limit_tiles, read_answer, server_kind
 from mmprm_jax.rollout.rollouts import Verify, request_key
 from mmprm_jax.rollout.sampling import Sampling
 
@@ -47,13 +46,19 @@ CONNECT_TIMEOUT = 10.0  # seconds
 FAILURES_IN_A_ROW = 3  # then a server rests
 PATIENCE = 900.0  # seconds for which all servers may fail
 LOG_EVERY = 60.0  # seconds between two warnings of a server that fails
+UNUSABLE = 2  # answers to one request that cannot be used: then this rollout is given up
 _HINT = "; are the address (most end in /v1), the model's name and the variable OPENAI_API_KEY right?"
 
 Sample = tuple[tuple[str, ...], int]  # segments, number of tokens
+_LOST: Sample = ((), 0)  # of a rollout whose answers could not be used
 
 
 class _Retry(Exception):
-    """An attempt failed in a way that may pass."""
+    """An attempt failed in a way that may pass. ``unusable``: there was an answer, and it is no rollout."""
+
+    def __init__(self, reason: str, unusable: Unusable | None = None):
+        super().__init__(reason)
+        self.unusable = unusable
 
 
 @dataclasses.dataclass(eq=False)
@@ -65,6 +70,9 @@ class _Server:
     failing_since: float = 0.0  # 0: not failing
     warned_at: float = float("-inf")
     reason: str = ""  # of the last failure
+    kind: str | None = None  # of ``chat.TILES``, "": another; None: not known yet
+    asking: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
+    guesses: bool = False  # it does not say how many tokens its answers have
 
 
 def image_url(path: epath.PathLike) -> str:
@@ -81,85 +89,10 @@ def image_url(path: epath.PathLike) -> str:
     return f"data:{Image.MIME[kind]};base64,{base64.b64encode(data).decode()}"
 
 
-def _messages(prompt: Sequence[Segment], images: Sequence[str]) -> list[dict[str, Any]]:
-    """A template's turns as chat messages, the open one last. A content without an image is a string, not a list."""
-    left = iter(images)
-    turns: list[list[str]] = []  # per turn the texts between its images, the first one led by the role
-    inside = False
-    for segment in prompt:
-        marker = segment.text if segment.marker else None
-        if marker in (tok.TURN_START, tok.TURN_END):
-            inside = marker == tok.TURN_START
-            turns += [[""]] * inside
-        elif marker == tok.IMAGE:
-            turns[-1] = [*turns[-1], ""]
-        elif inside and marker not in (tok.IMAGE_START, tok.IMAGE_END):
-            turns[-1] = [*turns[-1][:-1], turns[-1][-1] + segment.text]
-    messages = []
-    for head, *rest in turns:
-        role, _, text = head.partition("\n")
-        parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
-        for after in rest:
-            parts.append({"type": "image_url", "image_url": {"url": next(left)}})
-            parts.append({"type": "text", "text": after.removeprefix("\n")})  # servers put that newline themselves
-        messages.append({"role": role, "content": [p for p in parts if p.get("text") != ""] if rest else text})
-    return messages
-
-
-def chat_body(
-    model: str, sampling: Sampling, template: str, request: Request, images: Sequence[str], seed: int
-) -> dict[str, Any]:
-    """The JSON that asks for one rollout. ``images``: the data URLs of the problem's images.
-
-    template: "continue" (the steps so far open the assistant turn, there is no system message) or the name of a policy
-    template. Raises UserError for another template and when the question's ``<image>`` placeholders do not fit.
-    """
-    build = policy_template("plain" if template == "continue" else template).build
-    steps = [step_text(segment) for segment in request.prefix]
-    messages = _messages(build(request.problem.question, steps, [1] * len(images)), images)
-    continued = bool(messages[-1]["content"])
-    return {  # every setting: one left out would be taken from the model's generation_config.json
-        "model": model,
-        "messages": messages if continued else messages[:-1],
-        "n": 1,
-        "seed": seed,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k or -1,  # -1: all
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "repetition_penalty": sampling.repetition_penalty,
-        "max_tokens": sampling.max_new_tokens,
-        "skip_special_tokens": False,  # <step> is one in some tokenizers
-        **({"stop_token_ids": list(sampling.stop)} if sampling.stop else {}),
-        **({"continue_final_message": True, "add_generation_prompt": False} if continued else {}),
-    }
-
-
 def _seed(key: np.ndarray, rollout: int) -> int:
     """31 bits for one rollout of the request with that key (uint32 [2])."""
     digest = hashlib.blake2b(key.tobytes() + rollout.to_bytes(4, "little"), digest_size=4).digest()
     return int.from_bytes(digest, "little") & 0x7FFFFFFF
-
-
-def _read_answer(data: bytes) -> tuple[str, int]:
-    """Text and number of tokens of a server's answer. Raises _Retry unless it is exactly one finished choice."""
-    try:
-        answer = json.loads(data)
-        (choice,) = answer["choices"]
-        text, finish = choice["message"]["content"], choice["finish_reason"]
-        n_tokens = answer["usage"]["completion_tokens"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _Retry(
-            "the answer is not JSON with one choice, its message.content and finish_reason, and "
-            f"usage.completion_tokens ({type(error).__name__}: {error})"
-        ) from None
-    if text is None and n_tokens in (0, 1):
-        text = ""  # some servers say null for a stop token alone
-    counted = type(n_tokens) is int and n_tokens >= bool(text)
-    if not (counted and isinstance(text, str) and finish in ("stop", "length")):
-        kind = type(text).__name__
-        raise _Retry(f"the answer's content is {kind}, finish_reason {finish!r}, completion_tokens {n_tokens!r}")
-    return text.encode(errors="replace").decode(), n_tokens  # a lone surrogate could not be written to a file
 
 
 def _server(url: str) -> _Server:
@@ -175,7 +108,9 @@ class RemoteSampler:
     """Samples from servers and verifies the final answers (``records.Sampler``). Close it, or use it in ``with``.
 
     Requests are asyncio tasks in one thread; ``collect`` verifies in the caller's. A rollout that is refused, or still
-    fails after ``max_attempts``, makes a Failure of its request. ``rollouts`` and ``tokens`` count what was collected.
+    fails after ``max_attempts``, makes a Failure of its request. One whose answers, UNUSABLE of them, cannot be used is
+    an empty one; a request that loses more than half of its rollouts so is a Failure. ``rollouts`` and ``tokens`` count
+    what was collected, ``unusable`` the rollouts that were lost.
     """
 
     def __init__(
@@ -193,6 +128,7 @@ class RemoteSampler:
         max_attempts: int = 8,
         backoff: float = 1.0,
         pause: float = 60.0,
+        max_tiles: int = 0,
     ):
         """Raises UserError for bad addresses, an unknown template and an OPENAI_API_KEY that no header can hold.
 
@@ -200,7 +136,7 @@ class RemoteSampler:
         is each of these (answer or None, gold, grading) right? template: see ``chat_body``. concurrency: HTTP requests
         under way per server. timeout: seconds for a whole answer. backoff: seconds before the first retry, doubled for
         each further one, with jitter. pause: the longest wait in seconds: of a retry, of a Retry-After, and of a server
-        that failed FAILURES_IN_A_ROW times.
+        that failed FAILURES_IN_A_ROW times. max_tiles: of an image, for servers that can be told; 0: none is told.
         """
         self._servers = [_server(url) for url in servers]
         if not self._servers:
@@ -212,9 +148,10 @@ class RemoteSampler:
         self._model, self._sampling, self._template = model, sampling, template
         self._folder, self._seed, self._purpose, self._verify = epath.Path(folder), seed, purpose, verify
         self._concurrency, self._timeout, self._max_attempts = concurrency, timeout, max_attempts
-        self._backoff, self._pause = backoff, pause
-        self.rollouts = self.tokens = self.retries = self._outstanding = 0
+        self._backoff, self._pause, self._max_tiles = backoff, pause, max_tiles
+        self.rollouts = self.tokens = self.retries = self.unusable = self._outstanding = 0
         self._ready: queue.Queue[tuple[Request | None, list[Sample] | Failure | Exception]] = queue.Queue()
+        self._warned_at = float("-inf")
         self._images: dict[str, asyncio.Task[list[str]]] = {}  # by problem id
         self._freed = asyncio.Event()  # set, and replaced, when a place at a server becomes free
         self._gate = asyncio.Semaphore(concurrency * len(self._servers))  # first come, first served
@@ -289,12 +226,20 @@ class RemoteSampler:
         await self._loop.shutdown_default_executor()
 
     async def _answer(self, request: Request) -> None:
-        outcome: list[Sample] | Failure | Exception
+        outcome: list[Any] | Failure | Exception
         try:
             async with asyncio.TaskGroup() as group:  # one rollout given up ends the others
                 key, images = request_key(self._seed, self._purpose, request), await self._read(request.problem)
                 tasks = [group.create_task(self._sample(request, images, _seed(key, i))) for i in range(request.n)]
             outcome = [task.result() for task in tasks]
+            lost = [reason for _, reason in outcome if reason]
+            if 2 * len(lost) > len(tasks):  # no estimate can be made of what is left
+                outcome = Failure(lost[0])
+            else:
+                outcome = [sample for sample, _ in outcome]
+                if lost:
+                    self.unusable += len(lost)
+                    self._warn_unusable(lost[0])
         except* UserError as errors:
             outcome = Failure(str(errors.exceptions[0]))
         except* Exception as errors:  # a bug here: collect raises it, lest the caller wait for ever
@@ -310,29 +255,63 @@ class RemoteSampler:
             self._images[problem.id] = self._loop.create_task(reading)
         return await self._images[problem.id]
 
-    async def _sample(self, request: Request, images: Sequence[str], seed: int) -> Sample:
-        """One rollout. Raises UserError when it is refused and after the last attempt."""
+    async def _sample(self, request: Request, images: Sequence[str], seed: int) -> tuple[Sample, str]:
+        """One rollout, and why it is lost, if it is. Raises UserError when it is refused and after the last attempt."""
         home = self._servers[zlib.crc32(request.problem.id.encode()) % len(self._servers)]
-        server, reason = None, ""
+        server, reason, unusable = None, "", 0
         async with self._gate:
             body = chat_body(self._model, self._sampling, self._template, request, images, seed)
-            last, data = body["messages"][-1], json.dumps(body).encode()
             for attempt in range(self._max_attempts):
                 if attempt:
                     self.retries += 1
                     await asyncio.sleep(min(self._pause, self._backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1))
                 try:
                     async with self._acquire(home, avoid=server) as server:
-                        text, n_tokens = await self._post(server, data)
+                        kind = await self._kind(server) if images and self._max_tiles else ""
+                        data = json.dumps(limit_tiles(body, kind, self._max_tiles)).encode()
+                        return self._rollout(server, body, await self._post(server, data)), ""
                 except _Retry as error:
                     reason = self._redact(str(error))
                     self._note_failure(server, reason)
-                else:
-                    server.failures = server.failing_since = 0
-                    if last["role"] == "assistant":  # some servers repeat what they were to continue
-                        text = text.removeprefix(last["content"])
-                    return split_segments(text), n_tokens
+                    unusable += error.unusable is not None
+                    if unusable == UNUSABLE:
+                        if error.unusable.answer is not None:  # broken off again: it is what it is
+                            return self._rollout(server, body, error.unusable.answer), ""
+                        return _LOST, f"{server.url}: {reason}; given up after {unusable} such answers"
         raise UserError(f"{server.url}: {reason}; given up after {self._max_attempts} attempts")
+
+    def _rollout(self, server: _Server, body: dict[str, Any], answer: Answer) -> Sample:
+        server.failures = server.failing_since = 0
+        if not (answer.counted or server.guesses):
+            server.guesses = True
+            logging.warning("%s does not count tokens: a quarter of an answer's bytes is taken for them", server.url)
+        last, text = body["messages"][-1], answer.text
+        if last["role"] == "assistant":  # some servers repeat what they were to continue
+            text = text.removeprefix(last["content"])
+        return split_segments(text), answer.n_tokens
+
+    def _warn_unusable(self, reason: str) -> None:
+        """At most once in LOG_EVERY seconds."""
+        if time.monotonic() - self._warned_at >= LOG_EVERY:
+            self._warned_at = time.monotonic()
+            logging.warning("%d rollouts so far are lost, and count as wrong: %s", self.unusable, reason)
+
+    async def _kind(self, server: _Server) -> str:
+        """The server's kind, asked for once; warns of one that cannot be told how many tiles an image may have."""
+        async with server.asking:
+            if server.kind is None:
+                status, data, _ = await self._exchange(
+                    "GET", f"{server.url}/models", min(self._timeout, 3 * CONNECT_TIMEOUT)
+                )
+                if status in (408, 429, 502, 503, 504):
+                    raise _Retry(f"HTTP {status} of {server.url}/models")
+                server.kind = server_kind(data) if status == 200 else ""
+                if not server.kind:
+                    logging.warning(
+                        "%s cannot be told that an image may have %d tiles (max_tiles) and cuts as it was started:"
+                        " it does not say that it is vLLM, SGLang or LMDeploy", server.url, self._max_tiles,
+                    )  # fmt: skip
+        return server.kind
 
     def _note_failure(self, server: _Server, reason: str) -> None:
         """A server that goes on failing is paused. When all have failed for so long, ``collect`` raises UserError."""
@@ -370,27 +349,35 @@ class RemoteSampler:
             self._freed.set()
             self._freed = asyncio.Event()
 
-    async def _post(self, server: _Server, body: bytes) -> tuple[str, int]:
-        """Text and number of tokens of one answer. Raises _Retry, or UserError when the server refuses the request."""
+    async def _exchange(self, method: str, url: str, timeout: float, body: bytes = b"") -> tuple[int, bytes, Any]:
+        """Status, content and headers of a server's response. Raises _Retry."""
         data = bytearray()
         try:
-            async with asyncio.timeout(self._timeout):
-                async with self._client.stream("POST", f"{server.url}/chat/completions", content=body) as response:
+            async with asyncio.timeout(timeout):
+                async with self._client.stream(method, url, content=body) as response:
                     async for chunk in response.aiter_bytes():
                         data += chunk
                         if len(data) > MAX_ANSWER:
-                            raise _Retry(f"the answer is larger than {MAX_ANSWER} bytes")
+                            reason = f"the answer is larger than {MAX_ANSWER} bytes"
+                            raise _Retry(reason, Unusable(reason))
         except TimeoutError:
-            raise _Retry(f"no whole answer in {self._timeout:g} s") from None
+            raise _Retry(f"no whole answer in {timeout:g} s") from None
         except (httpx2.HTTPError, OSError) as error:
             raise _Retry(f"{type(error).__name__} {error}") from None
-        status = response.status_code
+        return response.status_code, bytes(data), response.headers
+
+    async def _post(self, server: _Server, body: bytes) -> Answer:
+        """One answer. Raises _Retry, or UserError when the server refuses the request."""
+        status, data, headers = await self._exchange("POST", f"{server.url}/chat/completions", self._timeout, body)
         if status == 200:
-            return _read_answer(bytes(data))
+            try:
+                return read_answer(data)
+            except Unusable as error:
+                raise _Retry(str(error), error) from None
         reason = f"HTTP {status}: {data.decode(errors='replace')}"
         if status in (408, 409, 429) or status >= 500:
             with contextlib.suppress(ValueError):  # it may be a date: then the usual backoff has to do
-                wait = min(float(response.headers.get("Retry-After", "0")), self._pause)
+                wait = min(float(headers.get("Retry-After", "0")), self._pause)
                 server.paused_until = max(server.paused_until, time.monotonic() + wait)
             raise _Retry(reason)
         raise UserError(f"{server.url}: {self._redact(reason)}{_HINT if status in (401, 403, 404) else ''}")

@@ -22,9 +22,13 @@ _BLOCK = 128  # tokens; the inverse CDF looks for the block first, then inside o
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(settings.Sampling):
-    """How one request is sampled, in the order of ``transformers`` and vLLM. Raises ValueError outside of the ranges.
+    """How one request is sampled, in the order of ``transformers``. Raises ValueError outside of the ranges.
 
-    A temperature below GREEDY takes the most likely token, of equal ones the first.
+    Servers filter otherwise where several filters are set. vLLM applies min-p first, so that top-k and then top-p see
+    what it left (vllm/v1/sample/sampler.py). SGLang applies top-k and top-p jointly, top-p by the shares of all tokens;
+    with min-p its FlashInfer back end applies top-k, top-p and min-p one after the other, its PyTorch back end top-k
+    and top-p jointly all the same (sglang/srt/layers/sampler.py). A temperature below GREEDY takes the most likely
+    token, of equal ones the first.
     """
 
     stop: tuple[int, ...] = ()  # at most MAX_STOPS ids that end a sample; the stop token is part of it

@@ -56,7 +56,7 @@ def _annotate(run: Run) -> Figures:
     mesh = run_mesh(run.config) if annotate.is_together(c) else process_mesh(run.config)
     return annotate.annotate(
         c, run.problems("train"), run.data, run.folder("annotate"), lambda: models.load_policy(run, c, mesh), mesh,
-        run.config.seed,
+        run.config.seed, run.config.max_tiles,
     )  # fmt: skip
 
 

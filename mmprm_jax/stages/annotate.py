@@ -21,19 +21,20 @@ from mmprm_jax.settings import Annotate
 
 def annotate(
     config: Annotate, problems: Sequence[Problem], images: epath.Path, folder: epath.Path,
-    policy: Callable[[], Policy], mesh: Any, seed: int,
+    policy: Callable[[], Policy], mesh: Any, seed: int, max_tiles: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Grows the trees of all problems into ``folder``. Returns the stage's figures.
 
     images: the folder that the problems' images are relative to. policy: loads it onto ``mesh``, unless servers have
-    it. mesh: of all processes in lockstep, else of this process.
+    it. mesh: of all processes in lockstep, else of this process. max_tiles: of an image, which servers are told.
     """
 
     def make(verify: Verify) -> LocalSampler:
         return policy().sampler(config, images, config.num_rollouts, seed, "annotate", verify)
 
     if config.servers:
-        source = annotation.remote(config, images, seed, from_config(Sampling, config, stop=()))
+        tiles = max_tiles if any(problem.images for problem in problems) else 0
+        source = annotation.remote(config, images, seed, from_config(Sampling, config, stop=()), tiles)
     else:
         source = annotation.local(make, config)
     together = is_together(config)

@@ -23,7 +23,7 @@ def load_language(run: Run) -> Language:
     c = run.config
     if c.policy:
         folder, model = convert.inspect(c.policy)
-        cfg = dataclasses.replace(model.cfg, remat=c.model.remat)
+        cfg = dataclasses.replace(model.cfg, remat=c.model.remat, kappa=False)  # which only a PRM has
         return Language.stored(Tokenizer.load(folder), cfg, model.config)
     path = run.data / "tokenizer.json"
     tokenizer = Tokenizer.load(path if path.exists() else run.folder("data") / "tokenizer.json")
@@ -39,7 +39,8 @@ def load_stage_params(run: Run, stage: str, language: Language, mesh: Any, dtype
     """
     c = run.config
     if stage == "sft" and c.policy and not c.sft.steps:
-        return convert.load(c.policy, mesh, dtype or None).params
+        params = convert.load(c.policy, mesh, dtype or None).params
+        return {name: x for name, x in params.items() if name != "kappa"}
     _, shapes = build.abstract(language.cfg, language.image_token, mesh, dtype or "float32")
     return load_params(run.folder(stage) / "params", shapes)
 
@@ -59,7 +60,9 @@ def load_policy(run: Run, settings: EngineSettings, mesh: Any) -> Policy:
 
 def load_prm(run: Run, mesh: Any) -> PRM:
     """The run's PRM, as the evaluation uses it."""
-    c, language = run.config.evaluate, load_language(run).with_prm()
+    c, folder = run.config.evaluate, run.folder("train_prm")
+    kappa = convert.is_model_folder(folder) and convert.inspect(folder)[1].cfg.kappa
+    language = load_language(run).with_prm(kappa)
     params = load_stage_params(run, "train_prm", language, mesh, c.dtype)
     problems = max(1, c.score_rows // 4)
     return PRM(language, params, mesh, run.config.max_tiles, problems=problems, solutions=4, bucket=16)

@@ -13,7 +13,7 @@ from mmprm_jax.data import encode, training_files
 from mmprm_jax.data.encode import Language
 from mmprm_jax.data.packing import Sizes
 from mmprm_jax.data.training_files import Encoded, TrainingSet
-from mmprm_jax.models import hf_config, lora
+from mmprm_jax.models import hf, hf_config, lora
 from mmprm_jax.models.config import VLMConfig
 from mmprm_jax.processes import is_first, wait_for_all
 from mmprm_jax.schema import from_config
@@ -69,8 +69,7 @@ def train(
 ) -> Any:  # fmt: skip
     """Trains what ``start`` begins with on the sets and writes it into the job's folder. Returns the parameters.
 
-    Adapters are added to their matrices, and the head that only Beta-Binomial labels need is left out. The job's folder
-    becomes a model folder as ``mmprm convert`` writes them.
+    Adapters are added to their matrices. The job's folder becomes a model folder as ``mmprm convert`` writes them.
     """
     c, vision = job.settings, start.cfg.vision
     tiles = Tiles(start.cfg.tile, job.max_tiles, c.shift, c.noise) if vision else None
@@ -78,12 +77,13 @@ def train(
     loop = trainer_settings(c, job.seed)
     with Batches(sets, sizes, job.seed, tiles, weights, row_share(job.mesh)) as source:
         params = trainer.fit(job.name, job.folder, start.graphdef, start.params, loss, source, loop, job.mesh)
-    params = {name: x for name, x in lora.merge(params, start.cfg).items() if name != "kappa"}
+    params = lora.merge(params, start.cfg)
     # what the model does by itself, wherever it is loaded: the prompts and the tiles that it was trained with
     trained_with = {hf_config.TEMPLATES: dict(zip(("policy", "prm"), language.templates, strict=True))}
     if vision:
         trained_with |= {"max_dynamic_patch": job.max_tiles, "dynamic_image_size": True, "use_thumbnail": True}
     model = dataclasses.replace(start.loaded.model, config={**start.loaded.model.config, **trained_with})
+    model = hf.with_kappa(model, start.cfg.kappa)
     convert.write_folder(job.folder, dataclasses.replace(start.loaded, model=model, params=params), start.tokenizer)
     return params
 

@@ -175,7 +175,8 @@ def server():
             seen.append(body)
             reply = replies[json.loads(body["messages"][-1]["content"])["prediction"]]
             reply = reply.pop(0) if isinstance(reply, list) else reply
-            data = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
+            message = reply if isinstance(reply, dict) else {"content": reply}
+            data = json.dumps({"choices": [{"message": message}]}).encode()
             self.send_response(reply if isinstance(reply, int) else 200)
             self.end_headers()
             self.wfile.write(data)
@@ -210,6 +211,20 @@ def test_the_judge_sees_only_the_unknown(server):
         assert judge.failed == 2
     assert {json.loads(b["messages"][-1]["content"])["prediction"] for b in server.seen} == set("abcdef")
     assert all(body["temperature"] == 0 and body["model"] == "m" for body in server.seen)
+
+
+def test_a_judge_behind_any_server(server):
+    """The message in parts, or filed as reasoning; one without text is no verdict, and asked for once."""
+    shapes = {
+        "a": ({"content": [{"type": "text", "text": "EQUAL"}]}, "equal"),
+        "b": ({"content": None, "reasoning_content": "UNEQUAL"}, "unequal"),
+        "c": ({"content": "", "reasoning": "EQUAL"}, "equal"),
+        "d": ({"content": None, "refusal": "no"}, "unknown"),
+    }
+    server.replies |= {name: reply for name, (reply, _) in shapes.items()}
+    with Judge(server.url, "m", attempts=3, backoff=0.0) as judge:
+        found = judge([{"gold": "g", "prediction": p} for p in shapes], [unknown("why")] * 4)
+    assert [v.kind for v in found] == [kind for _, kind in shapes.values()] and len(server.seen) == 4
 
 
 def test_a_judge_in_the_audit(server, tmp_path):

@@ -58,7 +58,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.bodies.append(body)
             self.server.headers.append(dict(self.headers))
         said = self.server.say(content, nth)
-        data = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+        message = said if isinstance(said, dict) else {"content": said}
+        data = json.dumps({"choices": [{"message": message}]}).encode()
         self.send_response(said if isinstance(said, int) else 200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -106,6 +107,18 @@ def test_items_come_back_in_order_whatever_fails(stub):
     body = server.bodies[0]
     assert (body["temperature"], body["model"]) == (0, "m") and server.headers[0]["Authorization"] == "Bearer sk-1"
     assert "solution" in body["messages"][0]["content"]
+
+
+def test_an_answer_in_parts_or_filed_as_reasoning(stub):
+    new = [f"<step>new</step><answer>{i}</answer>" for i in range(4)]
+    shapes = [
+        {"content": [{"type": "text", "text": new[0][:9]}, {"type": "text", "text": new[0][9:]}]},
+        {"content": None, "reasoning_content": new[1]}, {"content": "", "reasoning": new[2]}, {"content": None},
+    ]  # fmt: skip
+    server = stub(lambda content, nth: shapes[int(content.split("question ")[1].split()[0])])
+    with Rewriter(server.url, "m") as rewriter:
+        found = [item.record.response for item in rewriter.rewrite(items(4))]
+    assert found == [*new[:3], "<step>s</step><answer>3</answer>"] and len(server.bodies) == 4
 
 
 def test_prepare_with_a_rewriter(stub, tmp_path):

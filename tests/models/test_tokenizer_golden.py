@@ -523,7 +523,6 @@ DAMAGES = {
         "not supported",
     ),
     "end token wanted": (MODEL, CONFIG, lambda c: c.update(add_eos_token=True), "add_eos_token is not supported"),
-    "no padding": (FAST, CONFIG, lambda c: c.update(pad_token=None), "pad_token is None"),
     "unknown begin": (MODEL, CONFIG, lambda c: c.update(bos_token="<begin>"), "bos_token is '<begin>'"),
 }
 
