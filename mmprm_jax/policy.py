@@ -28,6 +28,7 @@ from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Problem, Request, UserError
 from mmprm_jax.rollout import device
 from mmprm_jax.rollout.engine import Engine, Group, bucket
+from mmprm_jax.rollout.reading import Reader
 from mmprm_jax.rollout.rollouts import LocalSampler, Verify, request_key
 from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.schema import from_config
@@ -128,8 +129,9 @@ class Policy:
         engine = self.engine(
             slots=config.slots, samples=n, max_new_tokens=config.max_new_tokens, cache_tokens=config.cache_tokens
         )
-        sampling = from_config(Sampling, config, stop=(self.stop,))
-        return LocalSampler(engine, self.language, self.pixels(images), sampling, seed, purpose, verify)
+        sampling, reader = from_config(Sampling, config, stop=(self.stop,)), Reader.of(config, purpose)
+        language = self.language.writing(config.steps)
+        return LocalSampler(engine, language, self.pixels(images), sampling, seed, purpose, verify, reader)
 
     def sample(
         self,

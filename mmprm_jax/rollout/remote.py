@@ -34,10 +34,11 @@ from PIL import Image
 
 from mmprm_jax import interruption
 from mmprm_jax.data.images import open_image, orientation
-from mmprm_jax.data.prompts import final_answer, policy_template, split_segments, step_text
+from mmprm_jax.data.prompts import asking, policy_template
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.tokenizer import Segment
 from mmprm_jax.records import Failure, Problem, Request, Rollout, UserError
+from mmprm_jax.rollout.reading import Reader
 from mmprm_jax.rollout.rollouts import Verify, request_key
 from mmprm_jax.rollout.sampling import Sampling
 
@@ -49,7 +50,7 @@ PATIENCE = 900.0  # seconds for which all servers may fail
 LOG_EVERY = 60.0  # seconds between two warnings of a server that fails
 _HINT = "; are the address (most end in /v1), the model's name and the variable OPENAI_API_KEY right?"
 
-Sample = tuple[tuple[str, ...], int]  # segments, number of tokens
+Sample = tuple[str, int]  # text, number of tokens
 
 
 class _Retry(Exception):
@@ -107,16 +108,17 @@ def _messages(prompt: Sequence[Segment], images: Sequence[str]) -> list[dict[str
 
 
 def chat_body(
-    model: str, sampling: Sampling, template: str, request: Request, images: Sequence[str], seed: int
-) -> dict[str, Any]:
+    model: str, sampling: Sampling, template: str, request: Request, images: Sequence[str], seed: int,
+    steps: str = "tags",
+) -> dict[str, Any]:  # fmt: skip
     """The JSON that asks for one rollout. ``images``: the data URLs of the problem's images.
 
     template: "continue" (the steps so far open the assistant turn, there is no system message) or the name of a policy
-    template. Raises UserError for another template and when the question's ``<image>`` placeholders do not fit.
+    template. steps: how the policy is to write, as in ``settings.Reading``. Raises UserError for another template and
+    when the question's ``<image>`` placeholders do not fit.
     """
-    build = policy_template("plain" if template == "continue" else template).build
-    steps = [step_text(segment) for segment in request.prefix]
-    messages = _messages(build(request.problem.question, steps, [1] * len(images)), images)
+    build = asking(policy_template("plain" if template == "continue" else template), steps)
+    messages = _messages(build(request.problem.question, request.prefix, [1] * len(images)), images)
     continued = bool(messages[-1]["content"])
     return {  # every setting: one left out would be taken from the model's generation_config.json
         "model": model,
@@ -193,6 +195,7 @@ class RemoteSampler:
         max_attempts: int = 8,
         backoff: float = 1.0,
         pause: float = 60.0,
+        reader: Reader | None = None,
     ):
         """Raises UserError for bad addresses, an unknown template and an OPENAI_API_KEY that no header can hold.
 
@@ -200,7 +203,7 @@ class RemoteSampler:
         is each of these (answer or None, gold, grading) right? template: see ``chat_body``. concurrency: HTTP requests
         under way per server. timeout: seconds for a whole answer. backoff: seconds before the first retry, doubled for
         each further one, with jitter. pause: the longest wait in seconds: of a retry, of a Retry-After, and of a server
-        that failed FAILURES_IN_A_ROW times.
+        that failed FAILURES_IN_A_ROW times. reader: reads the answers; default: by their tags.
         """
         self._servers = [_server(url) for url in servers]
         if not self._servers:
@@ -211,6 +214,7 @@ class RemoteSampler:
         policy_template("plain" if template == "continue" else template)
         self._model, self._sampling, self._template = model, sampling, template
         self._folder, self._seed, self._purpose, self._verify = epath.Path(folder), seed, purpose, verify
+        self.reader = reader or Reader()
         self._concurrency, self._timeout, self._max_attempts = concurrency, timeout, max_attempts
         self._backoff, self._pause = backoff, pause
         self.rollouts = self.tokens = self.retries = self._outstanding = 0
@@ -268,8 +272,10 @@ class RemoteSampler:
             ready.append((request, outcome))
             self._outstanding -= 1
         done = [(*sample, request) for request, outcome in ready if isinstance(outcome, list) for sample in outcome]
-        right = self._verify([(final_answer(s), r.problem.answer, r.problem.grading) for s, _, r in done])
-        verified = [Rollout(s, bool(ok), n) for (s, n, _), ok in zip(done, right, strict=True)]
+        read = [self.reader.read(request, text) for text, _, request in done]
+        pairs = zip(read, done, strict=True)
+        right = self._verify([(answer, r.problem.answer, r.problem.grading) for (_, answer), (_, _, r) in pairs])
+        verified = [Rollout(s, bool(ok), n) for (s, _), (_, n, _), ok in zip(read, done, right, strict=True)]
         self.rollouts += len(verified)
         self.tokens += sum(rollout.n_tokens for rollout in verified)
         rest = iter(verified)
@@ -315,7 +321,7 @@ class RemoteSampler:
         home = self._servers[zlib.crc32(request.problem.id.encode()) % len(self._servers)]
         server, reason = None, ""
         async with self._gate:
-            body = chat_body(self._model, self._sampling, self._template, request, images, seed)
+            body = chat_body(self._model, self._sampling, self._template, request, images, seed, self.reader.steps)
             last, data = body["messages"][-1], json.dumps(body).encode()
             for attempt in range(self._max_attempts):
                 if attempt:
@@ -331,7 +337,7 @@ class RemoteSampler:
                     server.failures = server.failing_since = 0
                     if last["role"] == "assistant":  # some servers repeat what they were to continue
                         text = text.removeprefix(last["content"])
-                    return split_segments(text), n_tokens
+                    return text, n_tokens
         raise UserError(f"{server.url}: {reason}; given up after {self._max_attempts} attempts")
 
     def _note_failure(self, server: _Server, reason: str) -> None:
