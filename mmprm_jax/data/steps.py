@@ -48,6 +48,7 @@ _SPACE = re.compile(r"\s*")
 _TO_NEXT_LINE = re.compile(r"\s*\n|")
 _BLANKS = re.compile(r"\n\s*\n")
 STEP, HEADING, BOLD, ITEM, PARAGRAPH, PLAIN = range(6)  # what a line begins
+_KINDS = ((STEP, _STEP), (HEADING, _HEADING), (BOLD, _BOLD), (ITEM, _ITEM), (None, _FORMULA), (None, _THOUGHT_END))
 
 Cut = tuple[int, int]  # where a line begins, and what it begins
 
@@ -121,16 +122,13 @@ def restructure(solution: str, answer: str | None = None) -> str | None:
     segments = split_segments(solution)
     if segments and prompts.final_answer(segments) and _packed("".join(segments)) == _packed(solution):
         return "".join(segments)
-    solution = _untagged(_without_special(solution.replace("\r\n", "\n").replace("\r", "\n")))
-    answer = _untagged(answer) if answer else _committed(solution)
+    solution = _TURN_END.split(solution, maxsplit=1)[0].replace("\r\n", "\n").replace("\r", "\n")
+    answer = _untagged(answer or SPECIAL.sub("", _committed(solution) or ""))
     if not answer:
         return None
+    solution = _untagged(solution)
     steps = [step for step in split_steps(solution) if not _only_answer(step, answer)]
     return "".join(f"<step>{step}</step>" for step in steps) + f"<answer>{answer}</answer>"
-
-
-def _without_special(text: str) -> str:
-    return SPECIAL.sub("", _THOUGHT_END.sub("\n\n", _TURN_END.split(text, maxsplit=1)[0]))
 
 
 def _untagged(text: str) -> str:
@@ -149,11 +147,11 @@ def _only_answer(step: str, answer: str) -> bool:
 
 
 def split_steps(solution: str) -> list[str]:
-    """The steps of a solution in order, stripped, without empty lines in front of and in formulas set apart."""
+    """The steps of a solution in order, stripped, without special tokens and empty lines before and in formulas."""
     numbered = sum(bool(_STEP.match(found[0])) for found in _LINE.finditer(solution)) >= 2
     cuts = _cuts(solution, 0, _answer_start(solution), MOST)
-    parts = [solution[a:b] for a, b in itertools.pairwise([0, *cuts, len(solution)])]
-    found = [part.strip() if numbered else _closed_up(part.strip()) for part in parts]
+    parts = (SPECIAL.sub("", solution[a:b]).strip() for a, b in itertools.pairwise([0, *cuts, len(solution)]))
+    found = [part if numbered else _closed_up(part) for part in parts]
     return [part for part in found if part]
 
 
@@ -212,8 +210,8 @@ class _Text:
 
 
 def _kind(line: str, paragraph: bool) -> int | None:
-    """What a line begins; None: a formula set apart, which goes with the text before it."""
-    for kind, pattern in ((STEP, _STEP), (HEADING, _HEADING), (BOLD, _BOLD), (ITEM, _ITEM), (None, _FORMULA)):
+    """What a line begins; None: what goes with the text before it, a formula set apart or the end of a thought."""
+    for kind, pattern in _KINDS:
         if pattern.match(line):
             return kind
     return PARAGRAPH if paragraph else PLAIN
@@ -225,8 +223,8 @@ def _cuts(text: str, start: int, answer: int, most: int) -> list[int]:
     Which marks count is decided by the whole text: the same text behind the same start is cut alike.
     """
     whole, end = _Text(text), len(text)
-    thoughts = {_TO_NEXT_LINE.match(text, found.end()).end() for found in _THOUGHT_END.finditer(text)}
-    parts = itertools.pairwise(sorted({0, end} | thoughts))
+    thoughts = (_TO_NEXT_LINE.match(text, found.end()).end() for found in _THOUGHT_END.finditer(text))
+    parts = itertools.pairwise(sorted({0, end, *(at for at in thoughts if not whole.inside(at))}))
     marks = itertools.pairwise(sorted({0, end}.union(*((a, *_marked(whole, a, b)) for a, b in parts))))
     cuts = [start, *(cut for a, b in marks for cut in (a, *_refined(whole, a, b)) if start < cut)]
     return _merged(_telling(text, cuts, answer), end, most)[1:]
@@ -237,12 +235,13 @@ def _marked(whole: _Text, a: int, b: int) -> list[int]:
     i, j = (bisect.bisect_left(whole.lines, (at, -1)) for at in (a, b))
     lines, first = whole.lines[i:j], _SPACE.match(whole.text, a, b).end()
     kinds = [kind for _, kind in lines]
-    if kinds.count(STEP) >= 2:
+    numbered = kinds.count(STEP) >= 2
+    if numbered:
         wanted = {STEP, HEADING}
     else:
         wanted = {STEP, HEADING, BOLD, PARAGRAPH} | ({ITEM} if kinds.count(ITEM) >= 2 else set())
     cuts = [at for at, kind in lines if kind in wanted and at > first]
-    if len(cuts) > 1 or cuts and whole.is_apart(a, cuts[0]):
+    if numbered or len(cuts) > 1 or cuts and whole.is_apart(a, cuts[0]):
         return cuts
     cuts = [at for at, _ in lines if at > first]
     return cuts or (list(whole.sentences(a, b)) if b - a > LONG else [])

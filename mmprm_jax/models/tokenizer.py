@@ -236,7 +236,7 @@ class Tokenizer:
     @property
     def written(self) -> tuple[str, ...]:
         """The marks of thoughts and boxes that are one token: a policy that wrote one reads it as that."""
-        return tuple(mark for mark in _WRITTEN.split() if mark in self._core.special_texts)
+        return tuple(mark for mark in _WRITTEN.split() if self._core.lookup(mark) in self.special_ids)
 
     def __len__(self) -> int:
         return len(self._core)
