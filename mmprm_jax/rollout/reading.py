@@ -66,8 +66,8 @@ class Reader:
             )
 
     def _advice(self) -> str:
-        found = [split(text, "structure") for _, text in self._texts if text.strip()]
-        readable = sum(final_answer(segments) is not None for segments in found)
+        found = [text for _, text in self._texts if text.strip()]
+        readable = sum("<step>" not in text and final_answer(split(text, "structure")) is not None for text in found)
         setting = f"--config.{self._section}.steps"
         if self.steps == "tags" and 2 * readable >= len(found) > 0:
             return f"They can be read without <step> tags: set {setting}=structure, or auto, and another --workdir"

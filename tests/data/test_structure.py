@@ -1,4 +1,4 @@
-"""Solutions of policies that write no tags: whole steps, joined the exact text, cut alike behind any prefix, in time."""
+"""Solutions without tags: whole steps that are the exact text, cut alike behind any prefix, in little time."""
 
 import itertools
 import random
@@ -30,10 +30,10 @@ CASES = [
     ("a formula goes with its text", ["We get\n\n\\[\nx = 1\n\n+ 3\n\\]\n\n", "which is \\boxed{4}"], "4"),
     ("dollars", ["So $$a\n\n= b$$ holds.\n\n", "\\boxed{4}"], "4"),
     ("environments", ["\\begin{align}\na &= 1\n\n\\\\[2pt] b\n\\end{align}\n\n", "\\boxed{4}"], "4"),
-    ("cases in cases", ["It is\n\\begin{cases}1\n\n\\begin{cases}2\\end{cases}\n\n3\\end{cases}\n\n", "\\boxed{4}"], "4"),
+    ("cases in cases", ["Is\n\\begin{cases}1\n\n\\begin{cases}2\\end{cases}\n\n3\\end{cases}\n\n", "\\boxed{4}"], "4"),
     ("an odd dollar", ["It costs $5.\n\n", "Then $x + 3$ dollars.\n\n", "\\boxed{4}"], "4"),
     ("an odd double dollar", ["It is $$ so far.\n\n", "And these are words.\n\n$$a=b$$\n\n", "\\boxed{4}"], "4"),
-    ("a bracket that is never closed", ["We see \\[ here.\n\n", "And some words follow.\n\n\\[x\\] is \\boxed{4}"], "4"),
+    ("a bracket that is never closed", ["We see \\[ here.\n\n", "And some words.\n\n\\[x\\] is \\boxed{4}"], "4"),
     ("an environment that is never closed", ["See \\begin{align} x.\n\n", "More.\n\n", "\\boxed{4}"], "4"),
     ("a code fence with steps in it", ["**Step 1**: Run it.\n\n" + FENCE, "**Step 2**: It says 1, so \\boxed{4}"], "4"),
     ("a fence with tildes", ["Run\n~~~\na\n\nb\n~~~\n\n", "\\boxed{4}"], "4"),
@@ -41,8 +41,8 @@ CASES = [
     ("a figure", [f"Draw it.\n\n{ASY}\n\n".replace("\n\n[asy]", "\n[asy]"), "\\boxed{4}"], "4"),
     ("a table", ["We list:\n| a | b |\n|---|---|\n| 1 | 3 |\n", "Their sum is it.\n", "The answer is 4."], "4"),
     ("a table in HTML", ["<table>\n<tr><td>1\n\n</td></tr></table>\n\n", "\\boxed{4}"], "4"),
-    ("headings in a row", ["# Solution\n\n---\n\n## Reading\n\nIt is 3.\n\n", "**Adding:**\n\nIt is 4.\n\n", "\\boxed{4}"],
-     "4"),
+    ("headings in a row", ["# Solution\n\n---\n\n## Reading\n\nIt is 3.\n\n", "**Adding:**\n\nIt is 4.\n\n",
+     "\\boxed{4}"], "4"),
     ("a heading at the end", ["We read 3.\n\n", "We add 1.\n\n**Conclusion:**\n\n"], None),
     ("a thought", ["<think>\nLet us read 3.\n\n", "Add 1.\n</think>\n\n", "It is 4.\n\n", "\\boxed{4}"], "4"),
     ("a thought by lines", ["<think>\nRead 3.\n", "Add 1.\n</think>\n\n", "\\boxed{4}"], "4"),
@@ -84,11 +84,11 @@ def test_a_continuation_is_read_with_what_it_continues():
     assert final_answer((*thought, "\\boxed{4}")) is None and final_answer((*thought, "</think>\\boxed{4}")) == "4"
 
 
-@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>", "</s>", "<|eot_id|>", "<end_of_turn>", "<｜end▁of▁sentence｜>",
-                                 "<|im_end|>\n<|im_start|>user\nAnd \\boxed{5}?"])  # fmt: skip
-def test_a_turn_ends_where_it_ends(end):
-    text = "We read 3.\n\nIt is \\boxed{4}."
-    assert split(text + end, "structure") == ("We read 3.\n\n", "It is \\boxed{4}.")
+def test_a_turn_ends_where_it_ends():
+    ends = ["<|im_end|>", "<|endoftext|>", "</s>", "<|eot_id|>", "<end_of_turn>", "<｜end▁of▁sentence｜>"]
+    for end in (*ends, "<|im_end|>\n<|im_start|>user\nAnd \\boxed{5}?"):
+        text = "We read 3.\n\nIt is \\boxed{4}."
+        assert split(text + end, "structure") == ("We read 3.\n\n", "It is \\boxed{4}."), end
 
 
 def test_auto_goes_by_the_tags_where_steps_are_in_them():
@@ -104,14 +104,16 @@ def test_auto_goes_by_the_tags_where_steps_are_in_them():
         assert split(text, "auto") == split(text, "structure")
 
 
-PIECES = ["Step 1: a\n", "# T\n", "**b**\n", "word ", "So it is. ", "\n", "\n\n", "$", "$$", "\\[", "\\]", "```\n", "[asy]",
-          "[/asy]", "\\begin{cases}", "\\end{cases}", "| a | b |\n", "1. x\n", "<think>", "</think>", "\\boxed{4}", "\r\n",
-          "The answer is 4. ", "<step>", "</step>", "\\(", "\\)", "。好", "<|im_end|>"]  # fmt: skip
+PIECES = [
+    "Step 1: a\n", "# T\n", "**b**\n", "word ", "So it is. ", "\n", "\n\n", "$", "$$", "\\[", "\\]", "```\n", "[asy]",
+    "[/asy]", "\\begin{cases}", "\\end{cases}", "| a | b |\n", "1. x\n", "<think>", "</think>", "\\boxed{4}",
+    "\r\n", "The answer is 4. ", "<step>", "</step>", "\\(", "\\)", "。好", "<|im_end|>",
+]  # fmt: skip
 
 
 def test_any_text_is_the_segments_joined_and_no_mark_stands_alone():
     rng = random.Random(0)
-    for number in range(400):
+    for number in range(150):
         text = "".join(rng.choices(PIECES[: 28 + number % 2], k=rng.randrange(1, 400)))
         segments = split(text, "structure")
         assert "".join(segments) in (text.split("<|im_end|>")[0], "")
@@ -167,8 +169,8 @@ def test_demonstrations_are_cut_by_the_same_rules():
 HOSTILE = [
     "\\boxed{", "answer ", "\n \n", " ", "step 1\n", "# h\n\n", "---\n\n", "<step>", "$", "$$", "$ a\n\n", "{", "\\[",
     "\\[ a b c\n\n", "\\begin{a}", "\\end{a}", "```\n", "``` x\n", "[asy]", "| a ", "| a\n", "**", "1. a\n", "<think>",
-    "</think>\n", "a. B ", "。", "<|", "<｜", "_ ", "\r", "step ", "- ", "1", "a | b ", "$$ the one two\n\n", "\\(", "<table>",
-    "The answer is ",
+    "</think>\n", "a. B ", "。", "<|", "<｜", "_ ", "\r", "step ", "- ", "1", "a | b ", "$$ the one two\n\n", "\\(",
+    "<table>", "The answer is ",
 ]  # fmt: skip
 
 
