@@ -21,7 +21,7 @@ from mmprm_jax.rollout.sampling import Sampling
 
 Answered = tuple[str | None, str, Grading]  # the final answer of a solution, the gold answer, how they are compared
 Verify = Callable[[Sequence[Answered]], Sequence[bool]]
-_BEHIND = 8  # tokens of a prompt that a sample is decoded behind
+BEHIND = 8  # tokens of a prompt that a sample is decoded behind
 
 
 def request_key(seed: int, purpose: str, request: Request) -> np.ndarray:
@@ -30,6 +30,12 @@ def request_key(seed: int, purpose: str, request: Request) -> np.ndarray:
     if request.repeat:
         text += f"\x1e{request.repeat}"
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)
+
+
+def continuation(decode: Callable[[Sequence[int]], str], behind: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of tokens behind others, with the space that some tokenizers leave out in front of a first word."""
+    before, whole = decode(behind), decode([*behind, *tokens])
+    return whole[len(before) :] if whole.startswith(before) else decode(tokens)
 
 
 class LocalSampler:
@@ -70,7 +76,7 @@ class LocalSampler:
             except (UserError, ValueError) as error:
                 self._failed.append((request, Failure(str(error))))
             else:
-                self._requests[number] = request, list(group.prefix[-_BEHIND:])
+                self._requests[number] = request, list(group.prefix[-BEHIND:])
 
     def collect(self) -> list[tuple[Request, tuple[Rollout, ...] | Failure]]:
         return [
@@ -159,5 +165,4 @@ class LocalSampler:
             return decode(sample.tokens)
         if tokens and tokens[-1] in self.sampling.stop:
             tokens.pop()
-        before, whole = decode(behind), decode([*behind, *tokens])
-        return whole[len(before) :] if whole.startswith(before) else decode(tokens)
+        return continuation(decode, behind, tokens)
