@@ -201,7 +201,12 @@ def annotate(
     for index, result in sorted(found.items()):
         if isinstance(result, Failure):
             raise UserError(f"problem {problems[index].id}: {result.reason}")
-    return [found[index] for index in range(len(problems))]
+    trees = [found[index] for index in range(len(problems))]
+    try:
+        sampler.reader.check_all(_rollouts(trees))
+    except UserError as error:
+        logging.warning("%s", error)
+    return trees
 
 
 @contextlib.contextmanager

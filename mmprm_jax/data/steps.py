@@ -34,11 +34,16 @@ _THOUGHTS = (
 _THOUGHT_END = re.compile("|".join(re.escape(end) for _, end in _THOUGHTS))
 
 _COUNT = r"(?:\d{1,3}|one|two|three|four|five|six|seven|eight|nine|ten)\b|[一二三四五六七八九十]"
+_MARKUP = r"\\(?:textbf|(?:sub){0,2}section\*?|paragraph\*?)\{|<(?:b|strong|h[1-6])>"
 _STEP = re.compile(
-    rf"[#>*_+\- \t]{{0,16}}(?:(?:step|步骤)\s{{0,4}}(?:{_COUNT})|第[\d一二三四五六七八九十]{{1,3}}步)", re.IGNORECASE
+    rf"[#>*_+\- \t]{{0,16}}(?:{_MARKUP})?(?:(?:step|步骤)\s{{0,4}}(?:{_COUNT})|第[\d一二三四五六七八九十]{{1,3}}步)",
+    re.IGNORECASE,
 )
 _HEADING = re.compile(r"[ \t]{0,3}#{1,6}[ \t]+\S")
-_BOLD = re.compile(r"[ \t]{0,3}(?:\*\*|__)[^*_\n]{1,120}(?:\*\*|__)[ \t]{0,9}[:：.]?\s*\Z")
+_BOLD = re.compile(
+    rf"[ \t]{{0,3}}(?:(?:\*\*|__)[^*_\n]{{1,120}}(?:\*\*|__)|(?:{_MARKUP})[^{{}}<>\n]{{1,120}}(?:\}}|</\w{{1,6}}>))"
+    r"[ \t]{0,9}[:：.]?\s*\Z"
+)
 _ITEM = re.compile(r"(?:\*\*)?(?:\d{1,2}[.)）、]|[(（]\d{1,2}[)）])(?:\*\*)?[ \t]{1,9}\S")
 _FORMULA = re.compile(r"[ \t]*(?:\$\$|\\\[|\\begin\{)")
 _ROW = re.compile(r"[ \t]*\||[^|\n]*\S[ \t]\|[ \t]\S")

@@ -91,6 +91,16 @@ def test_our_engine_goes_on_token_for_token(golden, tiny, kind):
     assert set(seen) == {"4"}
 
 
+def test_marks_of_thoughts_that_are_one_token_stay_one(golden, tiny):
+    tokenizer = Tokenizer.load(golden / "tokenizer" / "qwen2").with_token("<think>").with_token("</think>")
+    prompt = Language.released(tokenizer, tiny.cfg).writing("auto").prompt
+    ids = prompt("q", ("<think>\nRead.\n\n", "Add.\n</think>\n\n"), 0)
+    assert ids == prompt("q", (), 0) + tokenizer.encode("<think>\nRead.\n\nAdd.\n</think>\n\n")
+    assert tokenizer.id("<think>") in ids and tokenizer.id("</think>") in ids
+    asked = prompt("Is <think> here?", (), 0)
+    assert tokenizer.id("<think>") not in asked  # a question brings none in
+
+
 def test_words_keep_their_distance(tiny):
     """A word-level tokenizer writes no space in front of its first word."""
     tokenizer = Tokenizer.from_words(["user", "assistant", "how", "so", "4", "The", "answer", "is", ":"])
