@@ -113,10 +113,20 @@ def test_words_keep_their_distance(tiny):
 
     sampler = LocalSampler(engine, language, lambda p: [], Sampling(stop=(engine.end,)), 0, "s", verify, reader)
     ((rollout, _),) = sampler.solve([Request(Problem("p", "how", "4"), (), 1)])[0]
-    prefix = ("".join(rollout.segments)[:10],)
+    text = "".join(rollout.segments)
+    prefix = (text[: text.index("The") + 3],)
     (((behind, _),),) = sampler.solve([Request(Problem("p", "how", "4"), prefix, 1)])
     assert rollout.correct and behind.correct
-    assert "".join(prefix + behind.segments) == "".join(rollout.segments)
+    assert "".join(prefix + behind.segments) == text
+
+
+def test_an_answer_is_that_of_the_whole_solution():
+    reader = Reader("structure")
+    assert reader.read(Request(PROBLEM, ("We add.\n\n", "The answer is"), 1), " 4.") == ((" 4.",), "4")
+    assert reader.read(Request(PROBLEM, ("Is it \\boxed{3}?\n\n",), 1), "Yes.") == (("Yes.",), "3")
+    assert reader.read(Request(PROBLEM, ("Is it \\boxed{3}?\n\n",), 1), "No, \\boxed{4}")[1] == "4"
+    tagged = Request(PROBLEM, ("<step>The answer is 3.</step>",), 1)
+    assert Reader().read(tagged, "<step>No.</step>") == (("<step>No.</step>",), None)
 
 
 # A run that cannot be read
