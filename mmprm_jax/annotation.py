@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from mmprm_jax.metrics import Metrics, progress
 from mmprm_jax.policy import Policy
 from mmprm_jax.processes import is_first, stop_requested, wait_for_all
 from mmprm_jax.records import Failure, Problem, Sampler, Tree, UserError
+from mmprm_jax.rollout.reading import Reader
 from mmprm_jax.rollout.remote import RemoteSampler
 from mmprm_jax.rollout.rollouts import Answered, LocalSampler, Verify
 from mmprm_jax.search.omegaprm import SEARCHES, grow
@@ -106,6 +107,8 @@ def run(
     with metrics, _save_on_exit(store), progress(share, "annotate", "tree", store.done, enabled=shown) as bar:
 
         def poll() -> None:
+            if reader := getattr(sampler, "reader", None):
+                reader.check()  # now that all answers are kept
             # Workers poll at steps of their own, which processes that ask together cannot.
             if workers > 1:
                 interruption.check(own=True)
@@ -131,10 +134,12 @@ def run(
     return store.failed if writes else {}
 
 
-def finish(folder: epath.Path, problems: Sequence[Problem], failed: dict[int, str], skip: bool) -> dict[str, Any]:
-    """The figures of an annotation, when all processes are done.
+def finish(
+    folder: epath.Path, problems: Sequence[Problem], failed: dict[int, str], skip: bool, reader: Reader | None = None
+) -> dict[str, Any]:
+    """The figures of an annotation, when all processes are done. reader: what read the rollouts, and their limits.
 
-    Raises UserError, in every process, when trees failed and are not to be skipped.
+    Raises UserError, in every process, when trees failed and are not to be skipped, or the rollouts say too little.
     """
     wait_for_all("annotate: grown")
     count = int(np.sum(multihost_utils.process_allgather(np.int32(len(failed)))))
@@ -144,6 +149,8 @@ def finish(folder: epath.Path, problems: Sequence[Problem], failed: dict[int, st
             f"{count} of {len(problems)} trees failed{first}. All others are kept; the same command tries these again,"
             " --config.annotate.skip_failed=true goes on without them"
         )
+    if reader and any(folder.glob("trees-*.jsonl")):
+        reader.check_all(_rollouts(iter_trees(folder)))
     figures = dict.fromkeys(("trees", "rollouts", "all_right", "all_wrong"), 0)
 
     def counted() -> Iterator[Tree]:
@@ -161,6 +168,14 @@ def finish(folder: epath.Path, problems: Sequence[Problem], failed: dict[int, st
         for path in folder.glob("*.part*"):
             path.unlink(missing_ok=True)
     return figures | {"failed": len(left_out)}
+
+
+def _rollouts(trees: Iterable[Tree]) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    """Each rollout: its problem's id, its prefix, its segments."""
+    for tree in trees:
+        for i, node in enumerate(tree.nodes):
+            prefix = tree.prefix(i)
+            yield from ((tree.problem.id, prefix, rollout.segments) for rollout in node.rollouts)
 
 
 def annotate(
@@ -186,7 +201,12 @@ def annotate(
     for index, result in sorted(found.items()):
         if isinstance(result, Failure):
             raise UserError(f"problem {problems[index].id}: {result.reason}")
-    return [found[index] for index in range(len(problems))]
+    trees = [found[index] for index in range(len(problems))]
+    try:
+        sampler.reader.check_all(_rollouts(trees))
+    except UserError as error:
+        logging.warning("%s", error)
+    return trees
 
 
 @contextlib.contextmanager
@@ -212,7 +232,7 @@ def remote(
         verifier(config) as verify,
         RemoteSampler(
             config.servers, config.policy, folder, seed, "annotate", verify, sampling, config.template or "continue",
-            concurrency=config.concurrency, max_tiles=max_tiles,
+            concurrency=config.concurrency, max_tiles=max_tiles, reader=Reader.of(config, "annotate"),
         ) as sampler,
     ):  # fmt: skip
         yield sampler

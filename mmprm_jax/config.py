@@ -38,10 +38,11 @@ _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 _MAX_LISTED = 12
 _NO_RESULTS = ("config.json", "config.json.tmp", "compilation_cache", "logs")  # what a run leaves before its results
 # What a run may be resumed with another value of: when and where work is done, never its result.
-SCHEDULING = ("mesh", "evaluate.verify_workers") + tuple(
+# ``max_unread`` and ``unread_after`` say when to stop.
+SCHEDULING = ("mesh", *(f"evaluate.{key}" for key in ("verify_workers", "max_unread", "unread_after"))) + tuple(
     f"annotate.{key}"
     for key in ("slots", "in_flight", "cache_tokens", "verify_workers", "checkpoint_seconds", "servers", "concurrency",
-                "lockstep", "skip_failed")
+                "lockstep", "skip_failed", "max_unread", "unread_after")
 )  # fmt: skip
 
 

@@ -21,14 +21,15 @@ from etils import epath
 from mmprm_jax import convert, settings
 from mmprm_jax.data import encode
 from mmprm_jax.data.encode import Language, Picture, Pixels
-from mmprm_jax.data.prompts import split_segments
+from mmprm_jax.data.steps import split
 from mmprm_jax.models import build, hf_config
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Problem, Request, UserError
 from mmprm_jax.rollout import device
 from mmprm_jax.rollout.engine import Engine, Group, bucket
-from mmprm_jax.rollout.rollouts import LocalSampler, Verify, request_key
+from mmprm_jax.rollout.reading import Reader
+from mmprm_jax.rollout.rollouts import BEHIND, LocalSampler, Verify, continuation, request_key
 from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.schema import from_config
 
@@ -46,6 +47,8 @@ class Completion:
     text: str
     tokens: tuple[int, ...]  # the stop token included, if it was reached
     logprobs: tuple[float, ...]
+    steps: str = "tags"  # how it is read, as in ``settings.Reading``
+    prefix: tuple[str, ...] = ()  # the solution so far that it continues
 
     @property
     def logprob(self) -> float:
@@ -55,7 +58,7 @@ class Completion:
     @property
     def segments(self) -> tuple[str, ...]:
         """Its whole steps and its answer, as a PRM reads them."""
-        return split_segments(self.text)
+        return split(self.text, self.steps, self.prefix)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,8 +131,9 @@ class Policy:
         engine = self.engine(
             slots=config.slots, samples=n, max_new_tokens=config.max_new_tokens, cache_tokens=config.cache_tokens
         )
-        sampling = from_config(Sampling, config, stop=(self.stop,))
-        return LocalSampler(engine, self.language, self.pixels(images), sampling, seed, purpose, verify)
+        sampling, reader = from_config(Sampling, config, stop=(self.stop,)), Reader.of(config, purpose)
+        language = self.language.writing(config.steps)
+        return LocalSampler(engine, language, self.pixels(images), sampling, seed, purpose, verify, reader)
 
     def sample(
         self,
@@ -140,31 +144,37 @@ class Policy:
         temperature: float = 1.0,
         max_new_tokens: int = 512,
         seed: int = 0,
+        steps: str = "tags",
         **sampling: Any,
     ) -> list[list[Completion]]:
         """``n`` completions for each of the ``problems``: questions, records or chats.
 
         A chat is one message of the user; a message of the assistant behind it is a solution so far, in whole steps,
-        that is continued. images: those of each problem, files or PIL images; None: a record's own. sampling: top_k,
-        top_p, min_p, repetition_penalty. A completion depends on the seed, its number, the problem (by the id of a
-        record) and the solution so far, not on the other problems. Raises UserError, ValueError.
+        that is continued. images: those of each problem, files or PIL images; None: a record's own. steps: how the
+        policy writes them, as in ``settings.Reading``. sampling: top_k, top_p, min_p, repetition_penalty. A completion
+        depends on the seed, its number, the problem (by the id of a record) and the solution so far, not on the other
+        problems. Raises UserError, ValueError.
         """
         if isinstance(problems, str | Problem):
             raise UserError("problems must be a list; put brackets around the one problem")
         draw = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop=(self.stop,), **sampling)
+        if steps not in settings.STEPS:
+            raise UserError(f"steps: {steps!r} is not one of {', '.join(settings.STEPS)}")
+        language = self.language.writing(steps)
         pictures = [None] * len(problems) if images is None else images
         if len(pictures) != len(problems):
             raise UserError(f"images for {len(pictures)} problems, but there are {len(problems)}")
         if not problems:
             return []
 
-        groups, repeats = [], collections.Counter[Any]()
+        groups, begun, repeats = [], [], collections.Counter[Any]()
         for number, (item, own) in enumerate(zip(problems, pictures, strict=True)):
-            problem, prefix = _read(item)
+            problem, prefix = _read(item, steps)
             tiles = encode.picture_tiles(
                 encode.problem_text(problem, own)[1], self.language.cfg, self.max_tiles, self.thumbnail
             )
-            ids = self.language.prompt(problem.question, prefix, [len(t) for t in tiles])
+            ids = language.prompt(problem.question, prefix, [len(t) for t in tiles])
+            begun.append((ids[-BEHIND:], steps, prefix))
             request = Request(problem, prefix, n, repeat=repeats[problem.id, prefix])
             repeats[problem.id, prefix] += 1
             whole, key = encode.joined(tiles), request_key(seed, "sample", request)
@@ -177,14 +187,19 @@ class Policy:
             engine = self.engine(
                 slots=min(_SLOTS, n * len(groups)), samples=n, max_new_tokens=max_new_tokens, cache_tokens=cache
             )
-            return [[self._completion(x.tokens, x.logprobs) for x in found] for found in engine.sample(groups)]
+            found = zip(engine.sample(groups), begun, strict=True)
+            return [[self._completion(x.tokens, x.logprobs, *how) for x in samples] for samples, how in found]
 
-    def _completion(self, tokens: tuple[int, ...], logprobs: tuple[float, ...]) -> Completion:
-        written = tokens[:-1] if tokens and tokens[-1] == self.stop else tokens
-        return Completion(self.language.tokenizer.decode(written), tokens, logprobs)
+    def _completion(
+        self, tokens: tuple[int, ...], logprobs: tuple[float, ...], behind: list[int], steps: str, prefix: Any
+    ) -> Completion:
+        """behind: the last tokens of its prompt."""
+        written, decode = tokens[:-1] if tokens and tokens[-1] == self.stop else tokens, self.language.tokenizer.decode
+        text = decode(written) if steps == "tags" else continuation(decode, behind, written)
+        return Completion(text, tokens, logprobs, steps, prefix)
 
 
-def _read(item: str | Problem | Messages) -> tuple[Problem, tuple[str, ...]]:
+def _read(item: str | Problem | Messages, steps: str) -> tuple[Problem, tuple[str, ...]]:
     """The problem, and the solution so far. Raises UserError for a chat that no prompt has a place for."""
     if isinstance(item, Problem):
         return item, ()
@@ -194,7 +209,7 @@ def _read(item: str | Problem | Messages) -> tuple[Problem, tuple[str, ...]]:
     if roles not in (["user"], ["user", "assistant"]):
         raise UserError(f"a chat of {', '.join(map(str, roles))}: give one message of the user, and the assistant's")
     question, *rest = (message["content"] for message in item)
-    prefix = split_segments(rest[0]) if rest else ()
+    prefix = split(rest[0], steps) if rest else ()
     if rest and "".join("".join(prefix).split()) != "".join(rest[0].split()):
         raise UserError("the assistant's message must be whole steps, <step>…</step>, and nothing else")
     return Problem(question, question, ""), prefix

@@ -2,7 +2,8 @@
 
 Every stage reads JSONL files of one record type and writes JSONL files of the next, so each stage can run alone, on
 another machine or on somebody else's data. A solution is a tuple of *segments*: the verbatim text of each
-``<step>…</step>`` and, last, of the ``<answer>…</answer>``. A *prefix* is the first j segments of a solution.
+``<step>…</step>`` and, last, of the ``<answer>…</answer>``; of a policy that writes no tags, parts that joined are all
+it wrote, the last one with the answer (``data.steps``). A *prefix* is the first j segments of a solution.
 Images are stored as paths relative to the file that names them.
 """
 

@@ -21,6 +21,7 @@ LABELS = ("soft", "hard", "beta_binomial")
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 REMAT = ("none", "full", "attention", "dots", "dots_no_batch")
 SEARCHES = ("default", "paper", "flat")
+STEPS = ("tags", "structure", "auto")
 TEMPLATES = ("plain", "internvl", "paper")
 CONTINUE = "continue"  # a template of servers only
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -271,7 +272,20 @@ class Engine(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class Annotate(Engine, Sampling, Search):
+class Reading(Section):
+    """How the policy's solutions are read."""
+
+    steps: str = setting(
+        "tags", "steps by <step> tags; structure: by headings, numbers, paragraphs; auto: by tags if any", choices=STEPS
+    )
+    max_unread: float = setting(
+        0.5, "stop if a larger share of the first rollouts has no steps or no answer; 1: never", low=0, high=1
+    )
+    unread_after: int = setting(256, "rollouts after which max_unread is looked at, or at the end", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotate(Reading, Engine, Sampling, Search):
     """A search tree for every training problem."""
 
     mode: str = setting("default", "paper: the original's search, quirks included; flat: none", choices=SEARCHES)
@@ -294,6 +308,8 @@ class Annotate(Engine, Sampling, Search):
                 yield "servers", f"{shown!r} is no address such as http://host:8000/v1"
         if self.servers and not self.policy:
             yield "policy", "is empty; it names the model that the servers have"
+        if self.mode == "paper" and self.steps != "tags":
+            yield "steps", f"{self.steps!r} is not for mode paper, which reads <step> tags as the original does"
         if self.template == CONTINUE and not self.servers:
             yield "template", f"{CONTINUE!r} is for servers only; choose {', '.join(TEMPLATES)}"
 
@@ -308,7 +324,7 @@ def _is_address(text: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate(Engine, Sampling):
+class Evaluate(Reading, Engine, Sampling):
     """Candidates of dev and test problems, their scores and figures."""
 
     n: int = setting(16, "candidates per problem", low=1)

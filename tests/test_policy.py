@@ -222,3 +222,18 @@ def test_a_run_that_is_not_there_or_not_finished(tmp_path):
     with pytest.raises(UserError, match="not a config"):
         open_run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_solutions_without_tags_are_read_by_their_structure(policy):
+    """And continued: the tokens behind a solution so far are those of the whole text."""
+    begun = "First we add.\n\nSo 3 + 4 = 7, "
+    user = {"role": "user", "content": QUESTION}
+    chat = [user, {"role": "assistant", "content": begun}]
+    (found,) = policy.sample([chat], max_new_tokens=8, steps="structure", temperature=0.0)[0]
+    assert "".join(found.prefix) == begun and len(found.prefix) == 2
+    assert "".join(found.segments) == found.text.split("<|im_end|>")[0] or not found.segments
+    assert policy.language.prompt(QUESTION, found.prefix, 0) == policy.language.prompt(QUESTION, (begun,), 0)
+    with pytest.raises(UserError, match="whole steps"):
+        policy.sample([chat], max_new_tokens=8)
+    with pytest.raises(UserError, match="steps: 'struct' is not one of tags, structure, auto"):
+        policy.sample([QUESTION], steps="struct")

@@ -53,6 +53,11 @@ def test_the_configs_that_come_with_the_package(file):
         ("annotate.mode=papr", "did you mean paper?"),
         ("train_prm.mode=flat", "'flat' is not one of default, paper"),
         ("annotate.template=inernvl", "did you mean internvl?"),
+        ("annotate.steps=structured", "'structured' is not one of tags, structure, auto; did you mean structure?"),
+        ("evaluate.steps=tag", "did you mean tags?"),
+        ("annotate.max_unread=1.1", "1.1 is not allowed; it must be at least 0 and at most 1"),
+        ("evaluate.max_unread=nan", "nan is not allowed"),
+        ("annotate.unread_after=0", "0 is not allowed; it must be at least 1"),
         # numbers
         ("evaluate.top_p=9", "9.0 is not allowed; it must be above 0 and at most 1"),
         ("evaluate.top_p=0", "0.0 is not allowed"),
@@ -136,6 +141,13 @@ def test_settings_that_cannot_be_are_reported_before_anything_runs(override, wor
 def test_addresses_that_are_none(bad):
     (line,) = told(f"annotate.servers=('{bad}',)", "annotate.policy=m")
     assert line.startswith("annotate.servers: ") and "secret" not in line
+
+
+def test_mode_paper_reads_tags():
+    for steps in ("structure", "auto"):
+        (line,) = told("annotate.mode=paper", f"annotate.steps={steps}")
+        assert line.startswith("annotate.steps: ") and "mode paper" in line
+    assert told("annotate.mode=paper", "annotate.steps=tags") == []
 
 
 def test_all_that_is_wrong_is_reported_at_once():

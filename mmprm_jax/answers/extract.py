@@ -52,6 +52,7 @@ class Extracted:
     text: str
     how: str  # tag, box, phrase
     earlier: tuple[str, ...] = ()
+    start: int = 0  # where in the response what says it begins
 
 
 def strip_special_tokens(response: str) -> str:
@@ -61,34 +62,40 @@ def strip_special_tokens(response: str) -> str:
 
 def marked_answer(response: str) -> Extracted | None:
     """The last answer that is marked as one: in <answer>, in \\boxed, or behind a phrase. None: nothing is marked."""
-    response = response[-MAX_RESPONSE:]
+    skipped, response = max(0, len(response) - MAX_RESPONSE), response[-MAX_RESPONSE:]
     lowered = response.casefold() if "<" in response else ""
     for opened, closed in _TAGS if len(lowered) == len(response) else ():
         if opened in lowered and closed in lowered:
             start = lowered.rfind(opened, 0, lowered.rfind(closed))
             if start >= 0:
                 inside = response[start + len(opened) : lowered.find(closed, start)].strip()
-                return marked_answer(inside) or Extracted(inside, "tag")
+                found = marked_answer(inside) or Extracted(inside, "tag")
+                return dataclasses.replace(found, start=skipped + start)
     boxes = _boxes(response)
     if boxes:
-        last = boxes[-1]
-        return Extracted(last, "box", tuple(dict.fromkeys(box for box in boxes[:-1] if box != last)))
+        at, last = boxes[-1]
+        return Extracted(last, "box", tuple(dict.fromkeys(box for _, box in boxes[:-1] if box != last)), skipped + at)
     if response.isascii() and not any(hint in response.lower() for hint in _HINTS):
         return None
     # The last phrase with something behind it: responses break off behind "The answer is".
     for found in reversed(collections.deque(PHRASE.finditer(response), maxlen=_MAX_PHRASES)):
         if text := _rest(response[found.end() :]):
-            return Extracted(text, "phrase")
-    letters = {"".join(filter(None, match.groups())) for match in _CORRECT.finditer(response)}
-    return Extracted(letters.pop(), "phrase") if len(letters) == 1 else None  # of several, one does not know which
+            return Extracted(text, "phrase", start=skipped + found.start())
+    said = {"".join(filter(None, match.groups())): match.start() for match in _CORRECT.finditer(response)}
+    if len(said) != 1:  # of several, one does not know which
+        return None
+    return Extracted(*said, "phrase", start=skipped + said.popitem()[1])
 
 
-def answer(response: str) -> str | None:
-    """The committed answer, or a response of a few bare words, without full stop, emphasis and dollars. None: none."""
+def answer(response: str, marked: bool = False) -> str | None:
+    """The committed answer, or a response of a few bare words, without full stop, emphasis and dollars. None: none.
+
+    marked: bare words are no answer.
+    """
     response = strip_special_tokens(response)
     found = marked_answer(response)
-    if found:
-        return _bare(found.text) or None
+    if found or marked:
+        return _bare(found.text) or None if found else None
     whole = response[-MAX_RESPONSE:].strip()
     is_bare = "\n" not in whole and "boxed{" not in whole and len(whole[:1000].split()) <= _BARE_WORDS
     return _bare(whole) or None if is_bare and len(whole) <= 1000 else None
@@ -256,8 +263,8 @@ def answer_candidates(response: str) -> list[str]:
     return [response[start:].strip(" \t\n*") for start in starts]
 
 
-def _boxes(text: str) -> list[str]:
-    """What is in each \\boxed{…}, braces balanced; the last _MAX_BOXES. A box that is never closed does not count."""
+def _boxes(text: str) -> list[tuple[int, str]]:
+    """Where and what is in each \\boxed{…}, braces balanced; the last _MAX_BOXES. One never closed does not count."""
     opened = [match for match in _BOX.finditer(text)][-_MAX_BOXES:]
     if not opened:
         return []
@@ -274,4 +281,4 @@ def _boxes(text: str) -> list[str]:
                 _, start = waiting.pop()
                 found.append((start, text[start:at].strip()))
     found += [(m.end(), re.split(r"[\s$.,]", text[m.end() : m.end() + 40])[0]) for m in opened if text[m.end()] != "{"]
-    return [content for _, content in sorted(found) if content]
+    return [(start, content) for start, content in sorted(found) if content]

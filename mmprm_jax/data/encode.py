@@ -49,7 +49,7 @@ class Language:
         chat = prompts.policy_template("plain").build
 
         def ask(question: str, segments: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
-            return chat(question, (), image_tokens) + [x for s in segments for x in prompts.marked(s, markers)]
+            return chat(question, (), image_tokens) + prompts.marked("".join(segments), markers)
 
         return cls(tokenizer, cfg, ask, lambda response: prompts.marked(response, markers), prompts.own_prm(markers))
 
@@ -59,8 +59,15 @@ class Language:
         policy_template, prm_template = prompts.policy_template(policy), prompts.prm_template(prm)
         if prm_template.positive is None or prm_template.negative is None:
             raise UserError(f"the template {prm!r} is for a model with a score head; a policy has none")
-        ask = prompts.bare(policy_template.build)
+        ask = prompts.asking(policy_template, "tags", tokenizer.written)
         return cls(tokenizer, cfg, ask, lambda response: [Segment(response)], prm_template, policy)
+
+    def writing(self, steps: str) -> Language:
+        """The same for a policy that writes its steps so (``settings.Reading``): a released one may be asked to."""
+        if self.policy == prompts.OWN:  # it writes what it has learned from its demonstrations
+            return self
+        ask = prompts.asking(prompts.policy_template(self.policy), steps, self.tokenizer.written)
+        return dataclasses.replace(self, ask=ask)
 
     @classmethod
     def stored(cls, tokenizer: Tokenizer, cfg: VLMConfig, config: Mapping[str, Any]) -> Language:

@@ -24,6 +24,7 @@ INTERNVL_SYSTEM = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
 QWEN_MATH_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
+STRUCTURE_TASK = "Solve it in numbered steps (Step 1, Step 2, …), and put the final answer within \\boxed{}."
 PAPER_TASK = (
     " Your task is to answer the question below. Give complete reasoning steps before you answer, and when you are"
     " ready to answer, use Answer: The final answer is ..\n\nQuestion: "
@@ -49,10 +50,14 @@ class PRMTemplate:
 
 @dataclass(frozen=True)
 class PolicyTemplate:
-    """How a policy is asked. build: (question, steps so far, image_tokens) to a prompt that ends where it goes on."""
+    """How a policy is asked. build: (question, steps so far, image_tokens) to a prompt that ends where it goes on.
+
+    task: whether it says itself how to answer.
+    """
 
     name: str
     build: Build
+    task: bool = False
 
 
 def render(segments: Sequence[Segment]) -> str:
@@ -211,8 +216,26 @@ def _paper(question: str, steps: Sequence[str], image_tokens: Sequence[int]) -> 
 
 
 def bare(build: Build) -> Build:
-    """``build`` for steps that may stand in their tags, which are taken off."""
-    return lambda question, steps, image_tokens: build(question, [step_text(s) for s in steps], image_tokens)
+    """``build`` for steps that may stand in their tags, which are taken off, and so are a chat's special tokens."""
+    return lambda question, steps, image_tokens: build(question, list(map(read_step, steps)), image_tokens)
+
+
+def asking(template: PolicyTemplate, steps: str, tokens: Sequence[str] = ()) -> Build:
+    """A policy's prompt for segments: the solution so far is continued.
+
+    Segments in tags stand where the template has them; others open the assistant's turn, to the letter. steps: how the
+    policy is to write, as in ``settings.Reading``; "structure" is asked for, unless the template has a task of its own.
+    tokens: those that are one token in what a policy writes, such as ``<think>``.
+    """
+
+    def build(question: str, segments: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
+        if steps == "structure" and not template.task:
+            question = f"{question}\n{STRUCTURE_TASK}"
+        if is_tagged(segments):
+            return template.build(question, [step_text(s) for s in segments], image_tokens)
+        return [*template.build(question, (), image_tokens), *marked("".join(segments), tokens)]
+
+    return build
 
 
 def own_prm(markers: Sequence[str]) -> PRMTemplate:
@@ -223,7 +246,7 @@ def own_prm(markers: Sequence[str]) -> PRMTemplate:
 
     def build(question: str, steps: Sequence[str], image_tokens: Sequence[int]) -> list[Segment]:
         mark = _marker(tok.PRM, score="at")
-        tagged = [s if _TAG.search(s) else f"{tok.STEP}{s}{tok.STEP_END}" for s in steps]
+        tagged = [s if _TAG.search(s) else f"{tok.STEP}{read_step(s)}{tok.STEP_END}" for s in steps]
         return _plain(question, (), image_tokens) + [x for s in tagged for x in (*marked(s, markers), mark)]
 
     return PRMTemplate(OWN, build, tok.YES, tok.NO)
@@ -240,7 +263,11 @@ PRM_TEMPLATES: Mapping[str, PRMTemplate] = {
 }
 POLICY_TEMPLATES: Mapping[str, PolicyTemplate] = {
     t.name: t
-    for t in (PolicyTemplate("plain", _plain), PolicyTemplate("internvl", _internvl), PolicyTemplate("paper", _paper))
+    for t in (
+        PolicyTemplate("plain", _plain),
+        PolicyTemplate("internvl", _internvl),
+        PolicyTemplate("paper", _paper, task=True),
+    )
 }
 
 
@@ -263,11 +290,14 @@ def policy_template(name: str) -> PolicyTemplate:
 
 def marked(text: str, tokens: Sequence[str]) -> list[Segment]:
     """``text`` with each of the ``tokens`` in it as a marker; all else is literal."""
+    if not tokens:
+        return _text(text)
     parts = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
     return [_marker(part) if i % 2 else Segment(part) for i, part in enumerate(parts) if part]
 
 
 _TAG = re.compile(r"<(/?)(step|answer)>")
+_OPEN = (tok.STEP, tok.ANSWER)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -309,6 +339,24 @@ def paper_segments(text: str, special_tokens: Sequence[str] = ()) -> list[str]:
     if special_tokens:
         text = re.sub("|".join(map(re.escape, special_tokens)), "", text)
     return [text[opened.end() : closed.start()].strip() for opened, closed in _elements(text)]
+
+
+# Of chats and of thoughts; those of a box are none of them, they say something.
+SPECIAL = re.compile(
+    r"<\|(?!(?:begin|end)_of_box\|)\w{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<(?:eos|bos|pad|(?:start|end)_of_turn)>"
+    r"|</?think(?:ing)?>|◁/?think▷|\[/?INST\]"
+)
+
+
+def is_tagged(segments: Sequence[str]) -> bool:
+    """Whether all segments are ``<step>…</step>`` or ``<answer>…</answer>``; so of none."""
+    return all(segment.startswith(_OPEN) and step_text(segment) != segment for segment in segments)
+
+
+def read_step(segment: str) -> str:
+    """A step as a PRM reads it: without tags around it; without special tokens where there are no tags."""
+    text = step_text(segment)
+    return SPECIAL.sub("", segment) if text == segment else text
 
 
 def step_text(segment: str) -> str:

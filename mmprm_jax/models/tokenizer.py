@@ -25,6 +25,8 @@ from mmprm_jax.records import UserError
 IMAGE_START, IMAGE, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 STEP, STEP_END, ANSWER, ANSWER_END = "<step>", "</step>", "<answer>", "</answer>"
+# Marks that are one token in what some policies write.
+_WRITTEN = "<think> </think> ◁think▷ ◁/think▷ <|begin_of_box|> <|end_of_box|> <|begin_of_thought|> <|end_of_thought|>"
 PAD, PRM, YES, NO = "<pad>", "<prm>", "Yes", "No"
 TAGS = (STEP, STEP_END, ANSWER, ANSWER_END)
 MARKERS = (PAD, TURN_START, TURN_END, IMAGE_START, IMAGE, IMAGE_END, *TAGS)
@@ -195,6 +197,11 @@ class Tokenizer:
         """
         is_word_level = isinstance(self._core, FastCore) and self._core.is_word_level
         return tuple(t for t in self._core.special_texts if t != PRM) if is_word_level else TAGS
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The marks of thoughts and boxes that are one token: a policy that wrote one reads it as that."""
+        return tuple(mark for mark in _WRITTEN.split() if self._core.lookup(mark) in self.special_ids)
 
     def __len__(self) -> int:
         return len(self._core)

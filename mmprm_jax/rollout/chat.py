@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmprm_jax.data.prompts import policy_template, step_text
+from mmprm_jax.data.prompts import asking, policy_template
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.tokenizer import Segment
 from mmprm_jax.records import Request
@@ -65,16 +65,17 @@ def _messages(prompt: Sequence[Segment], images: Sequence[str]) -> list[dict[str
 
 
 def chat_body(
-    model: str, sampling: Sampling, template: str, request: Request, images: Sequence[str], seed: int
-) -> dict[str, Any]:
+    model: str, sampling: Sampling, template: str, request: Request, images: Sequence[str], seed: int,
+    steps: str = "tags",
+) -> dict[str, Any]:  # fmt: skip
     """The JSON that asks for one rollout. ``images``: the data URLs of the problem's images.
 
     template: "continue" (the steps so far open the assistant turn, there is no system message) or the name of a policy
-    template. Raises UserError for another template and when the question's ``<image>`` placeholders do not fit.
+    template. steps: how the policy is to write, as in ``settings.Reading``. Raises UserError for another template and
+    when the question's ``<image>`` placeholders do not fit.
     """
-    build = policy_template("plain" if template == "continue" else template).build
-    steps = [step_text(segment) for segment in request.prefix]
-    messages = _messages(build(request.problem.question, steps, [1] * len(images)), images)
+    build = asking(policy_template("plain" if template == "continue" else template), steps)
+    messages = _messages(build(request.problem.question, request.prefix, [1] * len(images)), images)
     continued = bool(messages[-1]["content"])
     return {  # every setting: one left out would be taken from the model's generation_config.json
         "model": model,

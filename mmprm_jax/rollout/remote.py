@@ -34,9 +34,10 @@ from PIL import Image
 
 from mmprm_jax import interruption
 from mmprm_jax.data.images import open_image, orientation
-from mmprm_jax.data.prompts import final_answer, policy_template, split_segments
+from mmprm_jax.data.prompts import policy_template
 from mmprm_jax.records import Failure, Problem, Request, Rollout, UserError
 from mmprm_jax.rollout.chat import Answer, Unusable, chat_body, limit_tiles, read_answer, server_kind
+from mmprm_jax.rollout.reading import Reader
 from mmprm_jax.rollout.rollouts import Verify, request_key
 from mmprm_jax.rollout.sampling import Sampling
 
@@ -49,8 +50,8 @@ LOG_EVERY = 60.0  # seconds between two warnings of a server that fails
 UNUSABLE = 2  # answers to one request that cannot be used: then this rollout is given up
 _HINT = "; are the address (most end in /v1), the model's name and the variable OPENAI_API_KEY right?"
 
-Sample = tuple[tuple[str, ...], int]  # segments, number of tokens
-_LOST: Sample = ((), 0)  # of a rollout whose answers could not be used
+Sample = tuple[str, int]  # text, number of tokens
+_LOST: Sample = ("", 0)  # of a rollout whose answers could not be used
 
 
 class _Retry(Exception):
@@ -129,6 +130,7 @@ class RemoteSampler:
         backoff: float = 1.0,
         pause: float = 60.0,
         max_tiles: int = 0,
+        reader: Reader | None = None,
     ):
         """Raises UserError for bad addresses, an unknown template and an OPENAI_API_KEY that no header can hold.
 
@@ -137,6 +139,7 @@ class RemoteSampler:
         under way per server. timeout: seconds for a whole answer. backoff: seconds before the first retry, doubled for
         each further one, with jitter. pause: the longest wait in seconds: of a retry, of a Retry-After, and of a server
         that failed FAILURES_IN_A_ROW times. max_tiles: of an image, for servers that can be told; 0: none is told.
+        reader: reads the answers; default: by their tags.
         """
         self._servers = [_server(url) for url in servers]
         if not self._servers:
@@ -147,6 +150,7 @@ class RemoteSampler:
         policy_template("plain" if template == "continue" else template)
         self._model, self._sampling, self._template = model, sampling, template
         self._folder, self._seed, self._purpose, self._verify = epath.Path(folder), seed, purpose, verify
+        self.reader = reader or Reader()
         self._concurrency, self._timeout, self._max_attempts = concurrency, timeout, max_attempts
         self._backoff, self._pause, self._max_tiles = backoff, pause, max_tiles
         self.rollouts = self.tokens = self.retries = self.unusable = self._outstanding = 0
@@ -205,8 +209,10 @@ class RemoteSampler:
             ready.append((request, outcome))
             self._outstanding -= 1
         done = [(*sample, request) for request, outcome in ready if isinstance(outcome, list) for sample in outcome]
-        right = self._verify([(final_answer(s), r.problem.answer, r.problem.grading) for s, _, r in done])
-        verified = [Rollout(s, bool(ok), n) for (s, n, _), ok in zip(done, right, strict=True)]
+        read = [self.reader.read(request, text) for text, _, request in done]
+        pairs = zip(read, done, strict=True)
+        right = self._verify([(answer, r.problem.answer, r.problem.grading) for (_, answer), (_, _, r) in pairs])
+        verified = [Rollout(s, bool(ok), n) for (s, _), (_, n, _), ok in zip(read, done, right, strict=True)]
         self.rollouts += len(verified)
         self.tokens += sum(rollout.n_tokens for rollout in verified)
         rest = iter(verified)
@@ -260,7 +266,7 @@ class RemoteSampler:
         home = self._servers[zlib.crc32(request.problem.id.encode()) % len(self._servers)]
         server, reason, unusable = None, "", 0
         async with self._gate:
-            body = chat_body(self._model, self._sampling, self._template, request, images, seed)
+            body = chat_body(self._model, self._sampling, self._template, request, images, seed, self.reader.steps)
             for attempt in range(self._max_attempts):
                 if attempt:
                     self.retries += 1
@@ -288,7 +294,7 @@ class RemoteSampler:
         last, text = body["messages"][-1], answer.text
         if last["role"] == "assistant":  # some servers repeat what they were to continue
             text = text.removeprefix(last["content"])
-        return split_segments(text), answer.n_tokens
+        return text, answer.n_tokens
 
     def _warn_unusable(self, reason: str) -> None:
         """At most once in LOG_EVERY seconds."""

@@ -14,13 +14,14 @@ import numpy as np
 from mmprm_jax import interruption
 from mmprm_jax.data import encode
 from mmprm_jax.data.encode import Language, Pixels
-from mmprm_jax.data.prompts import final_answer, split_segments
 from mmprm_jax.records import Failure, Grading, Request, Rollout, UserError
 from mmprm_jax.rollout.engine import Engine, Group, Sample
+from mmprm_jax.rollout.reading import Reader
 from mmprm_jax.rollout.sampling import Sampling
 
 Answered = tuple[str | None, str, Grading]  # the final answer of a solution, the gold answer, how they are compared
 Verify = Callable[[Sequence[Answered]], Sequence[bool]]
+BEHIND = 8  # tokens of a prompt that a sample is decoded behind
 
 
 def request_key(seed: int, purpose: str, request: Request) -> np.ndarray:
@@ -31,38 +32,51 @@ def request_key(seed: int, purpose: str, request: Request) -> np.ndarray:
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint32)
 
 
+def continuation(decode: Callable[[Sequence[int]], str], behind: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of tokens behind others, with the space that some tokenizers leave out in front of a first word."""
+    before, whole = decode(behind), decode([*behind, *tokens])
+    return whole[len(before) :] if whole.startswith(before) else decode(tokens)
+
+
 class LocalSampler:
     """Samples requests with an engine and verifies the final answers while the device goes on: a ``records.Sampler``.
 
-    language: asks, and reads the answers. pixels: opens a problem's images. seed, purpose: name the random numbers.
+    language: asks. pixels: opens a problem's images. seed, purpose: name the random numbers. reader: reads the answers;
+    default: by their tags.
     """
 
     def __init__(
         self, engine: Engine, language: Language, pixels: Pixels, sampling: Sampling, seed: int, purpose: str,
-        verify: Verify,
+        verify: Verify, reader: Reader | None = None,
     ):  # fmt: skip
-        self.engine, self.language, self.verify = engine, language, verify
+        self.engine, self.language, self.verify, self.reader = engine, language, verify, reader or Reader()
         self.pixels, self.sampling, self._seed, self._purpose = pixels, sampling, seed, purpose
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, tuple[Request, list[int]]] = {}  # with the last tokens of its prompt
         self._tiles: dict[str, tuple[list[int], np.ndarray | None]] = {}  # of each image their number; all of them
         self._failed: list[Any] = []
         self._numbers = itertools.count()
 
-    def variant(self, purpose: str, pixels: Pixels | None = None, **sampling: Any) -> LocalSampler:
-        """Another sampler on the same engine: other random numbers, images (None: the same) and ways to draw."""
-        changed = dataclasses.replace(self.sampling, **sampling)
+    def variant(
+        self, purpose: str, pixels: Pixels | None = None, reader: Reader | None = None, **sampling: Any
+    ) -> LocalSampler:
+        """Another sampler on the same engine: other random numbers, images (None: the same) and ways to draw.
+
+        reader: default one that reads alike, and stops nothing.
+        """
+        changed, reader = dataclasses.replace(self.sampling, **sampling), reader or Reader(self.reader.steps)
         pixels = pixels or self.pixels
-        return LocalSampler(self.engine, self.language, pixels, changed, self._seed, purpose, self.verify)
+        return LocalSampler(self.engine, self.language, pixels, changed, self._seed, purpose, self.verify, reader)
 
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
             number = next(self._numbers)
             try:
-                self.engine.submit(self._group(number, request))
+                group = self._group(number, request)
+                self.engine.submit(group)
             except (UserError, ValueError) as error:
                 self._failed.append((request, Failure(str(error))))
             else:
-                self._requests[number] = request
+                self._requests[number] = request, list(group.prefix[-BEHIND:])
 
     def collect(self) -> list[tuple[Request, tuple[Rollout, ...] | Failure]]:
         return [
@@ -115,22 +129,22 @@ class LocalSampler:
         answers, self._failed = self._failed, []
         while not answers and self.engine.busy:
             interruption.check()
-            finished = [(self._requests.pop(number), samples) for number, samples in self.engine.step()]
-            answers = [(request, Failure(str(e))) for request, e in finished if isinstance(e, UserError)]
-            answers += self._verified([(r, samples) for r, samples in finished if not isinstance(samples, UserError)])
+            finished = [(*self._requests.pop(number), samples) for number, samples in self.engine.step()]
+            answers = [(request, Failure(str(e))) for request, _, e in finished if isinstance(e, UserError)]
+            answers += self._verified([item for item in finished if not isinstance(item[2], UserError)])
         return answers
 
     def _verified(
-        self, finished: list[tuple[Request, list[Sample]]]
+        self, finished: list[tuple[Request, list[int], list[Sample]]]
     ) -> list[tuple[Request, list[tuple[Rollout, float]]]]:
-        texts = [
-            [split_segments(self.language.tokenizer.decode(sample.tokens)) for sample in samples]
-            for _, samples in finished
+        read = [
+            [self.reader.read(request, self._text(behind, sample)) for sample in samples]
+            for request, behind, samples in finished
         ]
         pairs = [
-            (final_answer(segments), request.problem.answer, request.problem.grading)
-            for (request, _), group in zip(finished, texts, strict=True)
-            for segments in group
+            (answer, request.problem.answer, request.problem.grading)
+            for (request, _, _), group in zip(finished, read, strict=True)
+            for _, answer in group
         ]
         verdicts = iter(self.verify(pairs)) if pairs else iter(())
         return [
@@ -138,8 +152,17 @@ class LocalSampler:
                 request,
                 [
                     (Rollout(segments, bool(next(verdicts)), len(sample.tokens)), sample.logprob)
-                    for segments, sample in zip(group, samples, strict=True)
+                    for (segments, _), sample in zip(group, samples, strict=True)
                 ],
             )
-            for (request, samples), group in zip(finished, texts, strict=True)
+            for (request, _, samples), group in zip(finished, read, strict=True)
         ]
+
+    def _text(self, behind: list[int], sample: Sample) -> str:
+        """What was sampled. Without tags it is continued to the letter, so that the space between words counts, too."""
+        decode, tokens = self.language.tokenizer.decode, list(sample.tokens)
+        if self.reader.steps == "tags":
+            return decode(sample.tokens)
+        if tokens and tokens[-1] in self.sampling.stop:
+            tokens.pop()
+        return continuation(decode, behind, tokens)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mmprm_jax import settings
+from mmprm_jax.data.steps import final_answer
 from mmprm_jax.records import StepExample, Tree
 from mmprm_jax.schema import check
 
@@ -50,8 +51,8 @@ class _Path:
 def _paths(tree: Tree) -> list[_Path]:
     """The distinct solutions of a tree with at least one label, in the order of nodes and rollouts.
 
-    An empty rollout ends in no solution. A solution whose last segment is not an answer is unfinished: its last
-    segment has no verified outcome and no label.
+    An empty rollout ends in no solution. A solution without a final answer is unfinished: its last segment has no
+    verified outcome and no label.
     """
     prefixes = [tree.prefix(i) for i in range(len(tree.nodes))]
     counts = {prefix: (node.k, node.n) for prefix, node in zip(prefixes, tree.nodes, strict=True)}
@@ -62,7 +63,7 @@ def _paths(tree: Tree) -> list[_Path]:
             if not rollout.segments or segments in found:
                 continue
             steps = [counts.get(segments[:length], (0, 0)) for length in range(1, len(segments))]
-            finished = segments[-1].startswith("<answer>")
+            finished = final_answer(segments) is not None
             steps.append((int(rollout.correct), 1) if finished else (0, 0))
             k, n = zip(*steps, strict=True)
             found[segments] = _Path(f"{i}.{j}", segments, k, n, rollout.correct)

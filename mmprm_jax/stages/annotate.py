@@ -44,7 +44,7 @@ def annotate(
             folder, problems, sampler, from_config(Settings, config), config, worker=share[0], workers=share[1],
             writes=not together or is_first(),
         )  # fmt: skip
-    return annotation.finish(folder, problems, failed, config.skip_failed)
+    return annotation.finish(folder, problems, failed, config.skip_failed, sampler.reader)
 
 
 def is_together(config: Annotate) -> bool:

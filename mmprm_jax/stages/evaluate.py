@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from mmprm_jax import annotation, io, records
-from mmprm_jax.data.prompts import final_answer
+from mmprm_jax.data.steps import final_answer
 from mmprm_jax.evaluation import aggregate, best_of_n, figures, statistics
 from mmprm_jax.evaluation.figures import Figures, Scored
 from mmprm_jax.evaluation.pieces import Pieces
@@ -30,6 +30,7 @@ from mmprm_jax.policy import Policy
 from mmprm_jax.prm import PRM
 from mmprm_jax.processes import is_first, share
 from mmprm_jax.records import Candidate, Problem, Request, Rollout, ScoredCandidate, StepExample, UserError
+from mmprm_jax.rollout.reading import Reader
 from mmprm_jax.rollout.rollouts import LocalSampler
 from mmprm_jax.settings import Evaluate
 from mmprm_jax.stages import models
@@ -105,10 +106,10 @@ def lazy_sampler(inputs: Inputs) -> Iterator[Make]:
 
 
 def stepwise(sampler: LocalSampler, purpose: str, **sampling: Any) -> LocalSampler:
-    """Samples that end with their first step, or their answer. Raises UserError if their tags are no tokens."""
+    """Samples that end with their first step, or their answer, in tags. Raises UserError if these are no tokens."""
     tokenizer = sampler.language.tokenizer
     stop = tuple(tokenizer.id(tag) for tag in (tok.TURN_END, tok.STEP_END, tok.ANSWER_END))
-    return sampler.variant(purpose, stop=stop, **sampling)
+    return sampler.variant(purpose, reader=Reader(), stop=stop, **sampling)
 
 
 def shuffled(problems: Sequence[Problem]) -> list[Problem]:
@@ -136,10 +137,13 @@ def sample_candidates(pieces: Pieces, problems: Sequence[Problem], n: int, make:
         bar = progress(len(mine), title, "problem", len(mine) - len(requests), enabled=is_first())
         with pieces, bar:
             if _loads(requests):
-                for request, group in make().answers(requests):
+                sampler = make()
+                for request, group in sampler.answers(requests):
                     found = [_candidate(request.problem, rollout, logprob) for rollout, logprob in group]
                     pieces.add(request.problem.id, [dataclasses.asdict(x) for x in found])
                     bar.update()
+                    if reader := getattr(sampler, "reader", None):
+                        reader.check()
             pieces.finish(records.from_dict(Candidate, row) for p in problems for row in pieces.done[p.id])
     io.check(path)
     groups: Grouped = {p.id: [] for p in problems}
@@ -214,6 +218,9 @@ def _sample(inputs: Inputs, sampler: Make) -> Samples:
 
     found_dev = sample_candidates(file("dev_candidates"), dev, c.n, sampler, "sample dev")
     found_test = sample_candidates(file("test_candidates"), test, c.n, sampler, "sample test")
+    for found in (found_dev, found_test):
+        candidates = (x for group in found.values() for x in group)
+        Reader.of(c, "evaluate").check_all((x.problem_id, (), x.segments) for x in candidates)
     greedy = sample_candidates(file("test_greedy"), test, 1, greedy_sampler, "greedy test")
     found_test, greedy = ({p: list(map(inputs.rules.judge, g)) for p, g in x.items()} for x in (found_test, greedy))
     steps = step_values(

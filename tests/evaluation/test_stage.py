@@ -21,6 +21,7 @@ from mmprm_jax.evaluation import pieces as pieces_module
 from mmprm_jax.evaluation.pieces import Pieces
 from mmprm_jax.interruption import Interrupted, handling
 from mmprm_jax.records import Candidate, Problem, Rollout, UserError
+from mmprm_jax.rollout.reading import Reader
 from mmprm_jax.stages import evaluate
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,26 @@ def test_nothing_is_asked_twice(tmp_path, make, how, error, code, end, capfd):
     assert [p.name for p in tmp_path.iterdir()] and not list(tmp_path.glob("*.parts"))
     third = Policy()
     assert make(path, third) == whole and third.requested == [] and not third.loaded
+
+
+def test_candidates_that_cannot_be_read_stop_the_evaluation(tmp_path):
+    """What was sampled until then is kept."""
+
+    class Tagless(Policy):
+        def __init__(self):
+            super().__init__()
+            self.reader = Reader("tags", 0.5, 2, "evaluate")
+
+        def answers(self, requests):
+            for request, found in super().answers(requests):
+                self.reader.read(request, "**Step 1:** It is 4.")
+                yield request, found
+
+    path, first, second = epath.Path(tmp_path / "file.jsonl"), Tagless(), Policy()
+    with pytest.raises(UserError, match="evaluate: 2 of the first 2 rollouts .*--config.evaluate.steps=structure"):
+        candidates(path, first)
+    candidates(path, second)
+    assert len(first.requested) == 2 and not set(first.requested) & set(second.requested)
 
 
 def test_the_steps_of_an_empty_solution_and_the_last_segment_have_no_value(tmp_path):
