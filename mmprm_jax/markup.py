@@ -14,6 +14,8 @@ from typing import Any
 
 from etils import epath
 
+from mmprm_jax import io
+
 _MAGIC = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 _MOST_BYTES = 50 * 2**20  # of an image file, as for models (data/images.py)
 
@@ -36,18 +38,10 @@ def escape(text: Any) -> str:
     return html.escape(str(text), quote=True)
 
 
-def _read(path: epath.Path) -> bytes:
-    """No more of a file than is shown; nothing of a pipe or a device, which may have no end."""
-    if not path.is_file():
-        return b""
-    with path.open("rb") as file:
-        return file.read(_MOST_BYTES + 1)
-
-
 def image(folder: epath.PathLike, name: str) -> str:
     """The image as a data URI in a tag; a placeholder if it cannot be read or is no PNG, JPEG, GIF or WebP."""
     try:
-        data = _read(epath.Path(folder) / name)
+        data = io.read_at_most(epath.Path(folder) / name, _MOST_BYTES)
     except (OSError, ValueError):
         data = b""
     kind = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), None)
