@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import copy
 import importlib.util
 import os
 import re
@@ -122,7 +123,7 @@ def test_a_notebook_runs_from_top_to_bottom(name, smoke_run, tmp_path, monkeypat
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    notebook = nbformat.from_dict(NOTEBOOKS[name].copy())
+    notebook = copy.deepcopy(NOTEBOOKS[name])  # the others look at what was kept
     resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=resources).execute()
     assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
