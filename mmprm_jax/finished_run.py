@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
-from mmprm_jax import manifest, records, schema
+from mmprm_jax import io, manifest, records, schema
+from mmprm_jax.data import digits
+from mmprm_jax.evaluation import guided
 from mmprm_jax.policy import Policy
 from mmprm_jax.prm import PRM
 from mmprm_jax.records import Problem, ScoredCandidate, StepExample, Tree, UserError
@@ -42,30 +44,43 @@ class FinishedRun:
 
     def problems(self, split: str = "test") -> list[Problem]:
         """The problems of train, dev or test, in order; their images by paths that can be opened from here."""
-        folder = epath.Path(self.config.data.folder) if self.config.data.folder else self.workdir / "data"
-        found = records.read_problems(self._file("data", f"{split}.jsonl", folder))
-        return [dataclasses.replace(p, images=tuple(str(folder / name) for name in p.images)) for p in found]
+        return records.open_problems(self._file("data", f"{split}.jsonl", self._data))
 
     def trees(self) -> Iterator[Tree]:
-        """The search trees of the training problems, one in memory at a time."""
+        """The search trees of the training problems, one in memory at a time; images as in ``problems``."""
         folder = self._stage("annotate")
         for path in folder.glob("trees-*.jsonl"):
             manifest.check_file(path)
-        return store.iter_trees(folder)
+        trees = store.iter_trees(folder)
+        return (dataclasses.replace(t, problem=records.with_folder(t.problem, self._data)) for t in trees)
 
     def examples(self) -> list[StepExample]:
-        """The step labels that the PRM was trained on: of the trees, whose images are relative to the run's data, then
-        of files, with their images by paths that can be opened from here."""
-        config, data, found = self.config.train_prm, self.config.data.folder or self.workdir / "data", []
+        """The step labels that the PRM was trained on: of the trees, then of files; images by paths that open."""
+        config, found = self.config.train_prm, []
         self._stage("train_prm")
         if config.trees:
-            found += records.read_all(self._file("train_prm", "examples.jsonl"), StepExample)
+            own = records.read_all(self._file("train_prm", "examples.jsonl"), StepExample)
+            found += [records.with_folder(x, self._data) for x in own]
         for name in config.files:
-            path = self._file("train_prm", name, epath.Path(data))
-            for example in records.read_all(path, StepExample):
-                images = tuple(str(path.parent / image) for image in example.images)
-                found.append(dataclasses.replace(example, images=images))
+            path = self._file("train_prm", name, self._data)
+            found += [records.with_folder(x, path.parent) for x in records.read_all(path, StepExample)]
         return found
+
+    def step_values(self) -> list[StepExample]:
+        """Monte Carlo estimates behind the steps of some test solutions, the first candidates; images as above."""
+        found = records.read(self._file("evaluate", "test_steps.jsonl"), StepExample)
+        return [records.with_folder(x, self._data) for x in found]
+
+    def steps_right(self, problem_id: str, segments: Sequence[str]) -> list[bool]:
+        """Whether the value after each step of a solution is right, as only the embedded problem set can tell.
+
+        problem_id: of a development or test problem. The final answer has no entry. Raises UserError for another one.
+        """
+        truth = self._truth.get(problem_id)
+        if truth is None:
+            raise UserError(f"{problem_id}: the truth about its steps is not known; {self._data / 'truth.jsonl'} has it"
+                            " for the dev and test problems of the embedded set")  # fmt: skip
+        return digits.steps_right(truth, tuple(segments))
 
     def candidates(self, split: str = "test") -> dict[str, list[ScoredCandidate]]:
         """The scored candidates of dev or test, by the ids of their problems."""
@@ -78,6 +93,38 @@ class FinishedRun:
     def metrics(self) -> dict[str, Any]:
         """The figures of the report."""
         return json.loads(self._file("report", "metrics.json").read_text())
+
+    def guided(self) -> dict[str, dict[str, Any]]:
+        """What ``mmprm guide`` found, by search, against Best-of-N at as many tokens; empty where it has not run."""
+        found: dict[str, dict[str, Any]] = {}
+        for name in guided.METHODS:
+            path = self.workdir / "guided" / f"{name}.jsonl"
+            if path.exists():
+                io.check(path)
+                solutions = records.read_all(path, guided.Guided)
+                scored = list(self.candidates("test").values())
+                found[name] = guided.compare(solutions, scored, self.metrics["prm_selected"])
+        return found
+
+    def sweep(self) -> dict[str, Any] | None:
+        """The tables of ``mmprm sweep`` (``stages.sweep.tables``); None where it has not run."""
+        path = self.workdir / "sweep" / "table.json"
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path}: damaged; the same mmprm sweep writes it anew") from None
+
+    @property
+    def _data(self) -> epath.Path:
+        """The folder of the problems and their images."""
+        return epath.Path(self.config.data.folder) if self.config.data.folder else self.workdir / "data"
+
+    @functools.cached_property
+    def _truth(self) -> dict[str, digits.Truth]:
+        path = self._data / "truth.jsonl"
+        return {truth.id: truth for truth in records.read(path, digits.Truth)} if path.exists() else {}
 
     def _stage(self, name: str) -> epath.Path:
         folder = self.workdir / name

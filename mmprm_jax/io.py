@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
@@ -33,6 +34,18 @@ _unnoted: set[str] = set()  # folders of which it has been said that their files
 def is_remote(path: epath.PathLike) -> bool:
     """Whether a path is one of an object store, which can neither append nor fsync."""
     return "://" in os.fspath(path)
+
+
+def read_at_most(path: epath.PathLike, most: int) -> bytes:
+    """The bytes of a file, cut behind ``most`` + 1: whoever gets more than ``most`` knows that it is too large.
+
+    Raises OSError, and FileNotFoundError, also for a pipe or a device, which may have no end.
+    """
+    name = os.fspath(path)
+    if not is_remote(path) and not (stat.S_ISREG(os.stat(name).st_mode) or os.path.isdir(name)):
+        raise OSError(f"{name} is no regular file")
+    with epath.Path(path).open("rb") as file:
+        return file.read(most + 1)
 
 
 # ------------------------------------------------------------------------------------------------- writing

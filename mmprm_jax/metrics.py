@@ -7,13 +7,17 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tqdm
 from absl import logging
 from etils import epath
 
 from mmprm_jax import events, io
+from mmprm_jax.errors import UserError
+
+if TYPE_CHECKING:  # not required by the package
+    import pandas
 
 _REMOTE_SECONDS = 30.0  # between two uploads of the whole file: object stores cannot append
 _LINE_SECONDS = 10.0  # between two progress lines where stderr is not a terminal
@@ -36,6 +40,25 @@ def read(directory: epath.PathLike) -> list[dict[str, Any]]:
     if damaged:
         logging.warning("%s: %d damaged lines are left out", path, damaged)
     return rows
+
+
+def read_metrics(folder: epath.PathLike) -> pandas.DataFrame:
+    """The scalars that the stages of a run logged, as a pandas frame: ``read_metrics("runs/digits").loc["sft"]``.
+
+    folder: a work directory, local or ``gs://``, or the folder of one stage. Rows are indexed by stage and step, both
+    in order; a column for each scalar, NaN where a stage has none. Raises UserError where nothing was logged, and
+    without pandas.
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise UserError("read_metrics: pandas is missing; pip install 'mmprm_jax[notebooks]'") from None
+    folder = epath.Path(folder)
+    stages = [folder, *sorted(path.parent for path in folder.glob("*/metrics.jsonl"))]
+    rows = [{"stage": stage.name, **row} for stage in stages for row in read(stage)]
+    if not rows:
+        raise UserError(f"{folder}: no metrics.jsonl there, nor in a folder of it; no stage has logged anything")
+    return pandas.DataFrame(rows).set_index(["stage", "step"]).sort_index(kind="stable")
 
 
 class Metrics:

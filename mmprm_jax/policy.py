@@ -21,7 +21,7 @@ from etils import epath
 from mmprm_jax import convert, settings
 from mmprm_jax.data import encode
 from mmprm_jax.data.encode import Language, Picture, Pixels
-from mmprm_jax.data.steps import split
+from mmprm_jax.data.steps import final_answer, split
 from mmprm_jax.models import build, hf_config
 from mmprm_jax.models import tokenizer as tok
 from mmprm_jax.models.tokenizer import Tokenizer
@@ -59,6 +59,11 @@ class Completion:
     def segments(self) -> tuple[str, ...]:
         """Its whole steps and its answer, as a PRM reads them."""
         return split(self.text, self.steps, self.prefix)
+
+    @property
+    def answer(self) -> str | None:
+        """Its final answer, without the tags; None where it has none."""
+        return final_answer(self.prefix + self.segments)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

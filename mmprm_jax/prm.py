@@ -11,7 +11,7 @@ import difflib
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mmprm_jax import convert, interruption, io, records
+from mmprm_jax import convert, interruption, io, markup, records
 from mmprm_jax.data import encode
 from mmprm_jax.data.encode import Language, Picture, Pixels
 from mmprm_jax.evaluation import aggregate
@@ -29,6 +29,17 @@ from mmprm_jax.metrics import progress
 from mmprm_jax.models import build, hf_config
 from mmprm_jax.models.tokenizer import Tokenizer
 from mmprm_jax.records import Problem, UserError
+
+
+class StepScores(list[float]):
+    """The scores of the steps of one solution; in a notebook these steps, coloured."""
+
+    def __init__(self, steps: Sequence[str], scores: Iterable[float]) -> None:
+        super().__init__(scores)
+        self.steps = tuple(steps)
+
+    def _repr_html_(self) -> str:
+        return markup.scoped(markup.solution(self.steps, self))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,7 +130,7 @@ class PRM:
 
     def score(
         self, problem: Problem | str, steps: Sequence[str], *, images: Sequence[Picture] | None = None
-    ) -> list[float]:
+    ) -> StepScores:
         """The score in [0, 1] of each step of one solution. problem: a record, or the question.
 
         images: files or PIL images, in order; None: the record's own.
@@ -128,13 +139,13 @@ class PRM:
 
     def score_candidates(
         self, problem: Problem | str, candidates: Sequence[Sequence[str]], *, images: Sequence[Picture] | None = None
-    ) -> list[list[float]]:
+    ) -> list[StepScores]:
         """The step scores of many solutions of one problem; images and question are computed once."""
         return self.scores_and_kappas(problem, candidates, images=images)[0]
 
     def scores_and_kappas(
         self, problem: Problem | str, candidates: Sequence[Sequence[str]], *, images: Sequence[Picture] | None = None
-    ) -> tuple[list[list[float]], list[list[float]] | None]:
+    ) -> tuple[list[StepScores], list[list[float]] | None]:
         """The step scores, and how reliable each is: the concentration kappa > 0 of a Beta-Binomial PRM, else None.
 
         The PRM believes that a rollout behind the step is right with a probability that is Beta distributed, with the
@@ -147,10 +158,12 @@ class PRM:
         tiles = encode.picture_tiles(pictures, self.language.cfg, self.max_tiles, self.thumbnail)
         with jax.set_mesh(self.mesh):
             solutions = [self.tokens(question, candidates, tiles)]
-            if not self.language.cfg.kappa:
-                return [list(scores) for scores in self.scorer.score(solutions)[0]], None
-            scores, kappas = self.scorer.score_with_kappa(solutions)
-            return [list(x) for x in scores[0]], [list(x) for x in kappas[0]]
+            if self.language.cfg.kappa:
+                scores, kappas = self.scorer.score_with_kappa(solutions)
+            else:
+                scores, kappas = self.scorer.score(solutions), None
+        named = [StepScores(steps, found) for steps, found in zip(candidates, scores[0], strict=True)]
+        return named, kappas and [list(x) for x in kappas[0]]
 
     def tokens(self, question: str, candidates: Sequence[Sequence[str]], tiles: Sequence[np.ndarray]) -> Solutions:
         """The candidates of one problem as ``scorer`` takes them. tiles: of each image, uint8 [tiles, H, W, 3]."""

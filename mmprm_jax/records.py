@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 from absl import logging
 from etils import epath
 
-from mmprm_jax import io
+from mmprm_jax import io, markup
 from mmprm_jax.errors import UserError as UserError
 
 KINDS = ("number", "choice", "expression", "equation", "interval", "tuple", "list", "text")  # of answers
@@ -97,6 +97,9 @@ class Problem(_Illustrated):
     images: tuple[str, ...] = ()  # paths of the image files, relative to the problem file, in order
     source: str = ""  # which data set it comes from
     grading: Grading = Grading()
+
+    def _repr_html_(self) -> str:
+        return markup.scoped(markup.problem(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +180,9 @@ class Tree:
             node = self.nodes[node].parent
         return tuple(segment for part in reversed(parts) for segment in part)
 
+    def _repr_html_(self) -> str:
+        return markup.scoped(markup.problem(self.problem) + markup.tree(self))
+
 
 @dataclasses.dataclass(frozen=True)
 class StepExample(_Illustrated):
@@ -229,6 +235,12 @@ class ScoredCandidate:
 
     candidate: Candidate
     scores: tuple[float, ...]
+
+    def _repr_html_(self) -> str:
+        verdict = "right" if self.candidate.correct else "wrong"
+        answer = "no answer" if self.candidate.answer is None else self.candidate.answer
+        title = f'<p class="{verdict}"><span class="text">{markup.escape(answer)}</span></p>'
+        return markup.scoped(title + markup.solution(self.candidate.segments, self.scores))
 
 
 Record = TypeVar("Record")
@@ -457,3 +469,17 @@ def read_problems(path: epath.PathLike) -> list[Problem]:
             raise UserError(f"{path}: the id {problem.id!r} is there twice; solutions are matched to problems by it")
         seen.add(problem.id)
     return problems
+
+
+def open_problems(path: epath.PathLike) -> list[Problem]:
+    """As ``read_problems``, their images by paths that can be opened from here."""
+    folder = epath.Path(path).parent
+    return [with_folder(problem, folder) for problem in read_problems(path)]
+
+
+Illustrated = TypeVar("Illustrated", bound=_Illustrated)
+
+
+def with_folder(record: Illustrated, folder: epath.PathLike) -> Illustrated:
+    """A record whose images were relative to ``folder``, with paths that can be opened from here."""
+    return dataclasses.replace(record, images=tuple(str(epath.Path(folder) / name) for name in record.images))

@@ -58,7 +58,7 @@ def share_compilations():
 
 
 # The files whose slow tests take longest, for runs with --no-loadscope-reorder: no process is left with one at the end.
-LONGEST = ("test_pipeline", "test_stage", "test_launch_local", "test_annotate", "test_real_problems")
+LONGEST = ("test_pipeline", "test_stage", "test_launch_local", "test_annotate", "test_real_problems", "test_notebooks")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

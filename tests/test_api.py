@@ -11,7 +11,10 @@ import pytest
 import mmprm_jax
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = ["PRM", "Policy", "Verifier", "annotate", "best_of_n", "open_run", "train_prm"]
+PUBLIC = [
+    "PRM", "Policy", "Problem", "UserError", "Verifier", "annotate", "best_of_n", "calibrate", "make_mesh",
+    "open_problems", "open_run", "read_metrics", "replay", "train_prm",
+]  # fmt: skip
 
 
 def python(program):
@@ -32,7 +35,9 @@ def test_import_is_quick():
 def test_public_names():
     for name in PUBLIC:
         assert callable(getattr(mmprm_jax, name)), name
-    assert set(PUBLIC) < set(dir(mmprm_jax)) and re.match(r"\d+\.\d+", mmprm_jax.__version__)
+    assert set(mmprm_jax.AGGREGATORS) > {"min", "mean", "last"}
+    assert set(PUBLIC) | {"AGGREGATORS", "__version__"} == set(mmprm_jax.__all__) < set(dir(mmprm_jax))
+    assert re.match(r"\d+\.\d+", mmprm_jax.__version__)
     assert (ROOT / "mmprm_jax" / "py.typed").exists()
     with pytest.raises(AttributeError, match="no attribute 'Polcy'"):
         mmprm_jax.Polcy  # noqa: B018

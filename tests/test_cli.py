@@ -16,7 +16,7 @@ from mmprm_jax.errors import UsageError, UserError
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs" / "digits.py")
 RUN = [f"--config={DIGITS}", "--workdir=w"]
-FOLDERS = ("mmprm_jax", "configs", "launch", "findings", "tests")
+FOLDERS = ("mmprm_jax", "configs", "launch", "findings", "notebooks", "tests")
 READMES = [ROOT / "README.md", *(path for name in FOLDERS for path in sorted((ROOT / name).rglob("README.md")))]
 
 

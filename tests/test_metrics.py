@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mmprm_jax import events, metrics
+from mmprm_jax import UserError, events, metrics, read_metrics
 
 
 class Clock:
@@ -166,3 +166,27 @@ def test_progress_without_a_total(monkeypatch):
     with metrics.progress(None, "x", "item") as bar:
         bar.update(4)
     assert "4 item" in stream.getvalue()
+
+
+def test_metrics_as_a_frame(tmp_path):
+    """By stage and step, of a work directory or of one stage; other files and folders are left alone."""
+    pytest.importorskip("pandas")
+    for stage in ("train_prm", "sft"):
+        with metrics.Metrics(tmp_path / stage) as m:
+            m.write(2, loss=0.25, **({"weight": 7} if stage == "sft" else {}))
+            m.write(4, loss=0.125)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    frame = read_metrics(tmp_path)
+    assert list(frame.index) == [("sft", 2), ("sft", 4), ("train_prm", 2), ("train_prm", 4)]
+    assert frame.loc["sft"].loss.to_dict() == {2: 0.25, 4: 0.125} and frame.loc[("sft", 2), "weight"] == 7
+    assert frame.loc["train_prm"].weight.isna().all() and "step" not in frame
+    assert read_metrics(tmp_path / "sft").equals(frame.loc[["sft"]])
+    with pytest.raises(UserError, match="data: no metrics.jsonl there"):
+        read_metrics(tmp_path / "data")
+
+
+def test_without_pandas_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match=r"pip install 'mmprm_jax\[notebooks\]'"):
+        read_metrics(tmp_path)

@@ -17,6 +17,7 @@ from PIL import Image
 from scipy import stats
 
 from mmprm_jax import config as configs
+from mmprm_jax import open_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 DEFAULT = f"--config={ROOT / 'configs' / 'digits.py'}"
@@ -273,6 +274,7 @@ def test_guided_search_of_a_finished_run(environment, finished, tmp_path):
     assert set(figures) == {"beam", "dvts", "lookahead"} and "| dvts |" in out
     for x in figures.values():
         assert 0 <= x["accuracy"] <= 1 and x["tokens"] > 0 and x["best_of_n"]["n"] >= 1
+    assert open_run(workdir).guided() == figures
     before = {p: p.read_bytes() for p in (workdir / "guided").rglob("*.json*")}
     assert len(before) >= 3
     assert run(environment, "guide", workdir, "--search=beam")[0] == 0  # nothing is searched again

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from mmprm_jax import io as files
 from mmprm_jax.records import UserError
 
 MAX_BYTES = 50 * 2**20
@@ -85,9 +86,7 @@ def open_image(path: epath.PathLike) -> Image.Image:
     """The RGB image in a file. Raises UserError naming the file when it is missing, and as ``decode_image``."""
     path = epath.Path(path)
     try:
-        if path.stat().length > MAX_BYTES:  # before it is read
-            raise UserError(f"{path}: image file larger than {MAX_BYTES} bytes")
-        data = path.read_bytes()
+        data = files.read_at_most(path, MAX_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path}: image not found") from None
     except OSError as error:

@@ -7,11 +7,9 @@ connection, so that hostile model output stays text. Absent keys of ``metrics`` 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import matplotlib
 from etils import epath
@@ -19,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mmprm_jax import io as files
-from mmprm_jax.records import Node, Rollout, Tree
+from mmprm_jax import markup
+from mmprm_jax.records import Tree
 
 _SELECTORS = {
     "random": "random",
@@ -38,7 +37,6 @@ _CONTROLS = {
     "policy_shuffled_image": "policy with another problem's image",
 }
 _COLOURS = ("#8a8f98", "#d98a00", "#9b5de5", "#e5484d", "#2f7de1", "#2a9d5c")
-_MAGIC = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 
 _CSS = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#1b1f24;--soft:#5d6672;--line:#dfe3e8;--mark:#fff3c9}
@@ -56,27 +54,12 @@ th,td{padding:.28rem .7rem;text-align:right;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{text-align:left}tr.chosen{background:var(--mark);font-weight:600}
 td small{color:var(--soft);font-weight:400}
 pre{overflow-x:auto;font-size:.8rem}summary{cursor:pointer}
-.picture{min-width:min(14rem,100%);max-width:100%;max-height:28rem;object-fit:contain;image-rendering:pixelated;
-border:1px solid var(--line);border-radius:6px}
-.missing{display:inline-block;padding:2rem;border:1px dashed var(--line);border-radius:6px;color:var(--soft)}
-.tree ul{list-style:none;margin:.2rem 0;padding-left:min(1.1rem,3vw);border-left:2px solid var(--line)}
-.tree{overflow-wrap:anywhere;font-size:.92rem}.tree li{margin:.3rem 0}
-.text{white-space:pre-wrap;unicode-bidi:isolate}
-.mc,.seg{border-radius:5px;padding:.05rem .35rem;background:hsl(var(--h) 85% 80%);color:#16191d;
--webkit-box-decoration-break:clone;box-decoration-break:clone}
-.mc{font-weight:700;font-variant-numeric:tabular-nums}.none{background:#c3c8ce}
-.rollouts{font-size:.85rem;color:var(--soft)}.right::before{content:"\\2713  right: ";color:#2a9d5c;font-weight:700}
-.wrong::before{content:"\\2717  wrong: ";color:#e5484d;font-weight:700}
 """
 _HEAD = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>MM-PRM report</title><style>{_CSS}</style></head><body><main>
+<title>MM-PRM report</title><style>{_CSS}{markup.CSS}</style></head><body><main>
 """
-
-
-def _escape(text: Any) -> str:
-    return html.escape(str(text), quote=True)
 
 
 # ------------------------------------------------------------------------------------------------- numbers
@@ -217,7 +200,7 @@ def _svg(draw: Callable[[Axes], None], height: float, ink: str) -> str:
 def _plot(draw: Callable[[Axes], None], alt: str, height: float = 3.2) -> str:
     light, dark = _svg(draw, height, "#2b3138"), _svg(draw, height, "#cfd5dc")
     source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-    return f'<picture class="plot">{source}<img src="{light}" alt="{_escape(alt)}"></picture>'
+    return f'<picture class="plot">{source}<img src="{light}" alt="{markup.escape(alt)}"></picture>'
 
 
 def _plot_best_of_n(metrics: dict) -> str:
@@ -292,69 +275,14 @@ def choose_trees(trees: Sequence[Tree], count: int = 3) -> list[Tree]:
     return sorted(trees, key=rank, reverse=True)[:count]
 
 
-def _image(image_dir: epath.PathLike, name: str) -> str:
-    """The image as a data URI in a tag; a placeholder if it cannot be read or is no PNG, JPEG, GIF or WebP."""
-    try:
-        data = (epath.Path(image_dir) / name).read_bytes()
-    except (OSError, ValueError):
-        data = b""
-    kind = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), None)
-    if kind is None:
-        return f'<span class="missing">image not found: {_escape(name)}</span>'
-    return f'<img class="picture" alt="" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
-
-
-def _colour(node: Node) -> str:
-    """Class and hue: red at k/n = 0, yellow at 1/2, green at 1; grey without an estimate."""
-    return f'" style="--h:{120 * node.k / node.n:.0f}"' if node.n else ' none"'
-
-
-def _rollouts(rollouts: Sequence[Rollout], count: int = 3) -> str:
-    right, wrong = [r for r in rollouts if r.correct], [r for r in rollouts if not r.correct]
-    # a mixed node shows both kinds
-    shown = (right[: max(count - 1, count - len(wrong))] + wrong)[:count]
-    items = []
-    for r in shown:
-        text = _escape("\n".join(r.segments)) if r.segments else "<i>nothing could be parsed</i>"
-        items.append(f'<li class="{"right" if r.correct else "wrong"}"><span class="text">{text}</span></li>')
-    if not items:
-        return ""
-    title = f"{len(shown)} of {len(rollouts)} rollouts"
-    return f'<details class="rollouts"><summary>{title}</summary><ul>{"".join(items)}</ul></details>'
-
-
-def _tree(tree: Tree) -> str:
-    """The tree as nested lists, walked with a stack: a deep tree needs no deep recursion."""
-    children: list[list[int]] = [[] for _ in tree.nodes]
-    for i, node in enumerate(tree.nodes):
-        if node.parent >= 0:
-            children[node.parent].append(i)
-    parts: list[str] = []
-    stack: list[int | str] = [i for i, node in enumerate(tree.nodes) if node.parent < 0]
-    while stack:
-        entry = stack.pop()
-        if isinstance(entry, str):
-            parts.append(entry)
-            continue
-        node = tree.nodes[entry]
-        colour = _colour(node)
-        text = " ".join(f'<span class="seg text{colour}>{_escape(s)}</span>' for s in node.segments)
-        summary = f'<span class="mc{colour}>{node.k}/{node.n}</span> {text or "<i>start</i>"}'
-        parts.append(f"<li><details open><summary>{summary}</summary>{_rollouts(node.rollouts)}<ul>")
-        stack += ["</ul></details></li>", *reversed(children[entry])]
-    return f'<div class="tree"><ul>{"".join(parts)}</ul></div>'
-
-
 def _example(tree: Tree, image_dir: epath.PathLike) -> str:
     problem = tree.problem
     return (
-        f"<section><h2>Tree of problem {_escape(problem.id)}</h2>"
-        + "".join(_image(image_dir, name) for name in problem.images)
-        + f'<p class="text">{_escape(problem.question)}</p>'
-        + f'<p>Gold answer: <b class="text">{_escape(problem.answer)}</b></p>'
+        f"<section><h2>Tree of problem {markup.escape(problem.id)}</h2>"
+        + markup.problem(problem, image_dir)
         + f'<p class="soft">{len(tree.nodes)} nodes, {len(tree.searches)} searches. k/n: k of the n completions '
         + "sampled from this prefix reached the gold answer.</p>"
-        + f"{_tree(tree)}</section>"
+        + f"{markup.tree(tree)}</section>"
     )
 
 
@@ -366,7 +294,7 @@ def _introduction(metrics: dict, n_trees: int) -> str:
     facts = [f"{n_trees} search trees"] if n_trees else ["no search tree: step labels of files"]
     named = {"steps": "labelled steps", "examples": "training examples", "problems": "annotated problems"}
     facts += [f"{labels[key]} {name}" for key, name in named.items() if key in labels]
-    facts += [f"{count} rollouts in {_escape(stage)}" for stage, count in rollouts.items()]
+    facts += [f"{count} rollouts in {markup.escape(stage)}" for stage, count in rollouts.items()]
     facts += [f"{metrics['n_problems']} test problems"] if "n_problems" in metrics else []
     return f"""<h1>MM-PRM report</h1>
 <p>A policy model wrote step-by-step solutions. A Monte Carlo tree search cut them into prefixes and sampled completions
@@ -384,13 +312,13 @@ def _table(metrics: dict) -> str:
             mean, stderr = _percent(result).split(" ± ")
             cells += f"<td>{mean} <small>± {stderr}</small></td>"
         row = '<tr class="chosen">' if chosen else "<tr>"
-        body += f"{row}<td>{_escape(label)}</td>{cells}</tr>"
+        body += f"{row}<td>{markup.escape(label)}</td>{cells}</tr>"
     return f'<div class="wide"><table><tr><th>selector</th>{head}</tr>{body}</table></div>'
 
 
 def _rows_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join("<tr>" + "".join(f"<td>{_escape(x)}</td>" for x in row) + "</tr>" for row in rows)
-    titles = "".join(f"<th>{_escape(x)}</th>" for x in head)
+    cells = "".join("<tr>" + "".join(f"<td>{markup.escape(x)}</td>" for x in row) + "</tr>" for row in rows)
+    titles = "".join(f"<th>{markup.escape(x)}</th>" for x in head)
     return f'<div class="wide"><table><tr>{titles}</tr>{cells}</table></div>'
 
 
@@ -434,7 +362,7 @@ def write_report(
     if found := metrics.get("calibration"):
         parts.append(_section("Calibration", _plot_calibration(found)))
     if findings := _findings(metrics):
-        items = "".join(f"<li>{_escape(line)}</li>" for line in findings)
+        items = "".join(f"<li>{markup.escape(line)}</li>" for line in findings)
         parts.append(_section("Controls and differences", f"<ul>{items}</ul>"))
     if histogram := metrics.get("labels", {}).get("histogram"):
         parts.append(_section("Step labels", _plot_labels(histogram)))
@@ -443,7 +371,9 @@ def write_report(
         parts.append(_section("Time per stage", _plot_seconds(seconds) + total))
     parts += [_example(tree, image_dir) for tree in choose_trees(trees)]
     if config_text:
-        parts.append(f"<section><details><summary>Configuration</summary><pre>{_escape(config_text)}</pre></details>")
+        parts.append(
+            f"<section><details><summary>Configuration</summary><pre>{markup.escape(config_text)}</pre></details>"
+        )
         parts.append("</section>")
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ class Tiles:
         """
         example, parts = data[row], [np.zeros((0, self.tile, self.tile, 3), np.uint8)]
         for name, count in example.images:
-            path = f"{data.images}/{name}"
+            path = data.images / name  # which may be absolute
             parts.append(images.tiles(images.open_image(path), self.max_tiles, self.tile))
             if len(parts[-1]) != count:
                 raise UserError(

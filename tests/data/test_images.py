@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import struct
 import zlib
@@ -184,6 +185,13 @@ def test_too_many_bytes(tmp_path, picture, monkeypatch):
         images.open_image(tmp_path / "a.png")
     with pytest.raises(UserError, match="^page 3: image file larger than 100 bytes"):
         images.decode_image(bytes(101), "page 3")
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero", "."])
+def test_what_has_no_end_is_not_read(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="not a readable image"):
+        images.open_image(tmp_path / name)
 
 
 def test_normalise():

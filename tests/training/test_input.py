@@ -98,6 +98,20 @@ def test_rows_have_the_tokens_and_pixels_of_their_examples(folder, sets, sizes):
             assert not batch["pixels"][row, tile:].any() and not batch["segment"][row, at:].any()
 
 
+def test_images_by_absolute_paths(folder, sets, tmp_path, monkeypatch):
+    """As problems of ``open_run`` name them, whatever folder others would be relative to."""
+    some = list(make(0, 8, 0))
+    absolute = [dataclasses.replace(x, images=tuple((str(folder / name), n) for name, n in x.images)) for x in some]
+    monkeypatch.chdir(tmp_path)
+    for name, examples in (("some", some), ("absolute", absolute)):
+        training_files.write(tmp_path / name, "policy", examples, 30, 14, {})
+    wanted = take(batches([TrainingSet(tmp_path / "some", "policy", folder)]), 2)
+    for elsewhere in ("", tmp_path):
+        found = take(batches([TrainingSet(tmp_path / "absolute", "policy", elsewhere)]), 2)
+        for a, b in zip(found, wanted, strict=True):
+            equal(a, b)
+
+
 @pytest.mark.parametrize("sizes", [SIZES, UNPACKED], ids=["packed", "one a row"])
 def test_shares_together_are_the_whole(sets, sizes):
     whole = take(batches(sets, sizes, shift=1, noise=8.0), 3)
