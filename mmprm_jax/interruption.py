@@ -165,7 +165,7 @@ def handling(outcome: str = "goes on from here", *, permanent: bool = False) -> 
         watch.report(interrupted.message)
         if interrupted.apart and permanent:  # JAX would wait for the others, with Python's lock held
             sys.stdout.flush()
-            os._exit(interrupted.code)
+            os._exit(int(interrupted.code or 0))
         raise
     finally:
         if not permanent:
@@ -183,7 +183,7 @@ def requested() -> bool:
 
 def check(own: bool = False) -> None:
     """Raises Interrupted when asked to end; of several processes only where the work is this one's ``own``."""
-    if requested() and (own or _watch.alone):
+    if requested() and _watch and (own or _watch.alone):
         error = Interrupted()
         error.apart = not _watch.alone
         raise error

@@ -66,6 +66,7 @@ def setting(default: Any, meaning: str, **allowed: Any) -> Any:
     return dataclasses.field(default=default, metadata={"rule": Rule(meaning, **allowed)})
 
 
+@dataclasses.dataclass(frozen=True)
 class Section:
     """A group of settings. Subclasses are frozen dataclasses whose fields are ``setting`` or other sections."""
 
@@ -82,7 +83,7 @@ S = TypeVar("S", bound=Section)
 
 
 @functools.cache
-def kinds(cls: type) -> dict[str, Any]:
+def kinds(cls: Any) -> dict[str, Any]:
     """The type of each field: bool, int, float, str, a tuple of them, or another section."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
@@ -169,7 +170,7 @@ def problems(section: Section, prefix: str = "") -> Iterator[Found]:
             continue
         rule = field.metadata.get("rule")
         bad = [x for x in _values(value) if rule and not rule.allows(x)]
-        if bad:
+        if rule and bad:
             near = nearest(bad[0], filter(None, rule.choices)) if rule.choices and bad[0] else ""
             allowed = rule.describe(item_kind(kind) or kind)
             yield key, f"{bad[0]!r:.80} is not {'' if rule.choices else 'allowed; it must be '}{allowed}{near}"

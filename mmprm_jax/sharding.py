@@ -202,7 +202,7 @@ def parameter_shardings(abstract: Any, mesh: Mesh) -> Any:
     """The NamedSharding of every leaf of a parameter (or optimizer) tree, by RULES on its path."""
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
-        first, *others = next(specs for pattern, *specs in RULES if re.search(pattern, path_name(path)))
+        first, *others = next(specs for pattern, *specs in RULES if re.search(str(pattern), path_name(path)))
         if len(first) > len(leaf.shape):
             first, others = P(), []
         fitted = [fit_spec(leaf.shape, tuple(spec), mesh) for spec in (first, *others)]

@@ -56,7 +56,7 @@ def has_remainder_rows(rows: int) -> bool:
 
 
 @functools.cache
-def _options(platform: str) -> dict[str, str]:
+def _options(platform: str) -> dict[str, Any]:
     """For the compiler, if it knows them."""
     options = _EXACT.get(platform, {})
     try:
@@ -517,8 +517,8 @@ def decode(
     model: VLM = nnx.merge(graphdef, params)
     b, s = state["slot"]["t"].shape
     heads = _heads(model.decoder.cfg)
-    kv, batch, own = P(BATCH, None, heads[2]), P(BATCH), P(BATCH, heads[2])
-    own = [(own, own)] * used
+    kv, batch, block = P(BATCH, None, heads[2]), P(BATCH), P(BATCH, heads[2])
+    own = [(block, block)] * used
     attend_shard = per_shard(_attend, (kv, kv, kv, own, (heads, heads), batch, batch), (kv, own))
     known = [block[1].shape[2] for block in state["own"][0]]
     limit = {**limit, "columns": sum(known[:used]) if used < len(known) else jnp.inf}
