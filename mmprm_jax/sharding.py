@@ -221,7 +221,7 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     """
     blocks = math.prod(mesh.shape[axis] for axis in BATCH)
     held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((blocks,))
-    mine = sorted({index[0].indices(blocks)[0] for index in held.values()})
+    mine = sorted({index[0].indices(blocks)[0] for index in held.values() if index})
     first, count = mine[0], len(mine)
     if mine != list(range(first, first + count)) or first % count or blocks % count:
         raise UserError(f"mesh {dict(mesh.shape)}: the rows {mine} of a process do not lie together; order the axes")

@@ -62,7 +62,7 @@ class Spawn(SpawnContext):
         _quiet_tracker()
         self._last: collections.deque[_Worker] = collections.deque(maxlen=64)
 
-    def Process(self, *args: Any, **kwargs: Any) -> _Worker:  # noqa: N802
+    def Process(self, *args: Any, **kwargs: Any) -> _Worker:  # type: ignore[override]  # noqa: N802
         self._last.append(_Worker(*args, **kwargs))
         return self._last[-1]
 

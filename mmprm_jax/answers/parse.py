@@ -238,7 +238,8 @@ def _equation(parts: list[str]) -> Value | None:
         if isinstance(right, Items) and right.kind == "tuple" and is_bracketed(left):  # (a, b) = (1, 2)
             names = _brackets(left)
             letters = names.values if isinstance(names, Items) and names.kind == "tuple" else ()
-            if len(letters) == len(right.values) and all_of(letters, Formula) and all(x.tree[0] == "v" for x in letters):
+            same = len(letters) == len(right.values)
+            if same and all_of(letters, Formula) and all(name.tree[0] == "v" for name in letters):
                 pairs = zip(letters, right.values, strict=True)
                 return Items("tuple", tuple(Equation(name.tree[1], name.tree, value) for name, value in pairs))
         if ":" in left and isinstance(ratio := parse_ratio(left), Ratio) and not any(map(_is_number, ratio.trees)):

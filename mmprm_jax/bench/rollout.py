@@ -57,7 +57,7 @@ SMALL = VLMConfig(  # 7 million parameters, heads of 64 as the released models h
 )  # fmt: skip
 MODELS = {"qwen2": QWEN2, "tiny_vlm": TINY, "small_vlm": SMALL}
 IMAGE = 3  # the image token; prompts have larger ids else
-SAMPLING = dict(temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.05)  # the paper's
+SAMPLING: dict[str, Any] = dict(temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.05)  # the paper's
 _CHECK = 16  # greedy tokens that are compared at most
 _TOLERANCE = 1e-3  # nats, of their log-probabilities
 

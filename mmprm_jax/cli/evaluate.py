@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmprm_jax.cli.command import (
@@ -28,7 +28,7 @@ from mmprm_jax.cli.stages import open_run
 from mmprm_jax.errors import UsageError, UserError, nearest
 
 
-def _finish(figures: dict[str, Any], text: str, json: str | None, bad: Sequence[str]) -> None:
+def _finish(figures: Mapping[str, Any], text: str, json: str | None, bad: Sequence[str]) -> None:
     print(text)
     if json:
         from mmprm_jax import io
@@ -140,7 +140,7 @@ def _left_out(found: Any) -> str:
     return "".join(f"\nleft out: {name} ({which} candidate has {need})" for name, which, need in lines)
 
 
-def _groups(figures: dict[str, Any]) -> str:
+def _groups(figures: Mapping[str, Any]) -> str:
     """The accuracies of each group at the largest N; of the PRM's those of the chosen aggregator, or of the mean."""
     lines = []
     for key in ("by_category", "by_length"):

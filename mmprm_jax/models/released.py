@@ -36,7 +36,8 @@ def _qwen2(layers: int, hidden: int, inter: int, heads: int, kv: int, **more: An
 
 
 def _qwen3(layers: int, hidden: int, inter: int, heads: int, kv: int, **more: Any) -> DecoderConfig:
-    settings: dict[str, Any] = {"vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "qk_norm": True, "head_dim": 128}
+    settings: dict[str, Any] = {"vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "qk_norm": True}
+    settings["head_dim"] = 128
     return DecoderConfig(
         num_layers=layers, hidden_size=hidden, intermediate_size=inter, num_heads=heads, num_kv_heads=kv,
         **(settings | more),

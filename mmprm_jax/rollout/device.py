@@ -413,7 +413,8 @@ def _attend(q: Any, k: Any, v: Any, own: Any, prefix: Any, plan: State, length: 
         x = x.reshape(r, g, samples, per_group, *x.shape[3:]).swapaxes(1, 2)
         return x.reshape(r * samples, g, per_group, *x.shape[4:])[plan["place"]]
 
-    before = tuple(to_slots(x) for x in _part(scores, there, "rgnp,rgpd->rgnd", prefix_v))
+    top, total, values = _part(scores, there, "rgnp,rgpd->rgnd", prefix_v)
+    before = (to_slots(top), to_slots(total), to_slots(values))
     return _join([before, *parts], q.dtype)[:, None], after
 
 
@@ -545,7 +546,8 @@ def decode(
         plan = per_shard(_plan, batch, batch)(slot, state["out"])
         position = reshape(slot["start"] + slot["t"] - 1, (b * s, 1), BATCH)
         x = model.decoder.embed_tokens(reshape(slot["last"], (b * s, 1), BATCH))
-        rope = tuple(take_rows(table, position, BATCH) for table in angles)
+        sines, cosines = angles
+        rope = take_rows(sines, position, BATCH), take_rows(cosines, position, BATCH)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
             own, prefix = caches

@@ -260,8 +260,10 @@ class Engine:
                     found[part.offset + i] = Sample(*values)
                     self.counts.tokens += int(size)
                 self.counts.samples += part.n
-                if None not in found:
-                    finished.append((part.group.id, self._found.pop(part.group.id)))
+                complete = [sample for sample in found if sample is not None]
+                if len(complete) == len(found):
+                    del self._found[part.group.id]
+                    finished.append((part.group.id, complete))
             gone = before - set(resident)  # samples that ended with their first token never took a slot
             self._queue[b] = [sample for sample in self._queue[b] if sample // self._samples not in gone]
         return finished
@@ -371,7 +373,9 @@ class Engine:
 
     def _encode_images(self, parts: list[list[_NewPrefix]]) -> tuple[jax.Array | None, list[list[np.ndarray]]]:
         """The visual tokens of new images and, for every new token, which of its shard's it shows (-1: none)."""
-        per_tile, indices, tiles = self._cfg.tokens_per_tile, [], []
+        per_tile = self._cfg.tokens_per_tile
+        indices: list[list[np.ndarray]] = []
+        tiles: list[list[np.ndarray]] = []
         for part in parts:
             indices.append([])
             tiles.append([])
@@ -381,7 +385,7 @@ class Engine:
                 start += new.group.prefix[: len(new.known)].count(self._image_token)
                 index = start + np.cumsum(shown) - 1
                 indices[-1].append(np.where(shown, index, -1))
-                if shown.any():
+                if shown.any() and new.group.pixels is not None:
                     tiles[-1].append(new.group.pixels)
                     self.counts.images += 1
         count = max(sum(map(len, group)) for group in tiles)

@@ -75,7 +75,7 @@ def _covering(paths: list[_Path], count: int) -> list[_Path]:
     Ties: the most estimated steps, then the order of ``paths``.
     """
     left = list(paths)
-    covered: set[Steps] = set()
+    covered: set[tuple[str, ...]] = set()
     chosen: list[_Path] = []
     while left and len(chosen) < count:
         best = max(left, key=lambda path: (len(path.prefixes() - covered), path.estimated))
