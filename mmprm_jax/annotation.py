@@ -59,7 +59,8 @@ class _ThroughputMeter:
         """Totals of this run; rates and slot occupancy since the reading before. The last one: of the whole run."""
         now, engine = time.monotonic(), getattr(self._sampler, "engine", None)
         counts = engine.counts if engine else None
-        rollouts, tokens = (counts.samples, counts.tokens) if counts else (self._sampler.rollouts, self._sampler.tokens)
+        source: Any = self._sampler
+        rollouts, tokens = (counts.samples, counts.tokens) if counts else (source.rollouts, source.tokens)
         live, all_ = (counts.live_steps, counts.slot_steps) if counts else (0, 0)
         then, rollouts_then, tokens_then, live_then, all_then = self._start if last else self._last
         self._last = (now, rollouts, tokens, live, all_)
@@ -198,10 +199,11 @@ def annotate(
         verify = verify or stack.enter_context(verifier(config))
         sampler = policy.sampler(config, images, config.num_rollouts, seed, "annotate", verify)
         found = dict(grow(enumerate(problems), forest, sampler))
-    for index, result in sorted(found.items()):
+    trees = []
+    for problem, (_, result) in zip(problems, sorted(found.items()), strict=True):
         if isinstance(result, Failure):
-            raise UserError(f"problem {problems[index].id}: {result.reason}")
-    trees = [found[index] for index in range(len(problems))]
+            raise UserError(f"problem {problem.id}: {result.reason}")
+        trees.append(result)
     try:
         sampler.reader.check_all(_rollouts(trees))
     except UserError as error:

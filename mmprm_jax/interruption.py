@@ -21,7 +21,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 GRACE = 6.0  # seconds from the signal to the next poll
 TOGETHER = 60.0  # of several processes, which agree on where to end
@@ -48,7 +49,8 @@ class _Watch:
 
     def __init__(self, outcome: str) -> None:
         self.signal, self.event = 0, threading.Event()
-        self.alone, self.leaving, self._notify_all = True, False, None
+        self.alone, self.leaving = True, False
+        self._notify_all: Callable[[int], Any] | None = None  # JAX's own handler
         self._outcome, self._since, self._done, self._reported = outcome, 0.0, False, False
         self._saves, self._saved = 0, 0.0
         self._polled, self._rounds = 0.0, collections.deque([0.0] * 4, maxlen=4)
@@ -165,7 +167,7 @@ def handling(outcome: str = "goes on from here", *, permanent: bool = False) -> 
         watch.report(interrupted.message)
         if interrupted.apart and permanent:  # JAX would wait for the others, with Python's lock held
             sys.stdout.flush()
-            os._exit(interrupted.code)
+            os._exit(int(interrupted.code or 0))
         raise
     finally:
         if not permanent:
@@ -183,7 +185,7 @@ def requested() -> bool:
 
 def check(own: bool = False) -> None:
     """Raises Interrupted when asked to end; of several processes only where the work is this one's ``own``."""
-    if requested() and (own or _watch.alone):
+    if requested() and _watch and (own or _watch.alone):
         error = Interrupted()
         error.apart = not _watch.alone
         raise error

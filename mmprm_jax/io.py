@@ -142,12 +142,13 @@ def _has_records(path: epath.Path) -> bool:
 def measure(path: epath.PathLike) -> Entry:
     """Size, checksum and number of records of a file."""
     path = epath.Path(path)
+    version: tuple[Any, ...]
     if is_remote(path):
-        stat = path.stat()
-        version = (os.fspath(path), stat.length, stat.mtime)
+        remote = path.stat()
+        version = (os.fspath(path), remote.length, remote.mtime)
     else:
-        stat = os.stat(path)
-        version = (os.fspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        local = os.stat(path)
+        version = (os.fspath(path), local.st_size, local.st_mtime_ns, local.st_ino)
     if version not in _measured:
         _measured[version] = _read(path, _has_records(path))
     return _measured[version]

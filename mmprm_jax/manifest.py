@@ -57,11 +57,14 @@ class Depth(enum.Enum):
 class Run(Protocol):
     """What is used of a ``stages.Run``."""
 
-    config: Config
-    workdir: epath.Path
-    root: epath.Path  # that names in ``made_of`` are relative to
-    data: epath.Path
-
+    @property
+    def config(self) -> Config: ...
+    @property
+    def workdir(self) -> epath.Path: ...
+    @property
+    def root(self) -> epath.Path: ...  # that names in ``made_of`` are relative to
+    @property
+    def data(self) -> epath.Path: ...
     def folder(self, stage: str) -> epath.Path: ...
     def record_files(self) -> list[epath.Path]: ...
     def image_files(self) -> Iterable[epath.Path]: ...
@@ -215,8 +218,8 @@ def finish(run: Run, stage: str, figures: Mapping[str, Any]) -> None:
         made_of = _entries(io.read_sealed(begun, remedy_for(run, stage)))
     else:
         made_of = _made_of(run, reads(run, stage))
-    manifest = {"files": _files(folder), "made_of": made_of}
-    manifest = {part: {k: dataclasses.asdict(v) for k, v in found.items()} for part, found in manifest.items()}
+    parts = {"files": _files(folder), "made_of": made_of}
+    manifest = {part: {k: dataclasses.asdict(v) for k, v in found.items()} for part, found in parts.items()}
     io.write_sealed(folder / DONE, {**figures, "manifest": manifest})
     begun.unlink(missing_ok=True)
 

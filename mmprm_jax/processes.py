@@ -27,7 +27,9 @@ def connect() -> bool:
     """
     count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
     try:
-        jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None, process_id=int(index) if index else None
+        )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed: the processes did not find each other ({error})") from None
     if jax.process_count() > 1:

@@ -66,6 +66,7 @@ def setting(default: Any, meaning: str, **allowed: Any) -> Any:
     return dataclasses.field(default=default, metadata={"rule": Rule(meaning, **allowed)})
 
 
+@dataclasses.dataclass(frozen=True)
 class Section:
     """A group of settings. Subclasses are frozen dataclasses whose fields are ``setting`` or other sections."""
 
@@ -82,7 +83,7 @@ S = TypeVar("S", bound=Section)
 
 
 @functools.cache
-def kinds(cls: type) -> dict[str, Any]:
+def kinds(cls: type[Section]) -> dict[str, Any]:
     """The type of each field: bool, int, float, str, a tuple of them, or another section."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
@@ -121,7 +122,7 @@ def convert(kind: Any, value: Any) -> Any:
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any, Any]]:
     """(dotted key, field, type, value) of every setting of a section and those in it."""
     for field in dataclasses.fields(section):
-        kind, value, key = kinds(type(section))[field.name], getattr(section, field.name), f"{prefix}{field.name}"
+        kind, value, key = kinds(section.__class__)[field.name], getattr(section, field.name), f"{prefix}{field.name}"
         if is_section(kind):
             yield from leaves(value, f"{key}.")
         else:
@@ -163,13 +164,13 @@ def _values(value: Any) -> Sequence[Any]:
 def problems(section: Section, prefix: str = "") -> Iterator[Found]:
     """Every setting whose value is not allowed, and what does not go together."""
     for field in dataclasses.fields(section):
-        kind, value, key = kinds(type(section))[field.name], getattr(section, field.name), f"{prefix}{field.name}"
+        kind, value, key = kinds(section.__class__)[field.name], getattr(section, field.name), f"{prefix}{field.name}"
         if is_section(kind):
             yield from problems(value, f"{key}.")
             continue
         rule = field.metadata.get("rule")
         bad = [x for x in _values(value) if rule and not rule.allows(x)]
-        if bad:
+        if rule and bad:
             near = nearest(bad[0], filter(None, rule.choices)) if rule.choices and bad[0] else ""
             allowed = rule.describe(item_kind(kind) or kind)
             yield key, f"{bad[0]!r:.80} is not {'' if rule.choices else 'allowed; it must be '}{allowed}{near}"

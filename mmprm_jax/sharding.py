@@ -202,7 +202,7 @@ def parameter_shardings(abstract: Any, mesh: Mesh) -> Any:
     """The NamedSharding of every leaf of a parameter (or optimizer) tree, by RULES on its path."""
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
-        first, *others = next(specs for pattern, *specs in RULES if re.search(pattern, path_name(path)))
+        first, *others = next(specs for pattern, *specs in RULES if re.search(str(pattern), path_name(path)))
         if len(first) > len(leaf.shape):
             first, others = P(), []
         fitted = [fit_spec(leaf.shape, tuple(spec), mesh) for spec in (first, *others)]
@@ -221,7 +221,7 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     """
     blocks = math.prod(mesh.shape[axis] for axis in BATCH)
     held = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((blocks,))
-    mine = sorted({index[0].indices(blocks)[0] for index in held.values()})
+    mine = sorted({index[0].indices(blocks)[0] for index in held.values() if index})
     first, count = mine[0], len(mine)
     if mine != list(range(first, first + count)) or first % count or blocks % count:
         raise UserError(f"mesh {dict(mesh.shape)}: the rows {mine} of a process do not lie together; order the axes")

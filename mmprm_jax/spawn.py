@@ -34,7 +34,8 @@ class _Worker(SpawnProcess):
     def run(self) -> None:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_DEATHSIG, signal.SIGKILL)
-        if os.getppid() != multiprocessing.parent_process().pid:  # it died before
+        parent = multiprocessing.parent_process()
+        if parent is None or os.getppid() != parent.pid:  # it died before
             os._exit(1)
         super().run()
 
@@ -61,7 +62,7 @@ class Spawn(SpawnContext):
         _quiet_tracker()
         self._last: collections.deque[_Worker] = collections.deque(maxlen=64)
 
-    def Process(self, *args: Any, **kwargs: Any) -> _Worker:  # noqa: N802
+    def Process(self, *args: Any, **kwargs: Any) -> _Worker:  # type: ignore[override]  # noqa: N802
         self._last.append(_Worker(*args, **kwargs))
         return self._last[-1]
 
@@ -113,7 +114,7 @@ class Child:
 
 
 def _serve(pipe: Any, make: Callable[..., Iterator[Any]], args: tuple[Any, ...]) -> None:
-    values = iter(())
+    values: Iterator[Any] = iter(())
     try:
         pipe.recv()
         values = make(*args)

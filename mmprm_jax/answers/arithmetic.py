@@ -112,16 +112,22 @@ def radians(quantity: Quantity) -> Formula | None:
 
 def equations(gold: Equation, prediction: Equation) -> Verdict:
     """Two equations between formulas, by their normal form: one is a constant multiple of the other."""
-    a, b = (("+", e.left, ("-", e.right.tree)) for e in (gold, prediction))
+    sides = [_sides(equation) for equation in (gold, prediction)]
+    a, b = (("+", left, ("-", right)) for left, right in sides)
     found = numeric.proportional(a, b)
     if found == "yes":
         return equal("the same equation up to a factor")
     if found == "no":
         return unequal("different equations")
-    sides = [{trees.shape(e.left), trees.shape(e.right.tree)} for e in (gold, prediction)]
-    if sides[0] == sides[1]:
+    shapes = [{trees.shape(left), trees.shape(right)} for left, right in sides]
+    if shapes[0] == shapes[1]:
         return equal("the same sides")
     return unknown("an equation that is always true or never" if found else OPEN + "no probe has a value")
+
+
+def _sides(equation: Equation) -> tuple[Tree, Tree]:
+    assert equation.left is not None and isinstance(equation.right, Formula)
+    return equation.left, equation.right.tree
 
 
 def chains(gold: Relation, prediction: Relation) -> Verdict:

@@ -69,6 +69,12 @@ class _Line:
     row: Row | None
     error: str = ""
 
+    @property
+    def good(self) -> Row:
+        """The row of a line without an error."""
+        assert self.row is not None
+        return self.row
+
 
 def check(rows: list[Row | None], mode: str) -> list[Verdict | str]:
     """Runs in a worker: a verdict, or what is wrong with the row."""
@@ -164,8 +170,9 @@ def _verdicts(pool: Pool, block: Sequence[_Line], judge: Judge | None, seconds: 
         line.error or (late if verdict is None else verdict) for line, verdict in zip(block, found, strict=True)
     ]
     if judge:
-        asked = [i for i, verdict in enumerate(verdicts) if isinstance(verdict, Verdict)]
-        for i, verdict in zip(asked, judge([block[i].row for i in asked], [verdicts[i] for i in asked]), strict=True):
+        asked = {i: verdict for i, verdict in enumerate(verdicts) if isinstance(verdict, Verdict)}
+        judged = judge([block[i].good for i in asked], list(asked.values()))
+        for i, verdict in zip(asked, judged, strict=True):
             verdicts[i] = verdict
     return verdicts
 
@@ -177,6 +184,6 @@ def _write(file: TextIO, block: Sequence[_Line], verdicts: Sequence[Verdict | st
             row = {**(line.row or {}), "error": verdict, "line": line.number}
         else:
             tally.add(line.row, verdict)
-            row = {**line.row, "verdict": verdict.kind, "reason": verdict.reason}
+            row = {**line.good, "verdict": verdict.kind, "reason": verdict.reason}
         file.write(json.dumps(row) + "\n")
     file.flush()

@@ -31,5 +31,5 @@ def date(text: str) -> Date | None:
             number = int(month) if month.isdigit() else [m[:3] for m in _MONTHS].index(month[:3].casefold()) + 1
             if not (1 <= number <= 12 and 1 <= int(part["D"]) <= 31):
                 return None
-            return Date(part["Y"] and int(part["Y"]), number, int(part["D"]))
+            return Date(int(part["Y"]) if part["Y"] else None, number, int(part["D"]))
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -69,7 +70,7 @@ def compare(gold: Value, prediction: Value, same: Callable[[Value, Value], Verdi
         return first
     found = first
     for by in _shifts(_trees(a.value)[0], _trees(other)[0], a.parameter):
-        found = same(a.value, _mapped(other, lambda tree, by=by: trees.replaced(tree, name, by)))
+        found = same(a.value, _mapped(other, functools.partial(trees.replaced, old=name, new=by)))
         if found:
             return found
     linear = [trees.linear(tree, a.parameter) for tree in (*_trees(a.value), *_trees(other))]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from mmprm_jax.answers import arithmetic, measures, numeric, trees
 from mmprm_jax.answers.arithmetic import OPEN, every
-from mmprm_jax.answers.values import Equation, Formula, Items, Nothing, Region, Relation, Text, Value
+from mmprm_jax.answers.values import Equation, Formula, Items, Nothing, Region, Relation, Text, Value, all_of
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 
 Same = Callable[[Value, Value], Verdict]  # the verdict on two members
@@ -35,17 +35,25 @@ def compare(gold: Value, prediction: Value, same: Same) -> Verdict:
         return unknown(OPEN + "the prediction is text" if items is gold else OPEN + "the gold answer is text")
     if isinstance(other, Formula) and trees.variables(other.tree) and all(map(_is_piece, items.values)):
         return unknown("a function in pieces, and one formula")
-    if isinstance(other, Relation) and all(isinstance(v, Relation) for v in items.values):  # a < b < c
-        sides = [
-            [Relation((op,), pair) for v in side for op, pair in zip(v.ops, itertools.pairwise(v.trees), strict=True)]
-            for side in ((items.values, (other,)) if items is gold else ((other,), items.values))
-        ]
-        return _matched(*sides, same) if len(sides[0]) == len(sides[1]) else unequal("different relations")
+    if isinstance(other, Relation) and all_of(chains := items.values, Relation):  # a < b < c
+        several, one = _links(chains), _links((other,))
+        if len(several) != len(one):
+            return unequal("different relations")
+        return _matched(several, one, same) if items is gold else _matched(one, several, same)
     if items.kind == "or" and all(same(*((v, other) if items is gold else (other, v))) for v in items.values):
         return equal("the same value in several forms")
     if items is gold and items.kind in ("list", "or") and any(same(v, other) for v in items.values):
         return unequal("only a part of the gold answer")
     return unequal(f"one answer, and {len(items.values)}")
+
+
+def _links(chains: Sequence[Relation]) -> list[Relation]:
+    """Chains of inequalities as relations of two sides each."""
+    return [
+        Relation((op,), pair)
+        for chain in chains
+        for op, pair in zip(chain.ops, itertools.pairwise(chain.trees), strict=True)
+    ]
 
 
 def _is_piece(value: Value) -> bool:
@@ -87,7 +95,7 @@ def _two_items(gold: Items, prediction: Items, same: Same) -> Verdict:
         by_name = every([same(x, y) for x, y in zip(_by_name(a), _by_name(b), strict=True)])
         if by_name:
             return by_name
-        found = _matched([v.right for v in a], [v.right for v in b], same)
+        found = _matched([_right(v) for v in a], [_right(v) for v in b], same)
         return unknown("equal but for the names") if found else found
     if unlike or _same_names(gold, prediction):  # x = 2, y = 1 is no 1, 2
         return every([same(x, y) for x, y in zip(_by_name(a), _by_name(b), strict=True)])
@@ -95,6 +103,10 @@ def _two_items(gold: Items, prediction: Items, same: Same) -> Verdict:
     if found and ("maybe" in kinds or "parts" in kinds):
         return unknown("equal but for the order")
     return found
+
+
+def _right(value: Value) -> Value:
+    return value.right if isinstance(value, Equation) else value
 
 
 def _ascending(region: Region | None, closed: bool = True) -> bool:

@@ -22,6 +22,7 @@ from mmprm_jax.answers.values import (
     Text,
     Time,
     Value,
+    all_of,
 )
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 
@@ -54,41 +55,50 @@ def _equations(gold: Value, prediction: Value, precision: int | None) -> Verdict
     if isinstance(gold, Equation) and isinstance(prediction, Equation):
         if gold.name and prediction.name and _same_name(gold, prediction):
             return compare(gold.right, prediction.right, precision)
-        gold, prediction = _in_one_unit(gold, prediction)
-        if _formulas(gold) and _formulas(prediction):
-            called = [bool(e.name and "(" in e.name) for e in (gold, prediction)]
-            if called[0] != called[1]:  # f(x) = 2x and y = 2x
-                other = prediction if called[0] else gold
-                return compare(gold.right, prediction.right) if other.name == "y" else unequal("different names")
-            return arithmetic.equations(gold, prediction)
-        if gold.left is None or prediction.left is None:
-            found = compare(gold.right, prediction.right, precision)
-            return unknown("equal values under different names") if found else found
-        return unequal("different names")
-    equation, other = (gold, prediction) if isinstance(gold, Equation) else (prediction, gold)
-    assert isinstance(equation, Equation)
+        return _two_equations(*_in_one_unit(gold, prediction), precision)
+    if isinstance(gold, Equation):
+        equation, other = gold, prediction
+    else:
+        assert isinstance(prediction, Equation)
+        equation, other = prediction, gold
     if isinstance(other, Items) and other.kind != "tuple" and len(other.values) != 1:
         return lists.compare(gold, prediction, lambda a, b: compare(a, b, precision))
     if isinstance(other, Text) and not other.formula:
         return _words(gold, prediction, precision)
-    pair = (equation.right, other) if equation is gold else (other, equation.right)
+    pair: tuple[Value, Value] = (equation.right, other) if equation is gold else (other, equation.right)
     found = compare(*pair, precision)
     if found and isinstance(equation.right, Formula) and equation.right.tree[0] == "v":
         return unknown("one of two things that are said to be equal")  # AB = CD
-    asked = equation is prediction and isinstance(other, Formula) and not trees.variables(other.tree)
-    if found and asked and other.tree != trees.ZERO and _is_target_expression(equation.left):
-        return found
+    if found and equation is prediction and isinstance(other, Formula):
+        number = not trees.variables(other.tree) and other.tree != trees.ZERO
+        if number and _is_target_expression(equation.left):
+            return found
     if found and not equation.name and equation.left is not None and not _says_a_value(equation):
         return unknown("the value that an equation's right side has")
     return found
 
 
-def _in_one_unit(*equations: Equation) -> tuple[Equation, ...]:
+def _two_equations(gold: Equation, prediction: Equation, precision: int | None) -> Verdict:
+    """Two equations that do not say the value of one thing."""
+    if _formulas(gold) and _formulas(prediction):
+        called = [bool(e.name and "(" in e.name) for e in (gold, prediction)]
+        if called[0] != called[1]:  # f(x) = 2x and y = 2x
+            other = prediction if called[0] else gold
+            return compare(gold.right, prediction.right) if other.name == "y" else unequal("different names")
+        return arithmetic.equations(gold, prediction)
+    if gold.left is None or prediction.left is None:
+        found = compare(gold.right, prediction.right, precision)
+        return unknown("equal values under different names") if found else found
+    return unequal("different names")
+
+
+def _in_one_unit(gold: Equation, prediction: Equation) -> tuple[Equation, Equation]:
     """∠1 + ∠2 = 180° and a + b = 5 cm with numbers on the right, if both have the same unit."""
-    sides = [equation.right for equation in equations]
-    if not all(isinstance(side, Quantity) for side in sides) or sides[0].unit != sides[1].unit:
-        return equations
-    return tuple(dataclasses.replace(e, right=arithmetic.radians(e.right) or e.right.number) for e in equations)
+    sides = [equation.right for equation in (gold, prediction)]
+    if not all_of(sides, Quantity) or sides[0].unit != sides[1].unit:
+        return gold, prediction
+    bare = [arithmetic.radians(side) or side.number for side in sides]
+    return dataclasses.replace(gold, right=bare[0]), dataclasses.replace(prediction, right=bare[1])
 
 
 def _same_name(gold: Equation, prediction: Equation) -> bool:
@@ -134,10 +144,10 @@ def _words(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         assert isinstance(text, Text)
         if isinstance(other, Region | Relation) and (said := words.inequality(text.text)):
             found = read(said)
-            return compare(*((found, other) if text is gold else (other, found)), precision)
+            return compare(found, other, precision) if text is gold else compare(other, found, precision)
         if text.formula and not isinstance(other, Text):
-            pair = (text.formula, other) if text is gold else (other, text.formula)
-            return compare(*pair, precision)
+            formula = text.formula
+            return compare(formula, other, precision) if text is gold else compare(other, formula, precision)
         if re.search(r"[\d\\^=]", text.text) or len(text.text.split()) > 3:
             return unknown(OPEN + f"{text.text[:60]!r} is not understood ({text.why or 'text'})")
         return unequal("one is a word")

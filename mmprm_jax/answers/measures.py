@@ -6,7 +6,7 @@ import dataclasses
 
 from mmprm_jax.answers import arithmetic, relations, trees, units
 from mmprm_jax.answers.arithmetic import every
-from mmprm_jax.answers.values import Date, Formula, Quantity, Ratio, Region, Relation, Time, Value
+from mmprm_jax.answers.values import Date, Formula, Quantity, Ratio, Region, Relation, Time, Value, all_of
 from mmprm_jax.answers.verdict import Verdict, equal, unequal, unknown
 
 
@@ -18,7 +18,7 @@ def _degrees_left_out(gold: Formula, prediction: Formula) -> Verdict | None:
         return None
     if any(trees.has_function(tree) or "π" in trees.shape(tree) for tree in bare):
         return None
-    found = arithmetic.formulas(*map(Formula, bare))
+    found = arithmetic.formulas(Formula(bare[0]), Formula(bare[1]))
     return equal(f"{found.reason}, the degree sign left out") if found else None
 
 
@@ -58,8 +58,8 @@ def measures(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     assert isinstance(quantity, Quantity) and isinstance(bare, Formula)
     pairs = [(quantity.number, bare, "the unit left out")]
     if bare.quantity:  # 2m against 2 metres
-        found = (bare.quantity, quantity) if quantity is prediction else (quantity, bare.quantity)
-        if verdict := arithmetic.quantities(*found, precision):
+        both = (bare.quantity, quantity) if quantity is prediction else (quantity, bare.quantity)
+        if verdict := arithmetic.quantities(both[0], both[1], precision):
             return verdict
         pairs = []
     if quantity.formula:
@@ -71,7 +71,7 @@ def measures(gold: Value, prediction: Value, precision: int | None) -> Verdict:
         if bare.quantity is None and how == "the unit left out" and quantity.unit.name.isdigit():
             continue
         sides = (first, second) if quantity is gold else (second, first)
-        found = arithmetic.formulas(*sides, precision)
+        found = arithmetic.formulas(sides[0], sides[1], precision)
         if found:
             return dataclasses.replace(found, reason=f"{found.reason}, {how}")
         verdict = found if verdict.kind == "unequal" else verdict
@@ -117,7 +117,7 @@ def ratios(gold: Value, prediction: Value, precision: int | None) -> Verdict:
     times = [side.clock if isinstance(side, Ratio) else side.seconds if isinstance(side, Time) else None
              for side in (gold, prediction)]  # fmt: skip
     if isinstance(gold, Time) or isinstance(prediction, Time):
-        if None in times:
+        if not all_of(times, int):
             return unequal("one is a time of the day")
         if abs(times[0] - times[1]) == 12 * 3600:
             halves = [isinstance(side, Time) and side.half for side in (gold, prediction)]

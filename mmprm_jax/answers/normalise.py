@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
+from collections.abc import Mapping
 
 MAX_LENGTH = 10_000  # characters of an answer; nobody reads a longer one
 
@@ -175,12 +176,17 @@ def trim(text: str) -> str:
     return text
 
 
+def _raised_or_lowered(table: Mapping[str, str], sign: str, match: re.Match[str]) -> str:
+    """x² is x^{2}, x₂ is x_{2}."""
+    return f"{sign}{{{''.join(table[character] for character in match[0])}}}"
+
+
 def _unicode(text: str) -> str:
     if text.isascii():
         return text
     text = re.sub("(?<=[0-9])([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", r" \1", text)
     for table, sign in ((_SUPERSCRIPTS, "^"), (_SUBSCRIPTS, "_")):
-        text = re.sub(f"[{''.join(table)}]+", lambda m, t=table, s=sign: f"{s}{{{''.join(t[c] for c in m[0])}}}", text)
+        text = re.sub(f"[{''.join(table)}]+", functools.partial(_raised_or_lowered, table, sign), text)
     text = unicodedata.normalize("NFKC", text.translate(_BEFORE_NFKC)).translate(_AFTER_NFKC)
     return _ACCENTED.sub(_without_accent, text)
 

@@ -26,16 +26,16 @@ _FRACTION = re.compile(rf"(?:(an?|[a-z]+)[ -])?({'|'.join(_BELOW)})(s?)")
 
 def number(text: str) -> str | None:
     """twenty-five, 二十五, 五分之三, two thirds as 25, 25, (3/5), (2/3); None: no number in words."""
-    if (found := _ENGLISH.get(text.casefold())) is not None:
-        return str(found)
+    if (english := _ENGLISH.get(text.casefold())) is not None:
+        return str(english)
     if (below := re.match("(?:minus|negative) ", text)) and (found := number(text[below.end() :])):
         return f"-{found}"
     if (part := _FRACTION.fullmatch(text.casefold())) and (part[1] or part[2] == "half"):
         top = 1 if part[1] in (None, "a", "an") else _ENGLISH.get(part[1])
         return f"({top}/{_BELOW[part[2]]})" if top and (top > 1) == bool(part[3]) else None
     if re.fullmatch(_CHINESE, text):
-        found = _chinese(text)
-        return None if found is None else str(found)
+        written = _chinese(text)
+        return None if written is None else str(written)
     if parts := _PARTS.fullmatch(text):
         bottom, top = 100 if parts[1] == "百" else _chinese(parts[1]), _chinese(parts[2])
         return f"({top}/{bottom})" if top is not None and bottom else None
@@ -48,7 +48,9 @@ def leading_number(text: str) -> tuple[str, str] | None:
         count = _ENGLISH.get(english[1].casefold())
         return None if count is None else (str(count), english[2])
     match = _LEADING.fullmatch(text)
-    found = _chinese(match[1]) if match else None
+    if match is None:
+        return None
+    found = _chinese(match[1])
     return None if found is None else (str(found), match[2])
 
 

@@ -72,7 +72,8 @@ def evaluate(tree: Tree, at: Mapping[str, Any]) -> Any:
 
 
 def _apply(mp: Any, kind: str, name: Any, values: list[Any]) -> Any:
-    first, second = values[0], values[1] if len(values) > 1 else None
+    first = values[0]
+    second: Any = values[1] if len(values) > 1 else None
     if kind == "+":
         return first + second
     if kind == "*":

@@ -188,7 +188,7 @@ def _equations(gold: str, answer: str) -> bool:
     except ValueError:  # not two sides, or not maths
         return False
     names = latex.symbols(trees[0]) | latex.symbols(trees[1])
-    pairs = [(x, y) for x, y in _values(*trees, names) if abs(x) > _TINY and abs(y) > _TINY]
+    pairs = [(x, y) for x, y in _values(trees[0], trees[1], names) if abs(x) > _TINY and abs(y) > _TINY]
     if not pairs:
         return False
     return any(_whole([x / y for x, y in some]) for some in (pairs, [(y, x) for x, y in pairs]))

@@ -19,7 +19,7 @@ from mmprm_jax.answers.scalars import (
     parse_ratio,
     parse_time,
 )
-from mmprm_jax.answers.split import is_bracketed, split
+from mmprm_jax.answers.split import is_bracketed, split, split_with_signs
 from mmprm_jax.answers.sums import tuple_sum
 from mmprm_jax.answers.values import (
     Equation,
@@ -30,6 +30,7 @@ from mmprm_jax.answers.values import (
     Region,
     Text,
     Value,
+    all_of,
 )
 
 _WHERE = re.compile(
@@ -68,12 +69,14 @@ def read(text: str) -> Value:
     if text.endswith(")") and len(text) <= _MAX_CONDITION and (condition := _CONDITION.fullmatch(text)):
         text = f"{condition[1]}, {condition[2]}"  # y = x + 1 (x > 0)
     parts, kind = split_parts(text)
-    if len(parts) < 2 or len(parts) > MAX_ITEMS:
+    if not kind or len(parts) < 2 or len(parts) > MAX_ITEMS:
         return item(text)
     if kind == "or" or kind == "and":
         return _joined([read(part) for part in parts], kind)
-    whole = kind == "parts" or kind == "maybe" and _SOLUTION.search(text)
-    values = tuple(value for part in parts for value in _flat(_solution(read(part)) if whole else item(part), kind))
+    solutions = kind == "parts" or kind == "maybe" and _SOLUTION.search(text)
+    values = tuple(
+        value for part in parts for value in _flat(_solution(read(part)) if solutions else item(part), kind)
+    )
     assigned = {v.name for v in values if isinstance(v, Equation)}
     if kind == "maybe" and len(assigned) == 1:
         kind = "list"  # x = 1; x = 2
@@ -94,12 +97,14 @@ def _pieces(text: str) -> Value | None:
     called = _FUNCTION_OF.fullmatch(name.strip()) or re.fullmatch("y|[a-z]_ ?n|[a-z]_ ?\\{n\\}", name.strip())
     lines = [line for line in (body if equals and called else text).split("\n") if line.strip()]
     found = [_PIECE.fullmatch(line.strip().strip(";.,")) for line in lines]
-    if len(lines) < 2 or not all(found):
+    pieces = [piece for piece in found if piece]
+    if len(lines) < 2 or len(pieces) < len(lines):
         return None
-    pairs = [(parse_formula(piece[1]), item(piece[2])) for piece in found]
-    if not all(isinstance(formula, Formula) for formula, _ in pairs):
+    formulas = [parse_formula(piece[1]) for piece in pieces]
+    if not all_of(formulas, Formula):
         return None
-    value = Items("set", tuple(Items("tuple", pair) for pair in pairs))
+    conditions = [item(piece[2]) for piece in pieces]
+    value = Items("set", tuple(Items("tuple", pair) for pair in zip(formulas, conditions, strict=True)))
     if not (equals and called):
         return value
     variable = re.sub(r"[{}\s]", "", name)
@@ -110,10 +115,10 @@ def _solution(value: Value) -> Value:
     """x = 1, y = 2 as one thing: a pair, in the order of the names."""
     if not isinstance(value, Items) or value.kind != "list":
         return value
-    names = [v.name if isinstance(v, Equation) and v.name and len(v.name) == 1 else None for v in value.values]
-    if None in names or len(set(names)) != len(names):
+    named = {v.name: v for v in value.values if isinstance(v, Equation) and v.name and len(v.name) == 1}
+    if len(named) < len(value.values):
         return value
-    return Items("tuple", tuple(v for _, v in sorted(zip(names, value.values, strict=True), key=lambda pair: pair[0])))
+    return Items("tuple", tuple(named[name] for name in sorted(named)))
 
 
 def _flat(value: Value, kind: str) -> tuple[Value, ...]:
@@ -124,7 +129,7 @@ def _joined(values: list[Value], word: str) -> Value:
     """Values joined by "or" or "and". Of inequalities: the union or what they have in common."""
     if any(isinstance(value, Region) for value in values):  # x = 1 or x ≥ 2
         values = [relations.point(value) or value for value in values]
-    if all(isinstance(value, Region) and value.variable for value in values):
+    if all_of(values, Region) and all(value.variable for value in values):
         joined = relations.union(values) if word == "or" else relations.intersection(values)
         if joined:
             return joined
@@ -149,8 +154,9 @@ def item(text: str) -> Value:
     if text[:1] == "+" and is_bracketed(text[1:]):
         return item(text[1:])
     if text[:1] == "-" and is_bracketed(text[1:]) and isinstance(point := _brackets(text[1:]), Items):
-        if point.kind == "tuple" and all(isinstance(v, Formula) for v in point.values):
-            return Items("tuple", tuple(Formula(("-", v.tree)) for v in point.values))  # -(1, 2)
+        coordinates = point.values
+        if point.kind == "tuple" and all_of(coordinates, Formula):
+            return Items("tuple", tuple(Formula(("-", v.tree)) for v in coordinates))  # -(1, 2)
     if "±" in text or "∓" in text:
         plus, minus = text.replace("±", "+").replace("∓", "-"), text.replace("±", "-").replace("∓", "+")
         return Items("or", (item(plus), item(minus)))
@@ -196,11 +202,11 @@ def _relation(text: str) -> Value | None:
     if not re.search("[=<>≤≥≠∈]", text):
         return None
     if "∈" in text:
-        name, _, rest = text.partition("∈")
-        value = read(rest.strip())
+        name, _, values = text.partition("∈")
+        value = read(values.strip())
         region = value if isinstance(value, Region) else value.region if isinstance(value, Items) else None
         return dataclasses.replace(region, variable=name.strip()) if region else Text(text)
-    parts, ops = split(text, "[=<>≤≥≠]", keep=True)
+    parts, ops = split_with_signs(text, "[=<>≤≥≠]")
     if not ops:
         return None
     if set(ops) == {"="}:
@@ -231,14 +237,15 @@ def _equation(parts: list[str]) -> Value | None:
     if not isinstance(formula, Formula):
         if isinstance(right, Items) and right.kind == "tuple" and is_bracketed(left):  # (a, b) = (1, 2)
             names = _brackets(left)
-            same = isinstance(names, Items) and names.kind == "tuple" and len(names.values) == len(right.values)
-            if same and all(isinstance(name, Formula) and name.tree[0] == "v" for name in names.values):
-                pairs = zip(names.values, right.values, strict=True)
+            letters = names.values if isinstance(names, Items) and names.kind == "tuple" else ()
+            same = len(letters) == len(right.values)
+            if same and all_of(letters, Formula) and all(name.tree[0] == "v" for name in letters):
+                pairs = zip(letters, right.values, strict=True)
                 return Items("tuple", tuple(Equation(name.tree[1], name.tree, value) for name, value in pairs))
         if ":" in left and isinstance(ratio := parse_ratio(left), Ratio) and not any(map(_is_number, ratio.trees)):
             return Equation(left.replace(" ", ""), None, right)  # A : B = 2 : 3
-        letters = re.fullmatch(r"[A-Za-z△∠⊙\u4e00-\u9fff][\w△∠ {}'-]*", left)
-        return Equation(words.name(left), None, right) if letters else None
+        named = re.fullmatch(r"[A-Za-z△∠⊙\u4e00-\u9fff][\w△∠ {}'-]*", left)
+        return Equation(words.name(left), None, right) if named else None
     if left.strip() in ("max", "min"):
         return Equation(words.name(left), None, right)
     return Equation(formula.tree[1] if formula.tree[0] == "v" else None, formula.tree, right)
@@ -255,24 +262,24 @@ def _brackets(text: str) -> Value | None:
         return read(" and ".join(f"x≠{part}" for part in split(without[1], ",")))
     union = split(text, "∪") if "∪" in text else []
     if len(union) > 1:
-        parts = [_brackets(part) for part in union]
-        if all(isinstance(p, Items) and p.kind == "set" for p in parts):
-            return Items("set", tuple(v for p in parts for v in p.values))
-        regions = [p.region if isinstance(p, Items) and p.kind != "set" else relations.point(p) or p for p in parts]
-        return relations.union(regions) if all(isinstance(r, Region) for r in regions) else None
+        sets = [_brackets(part) for part in union]
+        if all_of(sets, Items) and all(s.kind == "set" for s in sets):
+            return Items("set", tuple(v for s in sets for v in s.values))
+        regions = [s.region if isinstance(s, Items) and s.kind != "set" else relations.point(s) or s for s in sets]
+        return relations.union(regions) if all_of(regions, Region) else None
     common = split(text, "∩") if "∩" in text else []
     if len(common) > 1:
-        parts = [_brackets(part) for part in common]
-        regions = [p.region if isinstance(p, Items) else p for p in parts]
-        return relations.intersection(regions) if all(isinstance(r, Region) for r in regions) else None
+        sets = [_brackets(part) for part in common]
+        regions = [s.region if isinstance(s, Items) else s for s in sets]
+        return relations.intersection(regions) if all_of(regions, Region) else None
     if not is_bracketed(text):
         return _point(text)
     inner = text[1:-1].strip()
     if text[0] in "⦃{":
         if "|" in inner or ":" in inner and text[0] == "⦃":
-            value = read(re.split(r"[|:]", inner, maxsplit=1)[1].strip())
-            if isinstance(value, Items) and value.kind == "list" and all(isinstance(v, Region) for v in value.values):
-                value = relations.intersection(value.values)
+            value: Value | None = read(re.split(r"[|:]", inner, maxsplit=1)[1].strip())
+            if isinstance(value, Items) and value.kind == "list" and all_of(conditions := value.values, Region):
+                value = relations.intersection(conditions)
             if whole := _WHOLE.search(re.split(r"[|:]", inner, maxsplit=1)[0]):
                 least = None if whole[1] == "Z" else 1 if whole[2] else 0
                 return relations.integers(value, least) if isinstance(value, Region) else None

@@ -43,5 +43,7 @@ def parse_phrase(text: str) -> Value | None:
     if found := numerals.number(text):
         return parse_formula(found)
     counted = numerals.leading_number(text)
-    unit = counted and units.parse_unit(counted[1])
+    if counted is None:
+        return None
+    unit = units.parse_unit(counted[1])
     return Quantity(parse_number(counted[0]), unit) if unit else None

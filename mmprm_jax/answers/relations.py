@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from mmprm_jax.answers import numeric, trees
 from mmprm_jax.answers.trees import Tree
-from mmprm_jax.answers.values import Equation, Formula, Interval, Items, Quantity, Region, Relation, Value
+from mmprm_jax.answers.values import Equation, Formula, Interval, Items, Quantity, Region, Relation, Value, all_of
 
 EVERYTHING = Interval(None, None, False, False)
 _MAX_INTEGERS = 100
@@ -28,21 +28,22 @@ def read(sides: Sequence[Formula | None], ops: Sequence[str]) -> Region | Relati
     if len(variables) != 1 or not constant or len(sides) > 3:
         return Relation(tuple(ops), tuple(side.tree for side in sides if side)) if all(sides) else None
     at = variables[0]
-    name = sides[at].tree[1] if sides[at] else None
+    variable = sides[at]
+    name = variable.tree[1] if variable else None
     if ops[0] == "≠":
         other = sides[1 - at]
         return Region((Interval(None, other, False, False), Interval(other, None, False, False)), name)
     if len(sides) == 3 and at != 1:
         return None
     low, high = (sides[at - 1] if at else None), (sides[at + 1] if at + 1 < len(sides) else None)
-    found = _interval(low, high, bool(at) and ops[at - 1] == "≤", at < len(ops) and ops[at] == "≤")
-    return Region((found,), name)
+    whole = _interval(low, high, bool(at) and ops[at - 1] == "≤", at < len(ops) and ops[at] == "≤")
+    return Region((whole,), name)
 
 
 def _absolute(sides: Sequence[Formula | None], ops: Sequence[str]) -> Region | None:
     """|ax + b| < c, c < |ax + b| and c < |ax + b| < d; None: anything else."""
     at = next((i for i, side in enumerate(sides) if side and side.tree[:2] == ("f", "abs")), None)
-    if at is None or None in sides or "≠" in ops or len(sides) > 3 or len(sides) == 3 and at != 1:
+    if at is None or not all_of(sides, Formula) or "≠" in ops or len(sides) > 3 or len(sides) == 3 and at != 1:
         return None
     inside = sides[at].tree[2]
     bounds = [side for i, side in enumerate(sides) if i != at]
@@ -66,7 +67,8 @@ def _absolute(sides: Sequence[Formula | None], ops: Sequence[str]) -> Region | N
     low, high = (sides[at - 1] if at else None), (sides[at + 1] if at + 1 < len(sides) else None)
     low_closed, high_closed = bool(at) and ops[at - 1] == "≤", at < len(ops) and ops[at] == "≤"
     if low is None:
-        return Region((Interval(end(high, left), end(high, right), high_closed, high_closed),), name)
+        (bound,) = bounds
+        return Region((Interval(end(bound, left), end(bound, right), high_closed, high_closed),), name)
     if high is not None and not numeric.real(low.tree) < numeric.real(high.tree):
         return None
     below = Interval(end(high, left) if high else None, end(low, left), high_closed, low_closed)
@@ -102,21 +104,22 @@ def between(relation: Relation, parameter: str) -> Region | None:
 def point(value: Value | None) -> Region | None:
     """{2} and x = 2 as an interval from 2 to 2; None: no single number."""
     if isinstance(value, Items) and value.kind == "set" and len(value.values) == 1:
-        value, name = value.values[0], None
+        number, name = value.values[0], None
     elif isinstance(value, Equation) and value.name and value.left and value.left[0] == "v":
-        value, name = value.right, value.name
+        number, name = value.right, value.name
     else:
         return None
-    if not isinstance(value, Formula) or trees.variables(value.tree):
+    if not isinstance(number, Formula) or trees.variables(number.tree):
         return None
-    return Region((Interval(value, value, True, True),), name)
+    return Region((Interval(number, number, True, True),), name)
 
 
 def integers(region: Region, least: int | None) -> Items | None:
     """The whole numbers in a bounded region, from ``least`` on; None: none, too many, or not known."""
     found: list[int] = []
     for part in region.parts:
-        low, high = (end and numeric.real(end.tree) for end in (part.low, part.high))
+        low = numeric.real(part.low.tree) if part.low else None
+        high = numeric.real(part.high.tree) if part.high else None
         low = least if low is None else low
         if low is None or high is None or high - low > _MAX_INTEGERS:
             return None

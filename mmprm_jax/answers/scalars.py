@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from mmprm_jax.answers import numerals, syntax, trees, units
 from mmprm_jax.answers.split import split
-from mmprm_jax.answers.values import Formula, Quantity, Ratio, Time, Value
+from mmprm_jax.answers.values import Formula, Quantity, Ratio, Time, Value, all_of
 
 NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)")
 _UNCOMPUTED = re.compile(r"(?!\(*[-+]? ?\d+\)*°?$)[-+*()\d °]+")
@@ -54,7 +54,7 @@ def parse_ratio(text: str) -> Value | None:
     if ":" not in text:
         return None
     parts = [parse_formula(part) for part in split(text, ":")]
-    if len(parts) < 2 or not all(isinstance(part, Formula) for part in parts):
+    if len(parts) < 2 or not all_of(parts, Formula):
         return None
     return Ratio(tuple(part.tree for part in parts))
 

@@ -13,9 +13,16 @@ def _scanner(sign: str) -> re.Pattern[str]:
     return re.compile(rf"(?P<bracket>[(\[{{⦃)\]}}⦄])|(?P<sign>{sign})")
 
 
-def split(text: str, sign: str, keep: bool = False) -> list[str] | tuple[list[str], list[str]]:
-    """The stripped pieces between matches of the pattern ``sign`` that are in no brackets; keep: the matches, too."""
-    pieces, signs, start, depth = [], [], 0, 0
+def split(text: str, sign: str) -> list[str]:
+    """The stripped pieces between matches of the pattern ``sign`` that are in no brackets."""
+    return split_with_signs(text, sign)[0]
+
+
+def split_with_signs(text: str, sign: str) -> tuple[list[str], list[str]]:
+    """The pieces of ``split``, and the matches between them."""
+    pieces: list[str] = []
+    signs: list[str] = []
+    start = depth = 0
     for match in _scanner(sign).finditer(text):
         if match["bracket"]:
             depth = depth + 1 if match[0] in _OPEN else max(0, depth - 1)
@@ -24,7 +31,7 @@ def split(text: str, sign: str, keep: bool = False) -> list[str] | tuple[list[st
             signs.append(match[0])
             start = match.end()
     pieces.append(text[start:].strip())
-    return (pieces, signs) if keep else pieces
+    return pieces, signs
 
 
 def is_bracketed(text: str) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mmprm_jax.answers import trees
 from mmprm_jax.answers.scalars import parse_formula
-from mmprm_jax.answers.split import split
+from mmprm_jax.answers.split import split_with_signs
 from mmprm_jax.answers.values import Formula, Items, Value
 
 _MAX_SUMMANDS = 6
@@ -21,7 +22,7 @@ def tuple_sum(text: str, read: Callable[[str], Value | None]) -> Items | None:
     # Most texts are none; only those with a bracket behind or before something else are taken apart.
     if "," not in text or not re.search(r"[)\]]\s*[-+]|[^\s(\[,]\s*[(\[]", text):
         return None
-    terms, signs = split(text, "[-+]", keep=True)
+    terms, signs = split_with_signs(text, "[-+]")
     if not terms[0]:  # a sign before the first one
         terms = terms[1:]
     else:
@@ -40,32 +41,40 @@ def tuple_sum(text: str, read: Callable[[str], Value | None]) -> Items | None:
         if len(terms) == 1 and trees.variables(scale.tree):
             return None  # f(1, 2)
         factor = ("-", scale.tree) if sign == "-" else scale.tree
-        scaled = _mapped(vector, lambda tree, factor=factor: ("*", factor, tree))
+        scaled = _mapped(vector, functools.partial(_product, factor))
         total = scaled if total is None else _added(total, scaled)
         if total is None:
             return None
     return total
 
 
+def _product(factor: trees.Tree, tree: trees.Tree) -> trees.Tree:
+    return ("*", factor, tree)
+
+
 def _mapped(vector: Items, change: Callable[[trees.Tree], trees.Tree]) -> Items | None:
     """A tuple with each of its formulas changed, in the tuples in it, too; None: there are other things in it."""
-    values = []
+    values: list[Value | None] = []
     for value in vector.values:
         if isinstance(value, Items) and value.kind == "tuple":
-            value = _mapped(value, change)
+            values.append(_mapped(value, change))
         elif isinstance(value, Formula):
-            value = Formula(change(value.tree), uncomputed=not trees.variables(value.tree))
+            values.append(Formula(change(value.tree), uncomputed=not trees.variables(value.tree)))
         else:
             return None
-        values.append(value)
-    return None if None in values else Items("tuple", tuple(values))
+    return _tuple(values)
+
+
+def _tuple(values: Sequence[Value | None]) -> Items | None:
+    known = tuple(value for value in values if value is not None)
+    return Items("tuple", known) if len(known) == len(values) else None
 
 
 def _added(a: Items, b: Items | None) -> Items | None:
     """The sum of two tuples of formulas, or of tuples of these; None: they are not alike."""
     if b is None or len(a.values) != len(b.values):
         return None
-    values = []
+    values: list[Value | None] = []
     for x, y in zip(a.values, b.values, strict=True):
         if isinstance(x, Items) and isinstance(y, Items):
             values.append(_added(x, y))
@@ -74,4 +83,4 @@ def _added(a: Items, b: Items | None) -> Items | None:
             values.append(Formula(tree, uncomputed=not trees.variables(tree)))
         else:
             return None
-    return None if None in values else Items("tuple", tuple(values))
+    return _tuple(values)

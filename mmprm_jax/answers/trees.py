@@ -6,6 +6,7 @@ A tree is a tuple: ("n", Fraction), ("v", name), ("c", "π" | "e" | "i" | "∞")
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +15,7 @@ ZERO: Tree = ("n", Fraction(0))
 PER_DEGREE: Tree = ("/", ("c", "π"), ("n", Fraction(180)))
 
 
-def linear(tree: Tree, names: str) -> list[Tree] | None:
+def linear(tree: Tree, names: Sequence[str]) -> list[Tree] | None:
     """A sum as what is in it without any of the names and the factor of each one; None: it is not linear in them."""
     kind = tree[0]
     if kind == "v" and tree[1] in names:

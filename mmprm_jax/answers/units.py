@@ -92,7 +92,8 @@ _PER = re.compile(r"\s*(?:/|\bper\b|每|\*)?\s*")
 def parse_unit(text: str) -> Unit | None:
     """The unit that a text is, such as cm^{2}, km/h, square meters, 平方厘米; None: no unit known here."""
     dimensions: dict[str, int] = {}
-    factor, names, half_turns, i, sign = Fraction(1), [], False, 0, 1
+    names: list[str] = []
+    factor, half_turns, i, sign = Fraction(1), False, 0, 1
     text = text.strip()
     if len(text) > 40:
         return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, TypeGuard, TypeVar
 
 from mmprm_jax.answers.trees import Tree
 from mmprm_jax.answers.units import Unit
@@ -121,3 +122,8 @@ class Text:
 
 
 Value = Family | Formula | Quantity | Region | Relation | Equation | Items | Ratio | Time | Date | Nothing | Text
+T = TypeVar("T")
+
+
+def all_of(values: Sequence[object], kind: type[T]) -> TypeGuard[Sequence[T]]:
+    return all(isinstance(value, kind) for value in values)

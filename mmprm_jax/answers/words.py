@@ -20,8 +20,8 @@ def symmetric_forms(text: str) -> list[str]:
     """AB ∥ CD is CD ∥ AB, and BA ∥ CD; △ABC ≅ △DEF is △BCA ≅ △EFD: what corresponds stays together."""
     sides = re.split("[∥⊥≅~]", text)
     figures = [_FIGURES.fullmatch(side.strip()) for side in sides]
-    if all(figures) and len(sides) <= 2:
-        corners = [list(figure.groups()) for figure in figures]
+    corners = [list(figure.groups()) for figure in figures if figure]
+    if len(corners) == len(sides) <= 2:
         swapped = [sorted(zip(*order, strict=True)) for order in (corners, corners[::-1])]
         return [re.sub("[^∥⊥≅~]", "", text), *map(str, min(swapped))]
     if len(sides) != 2:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -183,7 +184,7 @@ def train(
 
 
 if __name__ == "__main__":
-    commands = {"decode": decode, "train": train}
+    commands: dict[str, Callable[..., dict]] = {"decode": decode, "train": train}
     if sys.argv[1:2] == [] or sys.argv[1] not in commands:
         sys.exit(f"usage: python -m mmprm_jax.bench.accelerator {{{','.join(commands)}}} [--key=value …]")
     options = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[2:])

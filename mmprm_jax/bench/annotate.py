@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import time
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 
 from mmprm_jax.bench.common import machine
+from mmprm_jax.data.encode import Language
 from mmprm_jax.models import build
 from mmprm_jax.models.config import DecoderConfig, VisionConfig, VLMConfig
 from mmprm_jax.records import Problem, Tree
@@ -63,12 +65,12 @@ class Numbers:
 
 
 def _pixels(problem: Problem) -> list[np.ndarray]:
-    size = CFG.vision.image_size
+    size = CFG.tile
     return [np.random.default_rng(int(problem.id)).integers(0, 256, (1, size, size, 3), np.uint8)]
 
 
 def _verify(answers: Sequence[Answered]) -> list[bool]:
-    return [int(answer.split()[-1]) < 30 for answer, *_ in answers]
+    return [int((answer or "99").split()[-1]) < 30 for answer, *_ in answers]
 
 
 def problems(count: int) -> list[Problem]:
@@ -88,11 +90,12 @@ def _grow(some: Sequence[Problem], slots: int, in_flight: int) -> tuple[list[Tre
                 graphdef, params, CFG, IMAGE, mesh, slots=slots, samples=ROLLOUTS, max_new=LONGEST, cache_tokens=200_000
             )
             sampling = Sampling(max_new_tokens=LONGEST, stop=STOPS)
-            sampler = LocalSampler(engine, Numbers(), _pixels, sampling, 0, "bench", _verify)
+            sampler = LocalSampler(engine, typing.cast(Language, Numbers()), _pixels, sampling, 0, "bench", _verify)
             start = time.perf_counter()
             trees = dict(grow(enumerate(some), Forest(SETTINGS, in_flight), sampler))
             seconds = time.perf_counter() - start
-    labels = sum(len(tree.nodes) for tree in trees.values())
+    grown = [tree for _, tree in sorted(trees.items()) if isinstance(tree, Tree)]
+    labels = sum(len(tree.nodes) for tree in grown)
     counts = engine.counts
     figures = {
         "seconds": seconds,
@@ -106,7 +109,7 @@ def _grow(some: Sequence[Problem], slots: int, in_flight: int) -> tuple[list[Tre
         "padded_tokens": counts.padded_tokens,
         "images": counts.images,
     }
-    return [trees[i] for i in range(len(trees))], figures
+    return grown, figures
 
 
 def run(count: int = 256, alone: int = 16, slots: int = 256, in_flight: int = 64) -> dict[str, Any]:
@@ -114,7 +117,8 @@ def run(count: int = 256, alone: int = 16, slots: int = 256, in_flight: int = 64
     before, some = machine(), problems(count)
     many_trees, many = _grow(some, slots, in_flight)
     ways = {"one_by_one": (alone // 4, slots), "one_by_one_16_slots": (alone, ROLLOUTS)}
-    result = {"benchmark": "annotate", "machine": before, "slots": slots, "in_flight": in_flight, "together": many}
+    result: dict[str, Any] = {"benchmark": "annotate", "machine": before, "slots": slots, "in_flight": in_flight}
+    result["together"] = many
     for name, (number, size) in ways.items():
         trees, result[name] = _grow(some[:number], size, 1)
         if many_trees[:number] != trees:

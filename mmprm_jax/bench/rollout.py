@@ -57,7 +57,7 @@ SMALL = VLMConfig(  # 7 million parameters, heads of 64 as the released models h
 )  # fmt: skip
 MODELS = {"qwen2": QWEN2, "tiny_vlm": TINY, "small_vlm": SMALL}
 IMAGE = 3  # the image token; prompts have larger ids else
-SAMPLING = dict(temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.05)  # the paper's
+SAMPLING: dict[str, Any] = dict(temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.05)  # the paper's
 _CHECK = 16  # greedy tokens that are compared at most
 _TOLERANCE = 1e-3  # nats, of their log-probabilities
 
@@ -260,7 +260,7 @@ def run_torch(case: Case, folder: Path) -> Iterator[Any]:
         raise UserError("transformers: out of memory with one group at a time")
     yield ways
     for seed in range(2, 1 << 30):
-        yield {"seconds": model.run(seed, min(ways, key=ways.get), case.new)}
+        yield {"seconds": model.run(seed, min(ways, key=ways.__getitem__), case.new)}
 
 
 def _agreement(engine: Sample, baseline: Sample) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def measure(case: Case, pairs: int) -> dict[str, Any]:
         "transformers": {
             "seconds": there,
             "tokens_per_s": case.tokens / min(there),
-            "groups_per_call": min(ways, key=ways.get),
+            "groups_per_call": min(ways, key=ways.__getitem__),
             "seconds_by_groups_per_call": {str(split): seconds for split, seconds in ways.items()},
         },
         "ratio": statistics.median(t / h for h, t in zip(here, there, strict=True)),

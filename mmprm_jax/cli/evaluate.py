@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmprm_jax.cli.command import (
@@ -29,7 +29,7 @@ from mmprm_jax.cli.stages import open_run
 from mmprm_jax.errors import UsageError, UserError, nearest
 
 
-def _finish(figures: dict[str, Any], text: str, json: str | None, bad: Sequence[str]) -> None:
+def _finish(figures: Mapping[str, Any], text: str, json: str | None, bad: Sequence[str]) -> None:
     print(text)
     if json:
         from mmprm_jax import io
@@ -148,7 +148,7 @@ def _lines(texts: Sequence[str]) -> str:
     return "".join(f"\n{text}" for text in texts)
 
 
-def _groups(figures: dict[str, Any]) -> str:
+def _groups(figures: Mapping[str, Any]) -> str:
     """The accuracies of each group at the largest N; of the PRM's those of the chosen aggregator, or of the mean."""
     lines = []
     for key in ("by_category", "by_length"):

@@ -171,8 +171,8 @@ _OLYMPIAD_KINDS = {
 
 def _olympiad_prompt(row: Mapping[str, Any], answer_type: str, several: bool, unit: str) -> str:
     """OlympiadBench's English prompt for an open-ended mathematics problem."""
-    kinds = [_OLYMPIAD_TYPES.get(part.strip().split("-")[0]) for part in answer_type.split(",")]
-    if None in kinds:  # Tuple, Need_human_evaluate: the official prompt does not say
+    kinds = [_OLYMPIAD_TYPES.get(part.strip().split("-")[0], "") for part in answer_type.split(",")]
+    if "" in kinds:  # Tuple, Need_human_evaluate: the official prompt does not say
         kind = ""
     elif not several:
         kind = f"The answer of The problem should be {kinds[0]}. "

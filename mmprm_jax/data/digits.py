@@ -246,4 +246,4 @@ class Truth:
 def steps_right(truth: Truth, segments: tuple[str, ...]) -> list[bool]:
     """Whether the running value after each step of a sampled solution is the right one (the answer is left out)."""
     results = (re.search(r"= (-?\d+) </step>$", segment) for segment in segments)
-    return [bool(m) and int(m[1]) == value for m, value in zip(results, truth.values, strict=False)]
+    return [m is not None and int(m[1]) == value for m, value in zip(results, truth.values, strict=False)]

@@ -47,7 +47,7 @@ def _composed(answer: str) -> str:
 
 def by_text(candidate: Candidate) -> Hashable:
     """The default key: the ``plain`` answer."""
-    return plain(candidate.answer)
+    return plain(candidate.answer or "")
 
 
 def equivalent(problems: Problems, gradings: Mapping[str, Grading] | None = None) -> Key:
@@ -61,8 +61,8 @@ def equivalent(problems: Problems, gradings: Mapping[str, Grading] | None = None
 
     def place(candidate: Candidate) -> tuple[str, str]:
         if candidate.problem_id in gradings:  # where B may be a letter of the options, b may not
-            return candidate.problem_id, _composed(candidate.answer)
-        return "", plain(candidate.answer)
+            return candidate.problem_id, _composed(candidate.answer or "")
+        return "", plain(candidate.answer or "")
 
     def root(answer: tuple[str, str]) -> tuple[str, str]:
         while parent.get(answer, answer) != answer:

@@ -44,6 +44,12 @@ class Row:
     )
     named: bool = True  # False: the file has no id for it, ``id`` is its place there
 
+    @property
+    def first_error(self) -> int:
+        """The ``label`` of a row that has one."""
+        assert self.label is not None
+        return self.label
+
 
 def read(path: epath.PathLike, truth: epath.PathLike | None = None) -> tuple[list[Row], list[str]]:
     """(rows, a line for each bad row) of a file {id, source, scores, and one of: label; labels; k and n}.
@@ -159,7 +165,7 @@ def first_error_counts(rows: Sequence[Row], threshold: float) -> np.ndarray:
     for row in rows:
         guess = next((i for i, s in enumerate(row.scores) if s < threshold), -1)
         hit = float(guess == row.label)
-        found.append((hit, 1.0, 0.0, 0.0) if row.label >= 0 else (0.0, 0.0, hit, 1.0))
+        found.append((hit, 1.0, 0.0, 0.0) if row.first_error >= 0 else (0.0, 0.0, hit, 1.0))
     return np.array(found).reshape(-1, 4)
 
 
@@ -184,13 +190,14 @@ def first_error_threshold(rows: Sequence[Row]) -> float:
     """
     opens, closes, passes = [], [], []
     for row in rows:
-        before = min(row.scores[: row.label] if row.label >= 0 else row.scores, default=np.inf)
-        if row.label < 0:
+        error = row.first_error
+        before = min(row.scores[:error] if error >= 0 else row.scores, default=np.inf)
+        if error < 0:
             passes.append(before)
-        elif row.scores[row.label] < before:
-            opens.append(row.scores[row.label])
+        elif row.scores[error] < before:
+            opens.append(row.scores[error])
             closes.append(before)
-    wrong = sum(row.label >= 0 for row in rows)
+    wrong = sum(row.first_error >= 0 for row in rows)
     if not wrong or not passes:
         raise UserError(
             "the held-out rows have no solution without an error, or none with one; hold out others or more"
@@ -206,7 +213,7 @@ def first_error_threshold(rows: Sequence[Row]) -> float:
 
 def step_threshold(rows: Sequence[Row]) -> float:
     """The threshold of the largest macro-F1 over the steps of all ``rows``, in the same way. Raises UserError."""
-    pairs = [(s, x) for row in rows for s, x in zip(row.scores, row.labels, strict=True) if x]
+    pairs = [(s, x) for row in rows for s, x in zip(row.scores, row.labels or (), strict=True) if x]
     right, wrong = (np.sort([s for s, x in pairs if x == which]) for which in (1, -1))
     if not right.size or not wrong.size:
         raise UserError("the held-out rows have no right steps, or no wrong ones; hold out others or more")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ def policy_control(problems: Sequence[Problem], shuffled: epath.Path) -> Figures
     return {"accuracy": accuracy, "stderr": stderr, "chance": chance}
 
 
-def with_truth(truth_file: epath.Path, problems: Sequence[Problem], test: Scored, each: Mapping[str, Any]) -> Figures:
+def with_truth(truth_file: epath.Path, problems: Sequence[Problem], test: Scored, each: dict[str, Any]) -> Figures:
     """What can be said where the true state of each step is known: of the embedded problems. Else nothing."""
     if not truth_file.exists():
         return {}

@@ -44,7 +44,8 @@ def evaluate(problems: Mapping[str, Sequence[ScoredCandidate]]) -> dict[str, Any
 
     Raises UserError for a problem without candidates and for a score of 0: the original stops there.
     """
-    total, chosen = len(problems), {}
+    total = len(problems)
+    chosen: dict[str, list[int]] = {}
     labels = [[int(s.candidate.correct) for s in group] for group in problems.values()]
     for name, group in problems.items():
         if not group:

@@ -69,8 +69,16 @@ def parse(text: str) -> Program:
     return program
 
 
+def _found(pattern: str, text: str) -> re.Match[str]:
+    """The first match of what the compiler always writes."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern} in {text[:200]!r}")
+    return match
+
+
 def _called(i: Instruction, attribute: str) -> str:
-    return re.search(rf"{attribute}=%?([\w.\-]+)", i.rest)[1]
+    return _found(rf"{attribute}=%?([\w.\-]+)", i.rest)[1]
 
 
 def _inner(i: Instruction) -> str | None:
@@ -105,7 +113,7 @@ def _trips(program: Program, loop: Instruction) -> int:
     counter = next((condition[name] for name in test.operands if condition[name].op == "get-tuple-element"), None)
     if len(limits) != 1 or counter is None:
         return max(limits, default=1)
-    after = _root(body).operands[int(re.search(r"index=(\d+)", counter.rest)[1])]
+    after = _root(body).operands[int(_found(r"index=(\d+)", counter.rest)[1])]
     steps = [_constant(body, name) for name in body[after].operands] if body[after].op == "add" else []
     step = next((n for n in steps if n), 1)  # more than 1 in an unrolled loop
     return -(-limits[0] // step)
@@ -156,7 +164,7 @@ def _bytes(program: Program, computation: dict[str, Instruction], i: Instruction
     if inner := _inner(i):
         return sum_bytes(program, inner)
     if i.op == "copy-start":
-        target = re.search(r"\w+\[[\d,]*\](?:\{[^}]*\})?", i.shape)[0]
+        target = _found(r"\w+\[[\d,]*\](?:\{[^}]*\})?", i.shape)[0]
         return (_unplaced(target) if sizes[0] else 0) + hbm_bytes(target)
     if i.op.endswith("-start"):
         return sum(sizes) + max(0, hbm_bytes(i.shape) - sum(sizes))
@@ -193,7 +201,7 @@ def outer_loop(program: Program) -> str:
 
 def _dims(shape: str) -> list[int]:
     """The sizes of an array's shape."""
-    return [int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n]
+    return [int(n) for n in _found(r"\[([\d,]*)\]", shape)[1].split(",") if n]
 
 
 def _positions(size: int, window: int, out: int, stride: int, low: int, dilate: int, spread: int) -> int:
@@ -207,8 +215,9 @@ def _positions(size: int, window: int, out: int, stride: int, low: int, dilate: 
 
 def _convolution(i: Instruction, lhs: list[int], rhs: list[int]) -> int:
     """FLOPs of a convolution; matrix products are convolutions on a TPU."""
-    left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest).groups()
-    window = dict(re.findall(r"(\w+)=(\S+)", (re.search(r"window=\{([^}]*)\}", i.rest) or [0, ""])[1]))
+    left, right, out = _found(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest).groups()
+    spans = re.search(r"window=\{([^}]*)\}", i.rest)
+    window = dict(re.findall(r"(\w+)=(\S+)", spans[1] if spans else ""))
     sizes, count = _dims(i.shape), 1
     for n, label in enumerate(sorted(c for c in left if c.isdigit())):
 
@@ -223,7 +232,7 @@ def _convolution(i: Instruction, lhs: list[int], rhs: list[int]) -> int:
 
 
 def _dot(i: Instruction, lhs: list[int]) -> int:
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1]
+    contracted = _found(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1]
     return 2 * math.prod(_dims(i.shape)) * math.prod(lhs[int(n)] for n in contracted.split(",") if n)
 
 
@@ -277,13 +286,13 @@ def _sent(kind: str, size: int, n: int) -> int:
 
 def collectives(program: Program, name: str, devices: int) -> dict[str, int]:
     """Bytes that a device sends in one run of a computation, by the kind of collective."""
-    total: dict[str, int] = collections.Counter(dict.fromkeys(KINDS, 0))
+    total: collections.Counter[str] = collections.Counter(dict.fromkeys(KINDS, 0))
     computation = program[name]
     for i in computation.values():
         kind = i.op.removesuffix("-start")
         if i.op == "while":
-            inner = collectives(program, _called(i, "body"), devices)
-            total.update({k: _trips(program, i) * v for k, v in inner.items()})
+            body = collectives(program, _called(i, "body"), devices)
+            total.update({k: _trips(program, i) * v for k, v in body.items()})
         elif i.op == "conditional":
             parts = [collectives(program, branch, devices) for branch in _branches(i)]
             total.update(max(parts, key=lambda part: sum(part.values())))
@@ -302,4 +311,4 @@ def collectives(program: Program, name: str, devices: int) -> dict[str, int]:
 
 def entry(text: str) -> str:
     """The name of the computation where a program starts."""
-    return re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)[1]
+    return _found(r"(?m)^ENTRY %?([\w.\-]+)", text)[1]

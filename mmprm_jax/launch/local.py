@@ -44,9 +44,9 @@ def attempt(job: Job, processes: int) -> tuple[int, int]:
                 running.append(subprocess.Popen(argv, env=os.environ | more, stdout=log, stderr=log, process_group=0))
         while True:
             codes = [process.poll() for process in running]
-            failed = [i for i, code in enumerate(codes) if code]
+            failed = next(((i, code) for i, code in enumerate(codes) if code), None)
             if failed:
-                return failed[0], codes[failed[0]]
+                return failed
             if None not in codes:
                 return 0, 0
             interruption.sleep(interruption.POLL)

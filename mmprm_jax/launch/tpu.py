@@ -134,10 +134,11 @@ class Slice:
         if call(argv).returncode == 0:
             return True
         ends = {log: _STATUS.fullmatch(last_line(log.read_text(errors="replace"))) for log in folder.glob("*.log")}
-        if not ends or not all(ends.values()):
+        statuses = {log: int(end[1]) for log, end in sorted(ends.items()) if end}
+        if not ends or len(statuses) < len(ends):
             self.retries.note(f"lost the connection to {self.job.name}")
             return False
-        failed = {log: int(end[1]) for log, end in sorted(ends.items()) if int(end[1])}
+        failed = {log: status for log, status in statuses.items() if status}
         if not failed:  # all have ended well, only gcloud has not
             return True
         if BUSY in failed.values():

@@ -109,7 +109,8 @@ def _cudnn(
         flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
         if segment is not None and max_segments and _hopper():
             return _cudnn_packed(flat, k, v, segment, causal, max_segments).reshape(q.shape)
-        mask = None if segment is None else _mask(segment, q.shape[1], False)[:, None]
+        mask = _mask(segment, q.shape[1], False)
+        mask = None if mask is None else mask[:, None]
         out = jax.nn.dot_product_attention(flat, k, v, mask=mask, is_causal=causal, implementation="cudnn")
         return out.reshape(q.shape)
 
@@ -171,7 +172,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array | None,
         out = jax.vmap(kernel)(heads, k.swapaxes(1, 2), v.swapaxes(1, 2), ids)
         return out.swapaxes(1, 2).reshape(q.shape)
 
-    out = _per_device(run, *(pad(x) for x in (q * depth**-0.5, k, v)), segment)
+    out = _per_device(run, pad(q * depth**-0.5), pad(k), pad(v), segment)
     return out[:, :length, ..., :depth]
 
 

@@ -80,7 +80,13 @@ class VLMConfig:
     @property
     def tile(self) -> int:
         """Pixels per side of an image tile."""
-        return self.tile_size or self.vision.image_size
+        return self.tile_size or self.with_vision.image_size
+
+    @property
+    def with_vision(self) -> VisionConfig:
+        """The vision tower's, of a model that has one."""
+        assert self.vision is not None
+        return self.vision
 
     @property
     def tokens_per_tile(self) -> int:

@@ -49,7 +49,7 @@ class Attention(nnx.Module):
         q = plus(project(self, "q", "bsd,dgrk->bsgrk", x, BATCH, None, "tensor"), self.q_bias)
         k = plus(project(self, "k", "bsd,dgk->bsgk", x, BATCH, None, "tensor"), self.k_bias)
         v = plus(project(self, "v", "bsd,dgk->bsgk", x, BATCH, None, "tensor"), self.v_bias)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out, state = attend(rotary(q, rope), rotary(k, rope), v, state)
         return plus(project(self, "o", "bsghk,ghkd->bsd", out, BATCH), self.o_bias), state
@@ -149,9 +149,9 @@ class Decoder(nnx.Module):
 
     def logits_of(self, hidden: jax.Array, tokens: Sequence[int]) -> jax.Array:
         """The logits of a few tokens only. [B, S, D] -> [B, S, len(tokens)] in float32."""
-        tokens = jnp.array(tokens)  # gathered where they lie: the whole head never leaves its devices
+        ids = jnp.array(tokens)  # gathered where they lie: the whole head never leaves its devices
         if self.lm_head is None:
-            columns = self.embed[...].at[tokens].get(out_sharding=P()).T
+            columns = self.embed[...].at[ids].get(out_sharding=P()).T
         else:
-            columns = self.lm_head[...].at[:, tokens].get(out_sharding=P())
+            columns = self.lm_head[...].at[:, ids].get(out_sharding=P())
         return dot("bsd,dc->bsc", hidden, columns, BATCH, dtype=jnp.float32)

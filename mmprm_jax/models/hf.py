@@ -358,7 +358,8 @@ def _read(checkpoint: Checkpoint, key: str, shape: tuple[int, ...], mesh: Any) -
     """One tensor as it is in the file; every device's part is read by its host."""
     parts: dict[str, np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         name = str(index)
         if name not in parts:  # a part that several devices hold is read once
             parts[name] = read_tensor(checkpoint, key, index)

@@ -275,10 +275,10 @@ def _layout(cfg: VLMConfig, kind: str, decoder: str, prefixed: bool) -> list[Gro
         text, head = (
             ("model.language_model.", "lm_head") if prefixed else ("language_model.model.", "language_model.lm_head")
         )
-    size = cfg.vision.hidden_size * cfg.downsample**2
+    size = cfg.with_vision.hidden_size * cfg.downsample**2
     out = cfg.decoder.hidden_size
     return [
-        *_vision(cfg.vision, vision, kind == NATIVE),
+        *_vision(cfg.with_vision, vision, kind == NATIVE),
         *_norm(f"{projector}{names[0]}", "projector/norm", size, "layer_norm"),
         *_dense(f"{projector}{names[1]}", "projector/fc1", size, out),
         *_dense(f"{projector}{names[2]}", "projector/fc2", out, out),

@@ -104,7 +104,7 @@ def _vision(v: VisionConfig, tile: int) -> dict[str, Any]:
 
 def _check_shuffle(cfg: VLMConfig) -> None:
     """transformers computes sizes from the ratio 1 / downsample in floating point, cut to integers."""
-    n, side, size = cfg.downsample, cfg.tile // cfg.vision.patch_size, cfg.vision.hidden_size
+    n, side, size = cfg.downsample, cfg.tile // cfg.with_vision.patch_size, cfg.with_vision.hidden_size
     ratio = 1 / n
     found = (int(1 / ratio), int(side * ratio), int(size / ratio), int(size / ratio**2))
     if found != (n, side // n, size * n, size * n * n):

@@ -75,7 +75,7 @@ def _wide(function: Callable[..., jax.Array], x: jax.Array, parameter: jax.Array
     return function(x.astype(dtype), parameter.astype(dtype)).astype(x.dtype)
 
 
-def plus(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+def plus(x: jax.Array, bias: nnx.Param | jax.Array | None) -> jax.Array:
     """x + bias in the dtype of x, if there is a bias."""
     return x if bias is None else _wide(jnp.add, x, bias[...])
 

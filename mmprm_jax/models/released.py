@@ -6,6 +6,7 @@ From the models' config.json files and cards; a checkpoint's own config.json is 
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from mmprm_jax.models.config import DecoderConfig, RopeScaling, VisionConfig, VLMConfig
 from mmprm_jax.records import UserError
@@ -17,8 +18,8 @@ VIT_6B = VisionConfig(
 )  # fmt: skip
 
 
-def _internlm2(layers: int, hidden: int, inter: int, heads: int, kv: int, **more: object) -> DecoderConfig:
-    settings = {"vocab_size": 92553, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+def _internlm2(layers: int, hidden: int, inter: int, heads: int, kv: int, **more: Any) -> DecoderConfig:
+    settings: dict[str, Any] = {"vocab_size": 92553, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
     settings["rope_scaling"] = RopeScaling("dynamic", 2.0, 32768)
     return DecoderConfig(
         num_layers=layers, hidden_size=hidden, intermediate_size=inter, num_heads=heads, num_kv_heads=kv,
@@ -26,16 +27,17 @@ def _internlm2(layers: int, hidden: int, inter: int, heads: int, kv: int, **more
     )  # fmt: skip
 
 
-def _qwen2(layers: int, hidden: int, inter: int, heads: int, kv: int, **more: object) -> DecoderConfig:
-    settings = {"vocab_size": 151674, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "qkv_bias": True}
+def _qwen2(layers: int, hidden: int, inter: int, heads: int, kv: int, **more: Any) -> DecoderConfig:
+    settings: dict[str, Any] = {"vocab_size": 151674, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "qkv_bias": True}
     return DecoderConfig(
         num_layers=layers, hidden_size=hidden, intermediate_size=inter, num_heads=heads, num_kv_heads=kv,
         head_dim=hidden // heads, **(settings | more),
     )  # fmt: skip
 
 
-def _qwen3(layers: int, hidden: int, inter: int, heads: int, kv: int, **more: object) -> DecoderConfig:
-    settings = {"vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "qk_norm": True, "head_dim": 128}
+def _qwen3(layers: int, hidden: int, inter: int, heads: int, kv: int, **more: Any) -> DecoderConfig:
+    settings: dict[str, Any] = {"vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "qk_norm": True}
+    settings["head_dim"] = 128
     return DecoderConfig(
         num_layers=layers, hidden_size=hidden, intermediate_size=inter, num_heads=heads, num_kv_heads=kv,
         **(settings | more),

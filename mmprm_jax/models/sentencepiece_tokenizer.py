@@ -88,7 +88,9 @@ class SentencePieceCore:
 
     def _decode_part(self, ids: Sequence[int]) -> str:
         """A run of pieces and of special tokens that live inside the model."""
-        out, run, after_special = [], [], False
+        out: list[str] = []
+        run: list[int] = []
+        after_special = False
         for i in ids:
             if i in self._added:
                 # the space is the original's: before the run that precedes the token, not before the token

@@ -16,8 +16,8 @@ from mmprm_jax.sharding import BATCH, dot, reshape
 
 
 def make_norm(cfg: VisionConfig) -> LayerNorm | RMSNorm:
-    kind = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}[cfg.norm]
-    return kind(cfg.hidden_size, cfg.layer_norm_eps)
+    kinds: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
+    return kinds[cfg.norm](cfg.hidden_size, cfg.layer_norm_eps)
 
 
 class VisionAttention(nnx.Module):
@@ -38,7 +38,7 @@ class VisionAttention(nnx.Module):
         if self.qkv_bias is not None:
             qkv = plus(qkv, self.qkv_bias)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        if self.q_norm is not None:  # one norm over all heads
+        if self.q_norm is not None and self.k_norm is not None:  # one norm over all heads
             q = rms_normalise(q, self.q_norm[...], self.eps, (-2, -1))
             k = rms_normalise(k, self.k_norm[...], self.eps, (-2, -1))
         out = self_attention(q[:, :, :, None], k, v, None, causal=False)[:, :, :, 0]
@@ -163,7 +163,7 @@ class Projector(nnx.Module):
     """InternVL's mlp1: LayerNorm, linear, GELU, linear."""
 
     def __init__(self, cfg: VLMConfig, rngs: nnx.Rngs):
-        size, out = cfg.vision.hidden_size * cfg.downsample**2, cfg.decoder.hidden_size
+        size, out = cfg.with_vision.hidden_size * cfg.downsample**2, cfg.decoder.hidden_size
         self.norm = LayerNorm(size, 1e-5)
         self.fc1 = weight(rngs, (size, out), size)
         self.fc1_bias = nnx.Param(jnp.zeros((out,)))

@@ -66,6 +66,7 @@ class VLM(nnx.Module):
 
         keep [B, tiles, layers, 2]: from ``VisionTower.draw``, in training.
         """
+        assert self.vision is not None and self.projector is not None
         rows, tiles, *shape = pixels.shape
         if keep is not None:
             keep = reshape(keep, (rows * tiles, *keep.shape[2:]), BATCH)
@@ -123,4 +124,5 @@ class VLM(nnx.Module):
 
     def concentration(self, hidden: jax.Array) -> jax.Array:
         """The Beta-Binomial's kappa > 0, float32 [B, S], from hidden states [B, S, D]."""
+        assert self.kappa is not None
         return jax.nn.softplus(self.kappa(hidden)) + 1e-3

@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 from etils import epath
@@ -65,11 +66,11 @@ _HEAD = f"""<!doctype html>
 # ------------------------------------------------------------------------------------------------- numbers
 
 
-def _columns(metrics: dict) -> list[int]:
+def _columns(metrics: Mapping[str, Any]) -> list[int]:
     return sorted(int(n) for n in metrics.get("best_of_n", {}))
 
 
-def _rows(metrics: dict) -> Iterator[tuple[str, bool, list[dict]]]:
+def _rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, bool, list[dict]]]:
     """(label, is it the PRM chosen on dev, one result per N) of each selector."""
     results = [metrics["best_of_n"][str(n)] for n in _columns(metrics)]
     for key, label in _SELECTORS.items():
@@ -95,7 +96,7 @@ def _percent(result: dict, mean: str = "accuracy", stderr: str = "stderr", sign:
     return f"{100 * result[mean]:{sign}.1f} ± {100 * result.get(stderr, math.nan):.1f}"
 
 
-def _findings(metrics: dict) -> list[str]:
+def _findings(metrics: Mapping[str, Any]) -> list[str]:
     """One line per control, the step AUC and each paired difference."""
     lines = []
     for key, control in metrics.get("controls", {}).items():
@@ -128,7 +129,7 @@ def _p(value: float) -> str:
     return "<0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
-def _versus_majority(metrics: dict, chosen_only: bool = False) -> list[tuple[str, str, str, str]]:
+def _versus_majority(metrics: Mapping[str, Any], chosen_only: bool = False) -> list[tuple[str, str, str, str]]:
     """(selector, accuracy with interval, minus majority with interval, p) at the largest N.
 
     chosen_only: leaves out the aggregators that were not chosen on dev, if one was.
@@ -154,7 +155,7 @@ def _versus_majority(metrics: dict, chosen_only: bool = False) -> list[tuple[str
     return rows
 
 
-def format_table(metrics: dict) -> str:
+def format_table(metrics: Mapping[str, Any]) -> str:
     """Plain text: a row per selector, a column per N, accuracy in % ± standard error.
 
     ``>`` marks the PRM chosen on dev. Then one line for each control, the step AUC and each paired difference.
@@ -168,8 +169,8 @@ def format_table(metrics: dict) -> str:
         for label, chosen, results in rows:
             cells = "".join(f"{_percent(r):>14}" for r in results)
             lines.append(("> " if chosen else "  ") + label.ljust(width) + cells)
-        chosen = "> chosen on the development problems; " if metrics.get("prm_selected") else ""
-        lines.append(f"{chosen}{metrics.get('n_problems', '?')} test problems")
+        legend = "> chosen on the development problems; " if metrics.get("prm_selected") else ""
+        lines.append(f"{legend}{metrics.get('n_problems', '?')} test problems")
     if versus := _versus_majority(metrics, chosen_only=True):
         width = max(len(row[0]) for row in versus)
         lines.append(
@@ -186,7 +187,8 @@ def format_table(metrics: dict) -> str:
 def _svg(draw: Callable[[Axes], None], height: float, ink: str) -> str:
     """The plot as a data URI, transparent, with lines and text in colour ``ink``. Equal plots give equal bytes."""
     keys = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style = {key: ink for key in keys} | {"svg.hashsalt": "mmprm", "font.size": 10, "legend.frameon": False}
+    style: dict[Any, Any] = dict.fromkeys(keys, ink)
+    style |= {"svg.hashsalt": "mmprm", "font.size": 10, "legend.frameon": False}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5.8, height), layout="constrained")
         axes = figure.add_subplot()
@@ -203,7 +205,7 @@ def _plot(draw: Callable[[Axes], None], alt: str, height: float = 3.2) -> str:
     return f'<picture class="plot">{source}<img src="{light}" alt="{markup.escape(alt)}"></picture>'
 
 
-def _plot_best_of_n(metrics: dict) -> str:
+def _plot_best_of_n(metrics: Mapping[str, Any]) -> str:
     columns, chosen = _columns(metrics), metrics.get("prm_selected")
     rows = {label: results for label, _, results in _rows(metrics)}
     keys = ("random", "majority", "policy_logprob", "prm", "prm_weighted_majority", "oracle")
@@ -289,7 +291,7 @@ def _example(tree: Tree, image_dir: epath.PathLike) -> str:
 # ------------------------------------------------------------------------------------------------- page
 
 
-def _introduction(metrics: dict, n_trees: int) -> str:
+def _introduction(metrics: Mapping[str, Any], n_trees: int) -> str:
     labels, rollouts = metrics.get("labels", {}), metrics.get("rollouts", {})
     facts = [f"{n_trees} search trees"] if n_trees else ["no search tree: step labels of files"]
     named = {"steps": "labelled steps", "examples": "training examples", "problems": "annotated problems"}
@@ -303,7 +305,7 @@ learned these labels, and here chooses the best of N fresh solutions of problems
 <p class="soft">{" · ".join(facts)}</p>"""
 
 
-def _table(metrics: dict) -> str:
+def _table(metrics: Mapping[str, Any]) -> str:
     head = "".join(f"<th>N = {n}</th>" for n in _columns(metrics))
     body = ""
     for label, chosen, results in _rows(metrics):

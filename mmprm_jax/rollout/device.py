@@ -56,7 +56,7 @@ def has_remainder_rows(rows: int) -> bool:
 
 
 @functools.cache
-def _options(platform: str) -> dict[str, str]:
+def _options(platform: str) -> dict[str, Any]:
     """For the compiler, if it knows them."""
     options = _EXACT.get(platform, {})
     try:
@@ -413,7 +413,8 @@ def _attend(q: Any, k: Any, v: Any, own: Any, prefix: Any, plan: State, length: 
         x = x.reshape(r, g, samples, per_group, *x.shape[3:]).swapaxes(1, 2)
         return x.reshape(r * samples, g, per_group, *x.shape[4:])[plan["place"]]
 
-    before = tuple(to_slots(x) for x in _part(scores, there, "rgnp,rgpd->rgnd", prefix_v))
+    top, total, values = _part(scores, there, "rgnp,rgpd->rgnd", prefix_v)
+    before = (to_slots(top), to_slots(total), to_slots(values))
     return _join([before, *parts], q.dtype)[:, None], after
 
 
@@ -517,8 +518,8 @@ def decode(
     model: VLM = nnx.merge(graphdef, params)
     b, s = state["slot"]["t"].shape
     heads = _heads(model.decoder.cfg)
-    kv, batch, own = P(BATCH, None, heads[2]), P(BATCH), P(BATCH, heads[2])
-    own = [(own, own)] * used
+    kv, batch, block = P(BATCH, None, heads[2]), P(BATCH), P(BATCH, heads[2])
+    own = [(block, block)] * used
     attend_shard = per_shard(_attend, (kv, kv, kv, own, (heads, heads), batch, batch), (kv, own))
     known = [block[1].shape[2] for block in state["own"][0]]
     limit = {**limit, "columns": sum(known[:used]) if used < len(known) else jnp.inf}
@@ -545,7 +546,8 @@ def decode(
         plan = per_shard(_plan, batch, batch)(slot, state["out"])
         position = reshape(slot["start"] + slot["t"] - 1, (b * s, 1), BATCH)
         x = model.decoder.embed_tokens(reshape(slot["last"], (b * s, 1), BATCH))
-        rope = tuple(take_rows(table, position, BATCH) for table in angles)
+        sines, cosines = angles
+        rope = take_rows(sines, position, BATCH), take_rows(cosines, position, BATCH)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
             own, prefix = caches

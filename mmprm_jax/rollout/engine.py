@@ -250,18 +250,20 @@ class Engine:
             for row, part in list(resident.items()):
                 if not np.all(count[b, row, : part.n]):
                     continue
-                if tokens is None:
+                if tokens is None or logprobs is None:
                     tokens, logprobs = np.asarray(report["tokens"]), np.asarray(report["logprobs"])
                 del resident[row]
                 found = self._found[part.group.id]
                 for i in range(part.n):
                     size = count[b, row, i]
-                    values = (x[b, row, i, :size].tolist() for x in (tokens, logprobs))
-                    found[part.offset + i] = Sample(*map(tuple, values))
+                    values = tuple(tokens[b, row, i, :size].tolist()), tuple(logprobs[b, row, i, :size].tolist())
+                    found[part.offset + i] = Sample(*values)
                     self.counts.tokens += int(size)
                 self.counts.samples += part.n
-                if None not in found:
-                    finished.append((part.group.id, self._found.pop(part.group.id)))
+                complete = [sample for sample in found if sample is not None]
+                if len(complete) == len(found):
+                    del self._found[part.group.id]
+                    finished.append((part.group.id, complete))
             gone = before - set(resident)  # samples that ended with their first token never took a slot
             self._queue[b] = [sample for sample in self._queue[b] if sample // self._samples not in gone]
         return finished
@@ -290,8 +292,8 @@ class Engine:
                     work[wave].append(new)
         if not any(chosen):
             return
-        for wave in work:
-            for batch in self._batches(wave):
+        for together in work:
+            for batch in self._batches(together):
                 self._extend(batch)
         self._resize_rows([part for parts in chosen for _, part in parts])
         for start in range(0, max(map(len, chosen)), _ADMITTED):
@@ -324,7 +326,9 @@ class Engine:
 
     def _batches(self, work: list[_NewPrefix]) -> Iterator[tuple[int, list[list[_NewPrefix]]]]:
         """(width, one list for each shard) of what is computed together: like lengths, with or without images."""
-        kinds = collections.defaultdict(lambda: [[] for _ in range(self._shards)])
+        kinds: dict[tuple[bool, int], list[list[_NewPrefix]]] = collections.defaultdict(
+            lambda: [[] for _ in range(self._shards)]
+        )
         for new in work:
             width = self._bucket(min(len(new.tokens), _CHUNK))
             kinds[self._image_token in new.tokens, width][new.shard].append(new)
@@ -369,7 +373,9 @@ class Engine:
 
     def _encode_images(self, parts: list[list[_NewPrefix]]) -> tuple[jax.Array | None, list[list[np.ndarray]]]:
         """The visual tokens of new images and, for every new token, which of its shard's it shows (-1: none)."""
-        per_tile, indices, tiles = self._cfg.tokens_per_tile, [], []
+        per_tile = self._cfg.tokens_per_tile
+        indices: list[list[np.ndarray]] = []
+        tiles: list[list[np.ndarray]] = []
         for part in parts:
             indices.append([])
             tiles.append([])
@@ -379,7 +385,7 @@ class Engine:
                 start += new.group.prefix[: len(new.known)].count(self._image_token)
                 index = start + np.cumsum(shown) - 1
                 indices[-1].append(np.where(shown, index, -1))
-                if shown.any():
+                if shown.any() and new.group.pixels is not None:
                     tiles[-1].append(new.group.pixels)
                     self.counts.images += 1
         count = max(sum(map(len, group)) for group in tiles)
@@ -450,13 +456,13 @@ class Engine:
         order, tail = np.zeros((self._shards, size), np.int32), np.zeros(self._shards, np.int32)
         for b, queue in enumerate(self._queue):
             order[b, : len(queue)], tail[b] = queue, len(queue)
-        queue = put_batch({"order": order, "head": np.zeros_like(tail), "tail": tail}, self._mesh)
-        limit = {"steps": self._steps, "min_steps": min(8, self._steps), "free_slots": self._slots // 16}
-        limit = {name: np.int32(value) for name, value in limit.items()}
+        waiting = put_batch({"order": order, "head": np.zeros_like(tail), "tail": tail}, self._mesh)
+        limits = {"steps": self._steps, "min_steps": min(8, self._steps), "free_slots": self._slots // 16}
+        limit = {name: np.int32(value) for name, value in limits.items()}
         # Only as much of the slots' caches as is in use, and the rest of it later.
         ends = itertools.accumulate(device.blocks(self._max_new))
         used = 1 + sum(end < self._longest for end in ends)
-        args = self._params, self._layers, self._rows, self._state, queue, limit
+        args = self._params, self._layers, self._rows, self._state, waiting, limit
         self._state, self._report = self._run(device.decode, (self._width, used), *args, used=used)
 
     def _run(self, program: Any, signature: Any, *args: Any, **static: Any) -> Any:

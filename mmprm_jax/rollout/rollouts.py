@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class LocalSampler:
     ):  # fmt: skip
         self.engine, self.language, self.verify, self.reader = engine, language, verify, reader or Reader()
         self.pixels, self.sampling, self._seed, self._purpose = pixels, sampling, seed, purpose
-        self._requests: dict[int, tuple[Request, list[int]]] = {}  # with the last tokens of its prompt
+        self._requests: dict[Hashable, tuple[Request, list[int]]] = {}  # with the last tokens of its prompt
         self._tiles: dict[str, tuple[list[int], np.ndarray | None]] = {}  # of each image their number; all of them
         self._failed: list[Any] = []
         self._numbers = itertools.count()

@@ -38,7 +38,7 @@ class Sampling(settings.Sampling):
         if len(self.stop) > MAX_STOPS:
             raise ValueError(f"stop: {len(self.stop)} ids; at most {MAX_STOPS} end a sample")
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, np.ndarray | np.generic]:
         """Scalars, and ``stop`` int32 [MAX_STOPS], filled up with -1."""
         return {
             "temperature": np.float32(self.temperature),

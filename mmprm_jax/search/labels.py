@@ -75,7 +75,9 @@ def _covering(paths: list[_Path], count: int) -> list[_Path]:
 
     Ties: the most estimated steps, then the order of ``paths``.
     """
-    left, covered, chosen = list(paths), set(), []
+    left = list(paths)
+    covered: set[tuple[str, ...]] = set()
+    chosen: list[_Path] = []
     while left and len(chosen) < count:
         best = max(left, key=lambda path: (len(path.prefixes() - covered), path.estimated))
         covered |= best.prefixes()

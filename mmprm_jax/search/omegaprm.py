@@ -133,14 +133,14 @@ class Forest(Flight):
                 row = self._texts[index].row
                 event.which[row], event.node[row] = True, met[index]
 
-    def _empty_event(self) -> tree.Event:
+    def _empty_event(self) -> tree.Event[np.ndarray]:
         """An event that changes no tree, on the host."""
         b, bn = self.capacity, (self.capacity, self._settings.num_rollouts)
         which, fresh, candidates = (np.zeros(shape, bool) for shape in (b, b, bn))
         node, k, length, segments = (np.zeros(shape, np.int32) for shape in (b, b, bn, bn))
         return tree.Event(which, fresh, node, k, length, segments, candidates)
 
-    def _add_to_event(self, event: tree.Event, text: _TreeText) -> None:
+    def _add_to_event(self, event: tree.Event[np.ndarray], text: _TreeText) -> None:
         """Puts the newest node of a tree into the event."""
         row, node = text.row, len(text.prefixes) - 1
         rollouts = text.rollouts[node]
@@ -223,11 +223,12 @@ def grow(
             raise RuntimeError(f"the sampler has no answers while {len(open_requests)} requests are open")
         for request, answer in answers:
             index = open_requests.pop(request)
-            if index in growing and isinstance(answer, Failure):
-                forest.drop(index)
-                del growing[index]
-                yield index, answer
-            elif index in growing:
-                forest.answer(index, request, answer)
+            if index in growing:
+                if isinstance(answer, Failure):
+                    forest.drop(index)
+                    del growing[index]
+                    yield index, answer
+                else:
+                    forest.answer(index, request, answer)
             if index not in growing and index not in open_requests.values():  # the last of a tree that failed
                 sampler.release(request.problem.id)

@@ -186,7 +186,7 @@ def solutions(tree: Tree) -> tuple[list[StepExample], list[StepExample]]:
         if len("<prm>\n\n".join((*segments, "")).split(" ")) <= 10:
             return
         name = f"{problem.id}/{'right' if right else 'wrong'}.{len(found[right])}"
-        k, n = (tuple(node[i] for node in path) for i in (1, 2))
+        k, n = tuple(k for _, k, _ in path), tuple(n for _, _, n in path)
         example = StepExample(name, problem.id, problem.question, segments, k, n, problem.images)
         found[right].setdefault(segments, example)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +26,19 @@ from mmprm_jax.search.settings import Settings
 GROWING, FINISHED, FULL = range(3)  # FULL: a node did not fit; the tree is lost
 
 
+A = TypeVar("A")  # arrays on the host, or of JAX
+Scalar = Any  # of NumPy, or of JAX under jit
+
+
 class Constants(NamedTuple):
     """The settings that may change without compiling anew: scalars, float32 and int32."""
 
-    c_puct: jax.typing.ArrayLike
-    alpha: jax.typing.ArrayLike
-    beta: jax.typing.ArrayLike
-    length_scale: jax.typing.ArrayLike
-    max_searches: jax.typing.ArrayLike
-    rollout_budget: jax.typing.ArrayLike
+    c_puct: Scalar
+    alpha: Scalar
+    beta: Scalar
+    length_scale: Scalar
+    max_searches: Scalar
+    rollout_budget: Scalar
 
     @classmethod
     def of(cls, settings: Settings) -> Constants:
@@ -66,16 +70,16 @@ class Trees:
     status: jax.Array  # [B] GROWING, FINISHED or FULL
 
 
-class Event(NamedTuple):
+class Event(NamedTuple, Generic[A]):
     """What became known of the trees in one round: each row is one sampled prefix, or one met again."""
 
-    which: jax.typing.ArrayLike  # bool [B] rows with news; what the others hold does not matter
-    fresh: jax.typing.ArrayLike  # bool [B] a new tree begins; its root was sampled
-    node: jax.typing.ArrayLike  # int32 [B] the node that was met again; -1: a new one
-    k: jax.typing.ArrayLike  # int32 [B] right rollouts of the new node; so below
-    length: jax.typing.ArrayLike  # int32 [B, n]
-    segments: jax.typing.ArrayLike  # int32 [B, n]
-    candidates: jax.typing.ArrayLike  # bool [B, n] distinct wrong rollouts with more than one segment
+    which: A  # bool [B] rows with news; what the others hold does not matter
+    fresh: A  # bool [B] a new tree begins; its root was sampled
+    node: A  # int32 [B] the node that was met again; -1: a new one
+    k: A  # int32 [B] right rollouts of the new node; so below
+    length: A  # int32 [B, n]
+    segments: A  # int32 [B, n]
+    candidates: A  # bool [B, n] distinct wrong rollouts with more than one segment
 
 
 class Report(NamedTuple):
@@ -104,7 +108,7 @@ def empty(trees: int, nodes: int, rollouts: int, searches: int) -> Trees:
     )
 
 
-def restart(trees: Trees, which: jax.typing.ArrayLike) -> Trees:
+def restart(trees: Trees, which: jax.Array) -> Trees:
     """Empties the rows ``which`` (bool [B]); the next node recorded there is a root."""
     start = {"size": 0, "visits": 0, "waiting": False, "searches": 0, "node": -1, "rollout": 0, "above": -1}
     start |= {"left": 1, "right": 0, "status": GROWING}
@@ -148,7 +152,7 @@ def best(trees: Trees, c: Constants) -> tuple[jax.Array, jax.Array, jax.Array]:
     return node, rollout, top
 
 
-def select(trees: Trees, c: Constants, which: jax.typing.ArrayLike) -> Trees:
+def select(trees: Trees, c: Constants, which: jax.Array) -> Trees:
     """Begins the next search of the rows ``which`` (bool [B]) that have none under way; their candidate waits no more.
 
     A tree is finished instead if max_searches were begun, rollout_budget is used up, or nothing waits.
@@ -175,7 +179,7 @@ def select(trees: Trees, c: Constants, which: jax.typing.ArrayLike) -> Trees:
     )
 
 
-def record(trees: Trees, event: Event) -> Trees:
+def record(trees: Trees, event: Event[jax.Array]) -> Trees:
     """Enters an event: adds the new node, or takes the one that was met again, and lets the search take its step.
 
     Only nodes with 0 < k < n have candidates. A row without room for the node becomes FULL and stays as it was.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmprm_jax import annotation
 from mmprm_jax.policy import Policy
 from mmprm_jax.processes import is_first
 from mmprm_jax.records import Problem
+from mmprm_jax.rollout.remote import RemoteSampler
 from mmprm_jax.rollout.rollouts import LocalSampler, Verify
 from mmprm_jax.rollout.sampling import Sampling
 from mmprm_jax.schema import from_config
@@ -32,6 +34,7 @@ def annotate(
     def make(verify: Verify) -> LocalSampler:
         return policy().sampler(config, images, config.num_rollouts, seed, "annotate", verify)
 
+    source: contextlib.AbstractContextManager[LocalSampler | RemoteSampler]
     if config.servers:
         tiles = max_tiles if any(problem.images for problem in problems) else 0
         source = annotation.remote(config, images, seed, from_config(Sampling, config, stop=()), tiles)

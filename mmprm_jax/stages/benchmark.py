@@ -126,4 +126,4 @@ def run(base: Run, problems: str, scoring: str) -> Mapping[str, Any]:
         return evaluate.evaluate(dataclasses.replace(own, test=test, data=file.parent, controls=False, rules=rules))
 
     stages.run_stage(other, "evaluate", make)
-    return other.figures("evaluate")
+    return other.finished("evaluate")

@@ -56,6 +56,12 @@ class Run:
         found = manifest.read_done(self.folder(stage), manifest.remedy_for(self, stage))
         return None if found is None else {key: value for key, value in found.items() if key != "manifest"}
 
+    def finished(self, stage: str) -> Figures:
+        """``figures`` of a stage that has finished."""
+        found = self.figures(stage)
+        assert found is not None
+        return found
+
     def problems(self, split: str) -> list[Problem]:
         """The problems of train, dev or test."""
         return records.read_problems(self.data / f"{split}.jsonl")

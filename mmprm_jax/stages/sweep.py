@@ -146,7 +146,7 @@ def _result(cell: Cell, run: Run) -> Result:
     groups: dict[str, list[ScoredCandidate]] = {name: [] for name in gradings}
     for x in records.read(run.folder("evaluate") / "test_scored.jsonl", ScoredCandidate):
         groups[x.candidate.problem_id].append(x)
-    problems, selected = list(groups.values()), run.figures("evaluate")["prm_selected"]
+    problems, selected = list(groups.values()), run.finished("evaluate")["prm_selected"]
     key = best_of_n.equivalent(problems, gradings)
     each = {n: best_of_n.per_problem(problems, n, key) for n in best_of_n.sizes(problems)}
     return Result(

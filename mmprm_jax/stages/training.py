@@ -79,7 +79,7 @@ def train(
         params = trainer.fit(job.name, job.folder, start.graphdef, start.params, loss, source, loop, job.mesh)
     params = lora.merge(params, start.cfg)
     # what the model does by itself, wherever it is loaded: the prompts and the tiles that it was trained with
-    trained_with = {hf_config.TEMPLATES: dict(zip(("policy", "prm"), language.templates, strict=True))}
+    trained_with: dict[str, Any] = {hf_config.TEMPLATES: dict(zip(("policy", "prm"), language.templates, strict=True))}
     if vision:
         trained_with |= {"max_dynamic_patch": job.max_tiles, "dynamic_image_size": True, "use_thumbnail": True}
     model = dataclasses.replace(start.loaded.model, config={**start.loaded.model.config, **trained_with})
