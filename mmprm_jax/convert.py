@@ -179,7 +179,7 @@ def convert(
         written, again, added = hf.open_checkpoint(part), loaded, None
     else:
         write_folder(part, loaded, tokenizer)
-        written, added = hf.open_checkpoint(source), tokenizer and tokenizer.id(tok.PRM)
+        written, added = hf.open_checkpoint(source), tokenizer.id(tok.PRM) if tokenizer else None
         again = dataclasses.replace(loaded, params=load(os.fspath(part), mesh).params) if verify else loaded
     if verify:
         _compare(written, again, added)
@@ -229,8 +229,7 @@ def write_folder(folder: epath.PathLike, loaded: Loaded, tokenizer: Tokenizer | 
     (folder / "hf").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         other = Path(temporary)
-        if loaded.folder is not None:
-            hf.copy_other_files(loaded.folder, other)
+        hf.copy_other_files(loaded.folder, other)
         if tokenizer is not None:
             tokenizer.in_folder().save(other)
         hf.write_config(other, loaded.model.config)
@@ -270,7 +269,7 @@ def add_prm(loaded: Loaded) -> tuple[Loaded, Tokenizer]:
     with jax.set_mesh(loaded.mesh):
         params = build.add_token(loaded.params, loaded.mesh, new)
     config = copy.deepcopy(loaded.model.config)
-    hf_config.text_section(config)["vocab_size"] = max(size, new + 1)
+    hf_config.set_vocab_size(config, max(size, new + 1))
     model = hf.describe(config, loaded.model.manifest)
     return dataclasses.replace(loaded, model=model, params=params), tokenizer
 

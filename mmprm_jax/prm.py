@@ -163,7 +163,7 @@ class PRM:
             else:
                 scores, kappas = self.scorer.score(solutions), None
         named = [StepScores(steps, found) for steps, found in zip(candidates, scores[0], strict=True)]
-        return named, kappas and [list(x) for x in kappas[0]]
+        return named, None if kappas is None else [list(x) for x in kappas[0]]
 
     def tokens(self, question: str, candidates: Sequence[Sequence[str]], tiles: Sequence[np.ndarray]) -> Solutions:
         """The candidates of one problem as ``scorer`` takes them. tiles: of each image, uint8 [tiles, H, W, 3]."""

@@ -17,7 +17,7 @@ import math
 import os
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from absl import logging
 from etils import epath
@@ -255,6 +255,8 @@ def _tuples(value: Any) -> Any:
 class _Number(float):
     """A number that knows how it was written: the decimals of an answer count."""
 
+    text: str
+
     def __new__(cls, text: str) -> _Number:
         number = super().__new__(cls, text)
         number.text = text
@@ -324,21 +326,22 @@ def from_dict(cls: type[Record], row: dict[str, Any], unknown: Callable[[type, s
     one. ``unknown`` is called with every key that the record does not have; None: such a key is an error. Raises
     ValueError naming missing and unknown keys, and wrong types.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
     if "image" in row and "image" not in fields and "images" in fields:
         row = _all_images(row)
     others = sorted(set(row) - set(fields))
     missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in row)
     if missing or (others and unknown is None):
         raise ValueError(f"not a {cls.__name__}: missing keys {missing}, unknown keys {others}")
-    for name in others:
-        unknown(cls, name)
-    values = {}
+    if unknown:
+        for name in others:
+            unknown(cls, name)
+    values: dict[str, Any] = {}
     for name in [name for name in row if name in fields]:
         value, nested = _as_text(name, row[name]), _NESTED.get(name)
         if value is None and fields[name].default is not dataclasses.MISSING:
             continue
-        _check(name, fields[name].type, value)
+        _check(name, str(fields[name].type), value)
         if nested is Grading:
             values[name] = grading_of(value, unknown)
         elif nested and isinstance(value, list):
@@ -371,8 +374,9 @@ def grading_of(row: Any, unknown: Callable[[type, str], None] | None = None) -> 
     others = sorted(set(row) - set(fields))
     if others and unknown is None:
         raise ValueError(f"not a Grading: unknown keys {others}")
-    for name in others:
-        unknown(Grading, name)
+    if unknown:
+        for name in others:
+            unknown(Grading, name)
     try:
         return Grading.of(**{name: row[name] for name in fields if name in row})
     except ValueError as error:
@@ -433,7 +437,7 @@ def read_numbered(path: epath.PathLike, cls: type[Record]) -> Iterator[tuple[int
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file; the stage that writes it has not run, or the path is wrong")
-    exact = "answer" in (f.name for f in dataclasses.fields(cls))
+    exact = "answer" in (f.name for f in dataclasses.fields(cast(Any, cls)))
 
     def unknown(cls: type, key: str) -> None:
         known = [f.name for f in dataclasses.fields(cls)]
@@ -482,4 +486,5 @@ Illustrated = TypeVar("Illustrated", bound=_Illustrated)
 
 def with_folder(record: Illustrated, folder: epath.PathLike) -> Illustrated:
     """A record whose images were relative to ``folder``, with paths that can be opened from here."""
-    return dataclasses.replace(record, images=tuple(str(epath.Path(folder) / name) for name in record.images))
+    images = tuple(str(epath.Path(folder) / name) for name in record.images)
+    return dataclasses.replace(cast(Any, record), images=images)

@@ -83,7 +83,7 @@ S = TypeVar("S", bound=Section)
 
 
 @functools.cache
-def kinds(cls: type[Section]) -> dict[str, Any]:
+def kinds(cls: Any) -> dict[str, Any]:
     """The type of each field: bool, int, float, str, a tuple of them, or another section."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
@@ -163,8 +163,9 @@ def _values(value: Any) -> Sequence[Any]:
 
 def problems(section: Section, prefix: str = "") -> Iterator[Found]:
     """Every setting whose value is not allowed, and what does not go together."""
+    cls: Any = type(section)
     for field in dataclasses.fields(section):
-        kind, value, key = kinds(section.__class__)[field.name], getattr(section, field.name), f"{prefix}{field.name}"
+        kind, value, key = kinds(cls)[field.name], getattr(section, field.name), f"{prefix}{field.name}"
         if is_section(kind):
             yield from problems(value, f"{key}.")
             continue

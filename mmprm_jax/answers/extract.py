@@ -78,13 +78,14 @@ def marked_answer(response: str) -> Extracted | None:
     if response.isascii() and not any(hint in response.lower() for hint in _HINTS):
         return None
     # The last phrase with something behind it: responses break off behind "The answer is".
-    for found in reversed(collections.deque(PHRASE.finditer(response), maxlen=_MAX_PHRASES)):
-        if text := _rest(response[found.end() :]):
-            return Extracted(text, "phrase", start=skipped + found.start())
+    for phrase in reversed(collections.deque(PHRASE.finditer(response), maxlen=_MAX_PHRASES)):
+        if text := _rest(response[phrase.end() :]):
+            return Extracted(text, "phrase", start=skipped + phrase.start())
     said = {"".join(filter(None, match.groups())): match.start() for match in _CORRECT.finditer(response)}
     if len(said) != 1:  # of several, one does not know which
         return None
-    return Extracted(*said, "phrase", start=skipped + said.popitem()[1])
+    ((text, at),) = said.items()
+    return Extracted(text, "phrase", start=skipped + at)
 
 
 def answer(response: str, marked: bool = False) -> str | None:

@@ -64,9 +64,9 @@ def trl(example: StepExample) -> Row:
 def mm_prm(example: StepExample) -> Row:
     """A row of MM-PRM's training file. Raises ValueError for a text that it cannot hold."""
     steps, waiting = [], []
-    for segment, n in zip(example.segments, example.n, strict=True):
+    for segment, estimated in zip(example.segments, example.n, strict=True):
         waiting.append(segment)
-        if n:
+        if estimated:
             steps.append("\n\n".join(waiting))
             waiting = []
     question = _tagged(example, 2)  # a single image stands in front by itself

@@ -76,7 +76,8 @@ class Images:
         """Writes an image unless it is there. Returns its path relative to the output folder."""
         digest = hashlib.sha256(data).hexdigest()[:32]
         path = Path("images") / digest[:2] / f"{digest}.{sources_files.suffix(data)}"
-        if all(low == high for low, high in image.getextrema()):
+        extremes: Any = image.getextrema()  # of each channel: the image is RGB
+        if all(low == high for low, high in extremes):
             self.blank.add(path.as_posix())
         target = self._output / path
         if not (target.exists() and target.stat().st_size == len(data)):

@@ -362,7 +362,7 @@ def read_step(segment: str) -> str:
 def step_text(segment: str) -> str:
     """The text between the tags of a segment, verbatim; a text that is no whole step or answer is returned as it is."""
     opened, closed = next(_elements(segment), (None, None))
-    if opened is None or (opened.start(), closed.end()) != (0, len(segment)):
+    if opened is None or closed is None or (opened.start(), closed.end()) != (0, len(segment)):
         return segment
     return segment[opened.end() : closed.start()]
 

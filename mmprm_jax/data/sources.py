@@ -120,7 +120,8 @@ def _parts(turn: Mapping[str, Any], key: str) -> tuple[str, tuple[Picture, ...]]
     parts = turn.get(key)
     if not isinstance(parts, list):
         return text(turn, key), ()
-    words, pictures = "", ()
+    words = ""
+    pictures: tuple[Picture, ...] = ()
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text":
@@ -183,7 +184,7 @@ _TRAINING = (
     Source("dart_math", "sft", "hkust-nlp/dart-math-hard", _splits(*_ANYTHING), _written("query", "response")),
 )  # fmt: skip
 _LABELS = step_labels.sources(_ANYTHING, BENCHMARKS["processbench"].files)
-SOURCES: Mapping[str, Source] = {source.name: source for source in (*_TRAINING, *_LABELS)} | BENCHMARKS
+SOURCES = {**{source.name: source for source in (*_TRAINING, *_LABELS)}, **BENCHMARKS}
 
 
 def find(name: str) -> Source:

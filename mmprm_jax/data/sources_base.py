@@ -181,9 +181,10 @@ def own_choices(row: Mapping[str, Any]) -> tuple[str, ...]:
         given = list(given.values())
     found = texts(given, key)
     marked = [re.match(rf"\s*[(（]?{x}\s*[:.)）、．]\s*", o) for x, o in zip(LETTERS, found, strict=False)]
-    if not all(marked):
+    ends = [mark.end() for mark in marked if mark]
+    if len(ends) < len(found):
         return found
-    return tuple(option[mark.end() :] for option, mark in zip(found, marked, strict=True))
+    return tuple(option[end:] for option, end in zip(found, ends, strict=True))
 
 
 def with_choices(question: str, options: Sequence[str]) -> tuple[str, tuple[str, ...]]:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mmprm_jax.data import images
+from mmprm_jax.data.spans import end_of
 from mmprm_jax.records import UserError
 
 MAX_ROW = 16 * 2**20  # bytes of a JSONL line, characters of a row in a JSON list
@@ -173,18 +174,22 @@ class _Window:
 _SKIP = re.compile(r'[\s,]*(?:"(?:[^"\\]|\\.){0,200}"\s*:\s*(?=[{"\[]))?')
 
 
+_OPENED = re.compile(r"\s*[\[{]?")
+_BLANKS = re.compile(r"[ \t]*")
+
+
 def _elements(path: Path, name: str) -> Iterator[Row]:
     """The members of a JSON list (or the values of a JSON object), without holding more than one and a chunk."""
     number, resume = 0, _Resume()
     with path.open("rb") as file:
         window = _Window(file)
         window.more()
-        window.at = re.match(r"\s*[\[{]?", window.text).end()
+        window.at = end_of(_OPENED, window.text, 0)
         while True:
             if not window.ended and len(window.text) - window.at < 512:
                 window.more()
                 continue
-            begin, window.at = window.at, _SKIP.match(window.text, window.at).end()
+            begin, window.at = window.at, end_of(_SKIP, window.text, window.at)
             left = window.text[window.at : window.at + 64].strip()
             if left in ("", "]", "}"):
                 if left == "":
@@ -244,7 +249,7 @@ class _Resume:
             self._keys.add(frozenset(value))
         line = before.rpartition("\n")
         if line[1]:
-            self._indent = re.match(r"[ \t]*", line[2])[0]
+            self._indent = line[2][: end_of(_BLANKS, line[2], 0)]
 
     def go_on(self, window: _Window) -> bool:
         """Moves to the beginning of the next row; False: there is none."""
@@ -361,7 +366,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> bytes
         with archive.open(info) as file:
             return file.read(images.MAX_BYTES + 1)  # the size in the archive's index may be a lie
     except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{name}: cannot be read from {Path(archive.filename).name} ({_brief(error)})") from None
+        raise UserError(f"{name}: cannot be read from {Path(archive.filename or '').name} ({_brief(error)})") from None
 
 
 def suffix(data: bytes) -> str:

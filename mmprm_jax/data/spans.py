@@ -86,6 +86,13 @@ def _verbatim(text: str) -> Iterator[Span]:
         yield opened[1], len(text) if opened[0] == "fence" else last[opened[0]] + len(_CLOSES[opened[0]])
 
 
+def end_of(pattern: re.Pattern[str], text: str, *where: int) -> int:
+    """Where the match of a pattern ends that always matches, if with nothing. where: begin and end in the text."""
+    found = pattern.match(text, *where)
+    assert found is not None
+    return found.end()
+
+
 def _key(found: re.Match[str]) -> tuple[str, bool, bool]:
     """(what is opened or closed, whether it may open, whether it may close)."""
     kind = found.lastgroup
@@ -93,7 +100,7 @@ def _key(found: re.Match[str]) -> tuple[str, bool, bool]:
         return "[", kind == "open", kind == "close"
     if kind == "dollars":
         return "$$", True, True
-    return f"{{{found[kind]}", kind == "begin", kind == "end"
+    return f"{{{found[kind or 0]}", kind == "begin", kind == "end"
 
 
 def _displays(text: str, a: int, b: int) -> Iterator[Span]:
@@ -135,7 +142,7 @@ def _inline(text: str, a: int, b: int) -> Iterator[Span]:
     opened = -1
     for found in itertools.chain(_INLINE.finditer(text, a, b), (None,)):
         kind = found.lastgroup if found else "blank"
-        if kind == "blank":
+        if found is None or kind == "blank":
             yield from _pairs(text, dollars)
             dollars, opened = [], -1
         elif kind == "dollar":

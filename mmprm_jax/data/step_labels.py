@@ -92,7 +92,7 @@ def _example(
 
 def _in_front(question: str, images: int) -> str:
     """A question whose images all stand in front of it, without their tags, which say no more."""
-    lead = re.match(rf"(?:{PLACEHOLDER}\s*)*", question)[0]
+    (lead,) = re.findall(rf"\A(?:{PLACEHOLDER}\s*)*", question)
     return question[len(lead) :] if images and lead.count(PLACEHOLDER) == images else question
 
 
@@ -242,7 +242,9 @@ def prm800k(row: Mapping[str, Any], split: str) -> list[Item]:
     asked, label = row.get("question"), row.get("label")
     if not isinstance(asked, Mapping) or not isinstance(label, Mapping):
         raise UserError("question and label must be objects")
-    question, steps, labels = text(asked, "problem"), [], []
+    question = text(asked, "problem")
+    steps: list[str] = []
+    labels: list[Label] = []
     others: list[tuple[list[str], list[Label]]] = []
     for i, step in enumerate(_list(label.get("steps"), "label.steps")):
         chosen, rated = _alternatives(step, f"label.steps[{i}]")

@@ -228,7 +228,7 @@ def _cuts(text: str, start: int, answer: int, most: int) -> list[int]:
     Which marks count is decided by the whole text: the same text behind the same start is cut alike.
     """
     whole, end = _Text(text), len(text)
-    thoughts = (_TO_NEXT_LINE.match(text, found.end()).end() for found in _THOUGHT_END.finditer(text))
+    thoughts = (spans.end_of(_TO_NEXT_LINE, text, found.end()) for found in _THOUGHT_END.finditer(text))
     parts = itertools.pairwise(sorted({0, end, *(at for at in thoughts if not whole.inside(at))}))
     marks = itertools.pairwise(sorted({0, end}.union(*((a, *_marked(whole, a, b)) for a, b in parts))))
     cuts = [start, *(cut for a, b in marks for cut in (a, *_refined(whole, a, b)) if start < cut)]
@@ -238,7 +238,7 @@ def _cuts(text: str, start: int, answer: int, most: int) -> list[int]:
 def _marked(whole: _Text, a: int, b: int) -> list[int]:
     """The cuts between a and b by the marks that are there."""
     i, j = (bisect.bisect_left(whole.lines, (at, -1)) for at in (a, b))
-    lines, first = whole.lines[i:j], _SPACE.match(whole.text, a, b).end()
+    lines, first = whole.lines[i:j], spans.end_of(_SPACE, whole.text, a, b)
     kinds = [kind for _, kind in lines]
     numbered = kinds.count(STEP) >= 2
     if numbered:

@@ -27,7 +27,7 @@ from mmprm_jax.records import UserError
 
 FORMAT = 1
 BINS = 32  # of the histogram of lengths
-LABELS = {
+LABELS: Mapping[str, Mapping[str, np.dtype]] = {
     "policy": {"response": np.dtype(bool)},  # the token is to be predicted
     "prm": {"k": np.dtype("<i4"), "n": np.dtype("<i4")},  # k of n rollouts were right; n = 0: no label
     "labels": {"k": np.dtype("<f4"), "n": np.dtype("<i4")},  # the same; where n = 1, k may be a number in [0, 1]
@@ -51,7 +51,8 @@ class Encoded:
     def to_bytes(self, kind: str) -> bytes:
         """The record."""
         head = json.dumps({"id": self.id, "images": self.images}, separators=(",", ":")).encode() + b"\n"
-        arrays = [(self.tokens, "<i4"), *((self.labels[name], dtype) for name, dtype in LABELS[kind].items())]
+        arrays: list[tuple[np.ndarray, Any]] = [(self.tokens, "<i4")]
+        arrays += [(self.labels[name], dtype) for name, dtype in LABELS[kind].items()]
         # a number in [0, 1] would become 0 in an array of counts: that is an error
         return head + b"".join(np.asarray(a).astype(dtype, "C", "same_kind").tobytes() for a, dtype in arrays)
 

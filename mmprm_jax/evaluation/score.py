@@ -80,6 +80,7 @@ def _scores(
     hidden, _ = model.decoder(model.decoder.embed_tokens(batch["tokens"]), rope, attend)
     more = (model.concentration(hidden),) if kappa else ()
     if classes is None:
+        assert model.score is not None
         return jax.nn.softmax(model.score(hidden), axis=-1)[..., 1], *more
     logits = model.decoder.logits_of(hidden, classes)
     return jax.nn.sigmoid(logits[..., 0] - logits[..., 1]), *more
@@ -123,13 +124,15 @@ class Scorer:
         return self._score(problems, kappa=True)
 
     def _score(self, problems: Sequence[Solutions], kappa: bool) -> tuple[list[list[tuple[float, ...]]], ...]:
-        found = tuple([[()] * len(problem.rows) for problem in problems] for _ in range(1 + kappa))
+        found: tuple[list[list[tuple[float, ...]]], ...] = tuple(
+            [[()] * len(problem.rows) for problem in problems] for _ in range(1 + kappa)
+        )
         for batch in self._batches(list(self._groups(problems))):
             interruption.check()
             for (p, r), values in self._run(batch, kappa):
                 for part, value in zip(found, values, strict=True):
                     part[p][r] = value
-        first = [{} for _ in problems]
+        first: list[dict[Any, int]] = [{} for _ in problems]
         for p, problem in enumerate(problems):
             for r, row in enumerate(problem.rows):
                 for part in found:
@@ -176,9 +179,11 @@ class Scorer:
         batch = {"tokens": tokens, "valid": known, "length": length}
         if tiles := max(group.tiles for group in groups):
             # A row ignores tiles behind its own.
-            pixels = np.zeros((count, tiles, *groups[0].pixels.shape[1:]), np.float32)
-            for i, group in enumerate(groups):
-                pixels[i, : group.tiles] = normalise(group.pixels)
+            shown = [group.pixels for group in groups]
+            pixels = np.zeros((count, tiles, *next(x.shape[1:] for x in shown if x is not None)), np.float32)
+            for i, own in enumerate(shown):
+                if own is not None:
+                    pixels[i, : len(own)] = normalise(own)
             batch["pixels"] = pixels
             self.tiles += count * tiles
         put = put_batch(batch, self._mesh)
@@ -205,8 +210,8 @@ class Scorer:
                 graphdef=self._graphdef, classes=self._classes, kappa=kappa,
             )  # fmt: skip
             values = [np.asarray(x).reshape(count, n, wide) for x in jax.device_get(scores)]
-            for i, (group, part) in enumerate(zip(groups, parts, strict=True)):
-                for j, (_, marks) in enumerate(part):
+            for i, (group, solutions) in enumerate(zip(groups, parts, strict=True)):
+                for j, (_, marks) in enumerate(solutions):
                     at = np.array(marks) - len(group.prefix)
                     yield group.index[start + j], [tuple(x[i, j, at].tolist()) for x in values]
 

@@ -21,7 +21,7 @@ import dataclasses
 import json
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -105,7 +105,7 @@ def read(path: epath.PathLike, truth: epath.PathLike | None = None) -> Stored:
             if not isinstance(row, dict):
                 raise ValueError(f"expected a JSON object, found {type(row).__name__}")
             if "candidate" in row:
-                scored, says = _candidate(path, row)
+                scored, names = _candidate(path, row)
                 found.problems.setdefault(scored.candidate.problem_id, []).append(scored)
             else:
                 row = _as_original(row, known)
@@ -113,11 +113,11 @@ def read(path: epath.PathLike, truth: epath.PathLike | None = None) -> Stored:
                 if name in found.problems:
                     raise ValueError(f"a second row of problem {name}")
                 gold = row.pop("gold", None)
-                found.problems[name], says = _problem(name, row)
+                found.problems[name], names = _problem(name, row)
                 found.rows[name] = {k: v for k, v in row.items() if k not in _WRITTEN}
                 if gold:
                     golds[name] = gold
-            found.field_counts.update(says)
+            found.field_counts.update(names)
         except (ValueError, TypeError) as error:
             found.bad.append(f"{path}, {where}: {error}")
     if not found.problems:
@@ -164,7 +164,7 @@ def _as_original(row: dict[str, Any], known: dict[str, dict[str, Any]] | None) -
         labelled = _to_verify(told, "candidates", answers)
     else:
         labelled = {"labels": told["labels"], "answers": told.get("answers")}
-    same = {key: told[key] for key in ("id", "question", "image_path") if key in told}
+    same: dict[str, Any] = {key: told[key] for key in ("id", "question", "image_path") if key in told}
     return {**same, "solutions_splits": steps, "prm_scores": row["scores"], **labelled}
 
 
@@ -206,7 +206,7 @@ def _verify(found: Stored, golds: dict[str, tuple[str, Grading]]) -> None:
 _WRITTEN = ("solutions_splits", "labels", "prm_scores", "answers")
 
 
-def _candidate(path: epath.PathLike, row: dict[str, Any]) -> tuple[ScoredCandidate, set[str]]:
+def _candidate(path: epath.PathLike, row: dict[str, Any]) -> tuple[ScoredCandidate, Iterable[str]]:
     c = row["candidate"]
     if not isinstance(c, dict):
         raise ValueError("candidate must be an object")
@@ -237,11 +237,13 @@ _KEYS = {"candidate", "scores"}
 _CANDIDATE = {f.name for f in dataclasses.fields(Candidate)}
 
 
-def _problem(name: str, row: dict[str, Any]) -> tuple[list[ScoredCandidate], Counter[str]]:
-    labels, scores, steps, answers = (row.get(k) for k in ("labels", "prm_scores", "solutions_splits", "answers"))
+def _problem(name: str, row: dict[str, Any]) -> tuple[list[ScoredCandidate], Iterable[str]]:
+    labels, scores = row.get("labels"), row.get("prm_scores")
+    steps, answers = row.get("solutions_splits"), row.get("answers")
     for key, value in (("labels", labels), ("prm_scores", scores)):
         if not isinstance(value, list):
             raise ValueError(f"{key} must be a list")
+    assert isinstance(labels, list) and isinstance(scores, list)
     for key, value in (("labels", labels), ("solutions_splits", steps), ("answers", answers)):
         if value is not None and (not isinstance(value, list) or len(value) != len(scores)):
             raise ValueError(f"{key} must be a list as long as prm_scores, {len(scores)}")

@@ -236,7 +236,7 @@ def _open_adapter(folder: Path) -> Checkpoint:
     config = copy.deepcopy(base.model.config)
     grown = {new[0] for key, new in adapter.shapes.items() if new != shapes[key] and new[1:] == shapes[key][1:]}
     if len(grown) == 1:  # rows of the embedding, and of the head
-        hf_config.text_section(config)["vocab_size"] = grown.pop()
+        hf_config.set_vocab_size(config, grown.pop())
     return _open(base.folder, config, adapter)
 
 
@@ -458,9 +458,12 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_other_files(source: Path, target: Path) -> None:
-    """Copies what belongs to a checkpoint beside its weights: config.json, tokenizer, generation settings."""
+def copy_other_files(source: Path | None, target: Path) -> None:
+    """Copies what belongs to a checkpoint beside its weights: config.json, tokenizer, generation settings.
+
+    source: None: of a model that was made here, there is nothing to copy.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
+    for path in sorted(source.iterdir()) if source else ():
         if any(path.match(pattern) for pattern in _OTHER) and path.name not in (INDEX, MANIFEST):
             shutil.copyfile(path, target / path.name)

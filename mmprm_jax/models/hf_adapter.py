@@ -106,7 +106,8 @@ def read(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int
         raise UserError(f"{folder / WEIGHTS}: holds no tensors; copy the adapter again")
     names = {_canonical(key): key for key in shapes}
     pairs: dict[tuple[str, bool], dict[str, str]] = {}
-    whole, lost = {}, []
+    whole: dict[str, str] = {}
+    lost: list[str] = []
     for key in found:
         name = key.removeprefix("base_model.model.")
         if ".original_module." in name:  # what stood in place of one that was trained whole

@@ -43,7 +43,7 @@ def decoder_kind(config: Mapping[str, Any]) -> str:
     """internlm2, qwen2, qwen3 or llama. Raises UserError on another language model."""
     text = text_section(config)
     name = (text.get("architectures") or [None])[0]
-    found = _DECODERS.get(name) if name else text.get("model_type")
+    found = str(_DECODERS.get(name) if name else text.get("model_type"))
     if found not in _DECODERS.values():
         raise UserError(f"config.json: unknown language model {name or found!r}; known: {', '.join(_DECODERS)}")
     return found
@@ -53,6 +53,12 @@ def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config.json that describes the language model."""
     key = {CHAT: "llm_config", NATIVE: "text_config"}.get(checkpoint_kind(config))
     return config if key is None else _section(config, key)
+
+
+def set_vocab_size(config: Mapping[str, Any], size: int) -> None:
+    """Changes the size of the language model's vocabulary in place, in a config of one's own."""
+    section: Any = text_section(config)
+    section["vocab_size"] = size
 
 
 def templates(config: Mapping[str, Any]) -> tuple[str, str]:
@@ -66,7 +72,7 @@ def templates(config: Mapping[str, Any]) -> tuple[str, str]:
     named = config.get(TEMPLATES, {})
     if not isinstance(named, Mapping) or not all(isinstance(named.get(key, ""), str) for key in default):
         raise UserError(f"config.json: {TEMPLATES} must hold the names of two templates, policy and prm")
-    found = default | named
+    found = {**default, **named}
     return found["policy"], found["prm"]
 
 
@@ -176,7 +182,7 @@ def _rope_scaling(scaling: Mapping[str, Any], section: Mapping[str, Any]) -> Rop
         return None
     if kind not in ("linear", "dynamic"):
         raise UserError(f"config.json: rope scaling {kind!r} is not supported; linear and dynamic are")
-    longest = section.get("max_position_embeddings")
+    longest = section.get("max_position_embeddings") or 0
     if kind == "dynamic" and not longest:
         raise UserError("config.json: dynamic rope scaling needs max_position_embeddings")
     return RopeScaling(kind, float(scaling["factor"]), int(longest) if kind == "dynamic" else 0)

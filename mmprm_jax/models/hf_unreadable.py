@@ -69,7 +69,7 @@ def tensors(
     settings = [s["quantization_config"] for s in sections if isinstance(s, Mapping) and s.get("quantization_config")]
     if quantised or settings:
         method = settings[0].get("quant_method") if settings and isinstance(settings[0], Mapping) else None
-        such = ", ".join(filter(None, [method, quantised and f"such as {quantised[0]}"]))
+        such = ", ".join(filter(None, [method, f"such as {quantised[0]}" if quantised else ""]))
         return f"quantised weights ({such or 'quantization_config'}) are not read; {_RELEASE}"
     empty = [key for key, shape in shapes.items() if shape == (0,)]
     if empty:

@@ -195,8 +195,9 @@ class Tokenizer:
         Of a word-level tokenizer all special ones: no other ids could stand for them. Never ``<prm>``, which no text
         may bring in.
         """
-        is_word_level = isinstance(self._core, FastCore) and self._core.is_word_level
-        return tuple(t for t in self._core.special_texts if t != PRM) if is_word_level else TAGS
+        if isinstance(self._core, FastCore) and self._core.is_word_level:
+            return tuple(t for t in self._core.special_texts if t != PRM)
+        return TAGS
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -239,7 +240,9 @@ class Tokenizer:
         Literal segments with no marker or score between them are encoded as one text. Raises UserError for a marker
         that is not one id and for a score that has no token to stand at.
         """
-        ids, where, literal, inside = list(self.bos), [], [], False
+        ids, inside = list(self.bos), False
+        where: list[int] = []
+        literal: list[str] = []
 
         def join() -> list[int]:
             text = "".join(literal)
@@ -270,7 +273,7 @@ class Tokenizer:
         """The one id of a marker token. Raises UserError when it is none or several."""
         known = self._core.lookup(token)
         ids = [] if known is None else self.encode(token)
-        if ids != [known]:
+        if known is None or ids != [known]:
             found = "it is not in the vocabulary" if known is None else f"as text it gives {ids[:8]}, not [{known}]"
             raise UserError(f"the token {token!r} must be exactly one id of the tokenizer; {found}")
         return known

@@ -22,7 +22,7 @@ CONFIG, FAST = "tokenizer_config.json", "tokenizer.json"
 FAST_CLASS = "PreTrainedTokenizerFast"  # transformers' class for any tokenizer.json
 _SPECIAL, _ADDED, _MODEL = "special_tokens_map.json", "added_tokens.json", "tokenizer.model"
 FILES = (CONFIG, _SPECIAL, _ADDED, FAST, _MODEL, "vocab.json", "merges.txt", "chat_template.jinja")
-_DEFAULTS = {  # what a tokenizer_config.json leaves out, by class (without Fast)
+_DEFAULTS: dict[str, dict[str, Any]] = {  # what a tokenizer_config.json leaves out, by class (without Fast)
     "InternLM2Tokenizer": {"add_bos_token": True, "bos_token": "<s>", "pad_token": "</s>"},
     "Qwen2Tokenizer": {"add_bos_token": False, "bos_token": None, "pad_token": "<|endoftext|>"},
 }
@@ -92,6 +92,7 @@ def read_folder(files: Mapping[str, bytes], where: str) -> Read:
     """The tokenizer of a model folder; CONFIG is among ``files``. Raises UserError beginning with ``where``."""
     config = read_json(files, CONFIG, where)
     kind = str(config.get("tokenizer_class")).removesuffix("Fast")
+    core: FastCore | SentencePieceCore
     slow = kind == "InternLM2Tokenizer" and _MODEL in files  # its tokenizer.json, if any, is somebody's conversion
     if FAST in files and not slow:
         core = _complete(_parse_fast(files[FAST], f"{where}/{FAST}"), config, where)
@@ -111,7 +112,7 @@ def read_folder(files: Mapping[str, bytes], where: str) -> Read:
                 f"{where}: the added token {token!r} should have the id {i} and has {core.lookup(token)};"
                 f" the files are not of one checkpoint, copy them again"
             )
-    config = _DEFAULTS.get(kind, {}) | config
+    config = {**_DEFAULTS.get(kind, {}), **config}
     if config.get("add_eos_token"):
         raise UserError(f"{where}/{CONFIG}: add_eos_token is not supported; set it to false")
     return Read(core, _begin(core, config, where), _pad(core, config, where))
@@ -276,7 +277,7 @@ def _qwen2(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
     vocab, text = read_json(files, "vocab.json", where), required(files, "merges.txt", where)
     try:
         lines = [row.strip() for row in text.decode().split("\n")]
-        merges = [tuple(row.split()) for row in lines[lines[0].startswith("#version:") :] if row]
+        merges: Any = [tuple(row.split()) for row in lines[lines[0].startswith("#version:") :] if row]
         core = tokenizers.Tokenizer(models.BPE(vocab, merges))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{where}: vocab.json and merges.txt do not fit ({line(error)}); copy both again") from None

@@ -133,8 +133,9 @@ def read_answer(data: bytes) -> Answer:
             f"the answer is not JSON with one choice that has a message ({type(error).__name__}: {error}): {shown}"
         ) from None
     text = text.encode(errors="replace").decode()  # a lone surrogate could not be written to a file
-    known = type(counted) in (int, float) and float(counted).is_integer() and bool(text) <= counted < 2**31
-    found = Answer(text, int(counted) if known else -(-len(text.encode()) // _BYTES_PER_TOKEN), known)
+    number = counted if isinstance(counted, int | float) and not isinstance(counted, bool) else -1
+    known = float(number).is_integer() and bool(text) <= number < 2**31
+    found = Answer(text, int(number) if known else -(-len(text.encode()) // _BYTES_PER_TOKEN), known)
     if finish in _GIVEN_UP:
         raise Unusable(f"the server broke off (finish_reason {finish!r})", found)
     return found

@@ -80,7 +80,7 @@ def image_url(path: epath.PathLike) -> str:
     """The image in a file as a data URL with the pixels of ``open_image``. Raises UserError as that does."""
     image, data = open_image(path), epath.Path(path).read_bytes()
     with Image.open(io.BytesIO(data)) as raw:
-        kind = raw.format
+        kind = raw.format or ""
         plain = kind in ("PNG", "JPEG") and raw.mode in ("RGB", "L") and not raw.has_transparency_data
         plain = plain and orientation(raw) == 1
     if not plain:  # a server might do otherwise with transparency, 16 bits or what EXIF says
@@ -189,7 +189,7 @@ class RemoteSampler:
     def submit(self, requests: Sequence[Request]) -> None:
         """Takes requests on; returns at once."""
         for request in requests:
-            self._loop.call_soon_threadsafe(lambda r=request: self._group.create_task(self._answer(r)))
+            self._loop.call_soon_threadsafe(self._begin, request)
             self._outstanding += 1
 
     def collect(self) -> list[tuple[Request, tuple[Rollout, ...] | Failure]]:
@@ -197,7 +197,7 @@ class RemoteSampler:
 
         Raises UserError when no server has answered for PATIENCE; Interrupted.
         """
-        ready = []
+        ready: list[tuple[Request, list[Sample] | Failure]] = []
         while self._outstanding and not (ready and self._ready.empty()):
             try:
                 request, outcome = self._ready.get(timeout=interruption.POLL)
@@ -206,6 +206,7 @@ class RemoteSampler:
                 continue
             if isinstance(outcome, Exception):
                 raise outcome
+            assert request is not None
             ready.append((request, outcome))
             self._outstanding -= 1
         done = [(*sample, request) for request, outcome in ready if isinstance(outcome, list) for sample in outcome]
@@ -223,6 +224,9 @@ class RemoteSampler:
         self._loop.call_soon_threadsafe(self._images.pop, problem_id, None)
 
     # What follows runs in the loop's thread.
+
+    def _begin(self, request: Request) -> None:
+        self._group.create_task(self._answer(request))
 
     async def _run(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):
@@ -264,7 +268,8 @@ class RemoteSampler:
     async def _sample(self, request: Request, images: Sequence[str], seed: int) -> tuple[Sample, str]:
         """One rollout, and why it is lost, if it is. Raises UserError when it is refused and after the last attempt."""
         home = self._servers[zlib.crc32(request.problem.id.encode()) % len(self._servers)]
-        server, reason, unusable = None, "", 0
+        server, reason, unusable = home, "", 0
+        tried: _Server | None = None
         async with self._gate:
             body = chat_body(self._model, self._sampling, self._template, request, images, seed, self.reader.steps)
             for attempt in range(self._max_attempts):
@@ -272,14 +277,17 @@ class RemoteSampler:
                     self.retries += 1
                     await asyncio.sleep(min(self._pause, self._backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1))
                 try:
-                    async with self._acquire(home, avoid=server) as server:
+                    async with self._acquire(home, avoid=tried) as server:
+                        tried = server
                         kind = await self._kind(server) if images and self._max_tiles else ""
                         data = json.dumps(limit_tiles(body, kind, self._max_tiles)).encode()
                         return self._rollout(server, body, await self._post(server, data)), ""
                 except _Retry as error:
                     reason = self._redact(str(error))
                     self._note_failure(server, reason)
-                    unusable += error.unusable is not None
+                    if error.unusable is None:
+                        continue
+                    unusable += 1
                     if unusable == UNUSABLE:
                         if error.unusable.answer is not None:  # broken off again: it is what it is
                             return self._rollout(server, body, error.unusable.answer), ""

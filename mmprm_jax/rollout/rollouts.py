@@ -131,7 +131,7 @@ class LocalSampler:
             interruption.check()
             finished = [(*self._requests.pop(number), samples) for number, samples in self.engine.step()]
             answers = [(request, Failure(str(e))) for request, _, e in finished if isinstance(e, UserError)]
-            answers += self._verified([item for item in finished if not isinstance(item[2], UserError)])
+            answers += self._verified([(r, b, s) for r, b, s in finished if not isinstance(s, UserError)])
         return answers
 
     def _verified(

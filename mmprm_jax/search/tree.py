@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmprm_jax.search.settings import Settings
+from mmprm_jax.settings import Search
 
 GROWING, FINISHED, FULL = range(3)  # FULL: a node did not fit; the tree is lost
 
 
 A = TypeVar("A")  # arrays on the host, or of JAX
-Scalar = Any  # of NumPy, or of JAX under jit
+Scalar = Any  # of NumPy, or of JAX under jit, also many at once
 
 
 class Constants(NamedTuple):
@@ -41,7 +41,7 @@ class Constants(NamedTuple):
     rollout_budget: Scalar
 
     @classmethod
-    def of(cls, settings: Settings) -> Constants:
+    def of(cls, settings: Search) -> Constants:
         reals = (settings.c_puct, settings.alpha, settings.beta, settings.length_scale)
         limits = (min(limit, 2**31 - 1) for limit in (settings.max_searches, settings.rollout_budget))
         return cls(*map(np.float32, reals), *map(np.int32, limits))
@@ -120,7 +120,7 @@ def restart(trees: Trees, which: jax.Array) -> Trees:
     return dataclasses.replace(trees, **fields)
 
 
-def quality(mc: jax.Array, length: jax.Array, c: Constants) -> jax.Array:
+def quality(mc: Scalar, length: Scalar, c: Constants) -> Any:
     """Q = alpha^(1 - MC) * beta^(len / L): prefers wrong rollouts of likely right prefixes, and short ones.
 
     OmegaPRM section 3 (state-rollout value). float32: ``mc`` in [0, 1] is the value of the prefix, ``length`` that of
@@ -129,7 +129,7 @@ def quality(mc: jax.Array, length: jax.Array, c: Constants) -> jax.Array:
     return c.alpha ** (1.0 - mc) * c.beta ** (length / c.length_scale)
 
 
-def exploration(total_visits: jax.Array, visits: jax.Array, c: Constants) -> jax.Array:
+def exploration(total_visits: Scalar, visits: Scalar, c: Constants) -> Any:
     """U = c_puct * sqrt(sum of N over all nodes) / (1 + N of this node), the PUCT bonus of OmegaPRM section 3."""
     return c.c_puct * jnp.sqrt(total_visits) / (1.0 + visits)
 

@@ -44,11 +44,12 @@ def train(
     files = [images / name for name in config.files]
     sets = [step_examples(config, job, trees, images, language)] if config.trees else []
     sets += [label_file(config, job, number, path, language) for number, path in enumerate(files)]
+    assert language.classes is not None  # a PRM in training tells right from wrong by two tokens
     loss = losses.prm_loss(config.label, config.threshold, *language.classes)
     training.train(job, language, start(), loss, sets, config.weights)
     read = [job.folder / "examples.jsonl"] * config.trees + files
     found = labels.histogram(itertools.chain.from_iterable(records.read(path, StepExample) for path in read))
-    left_out = Counter()
+    left_out: Counter[str] = Counter()
     for data in sets:
         left_out.update(data.summary["left_out"])
     figures = {"labels": found, "left_out": dict(left_out)}

@@ -89,6 +89,7 @@ class Batches(Iterator):
 
     def _pixels(self, codes: np.ndarray) -> np.ndarray:
         """The tiles of one row's examples, float32 [V, H, W, 3]."""
+        assert self._tiles is not None
         out, at = np.zeros((self._sizes.tiles, self._tiles.tile, self._tiles.tile, 3), np.float32), 0
         for code in codes[codes >= 0].tolist():
             epoch, example = divmod(code, int(self._starts[-1]))

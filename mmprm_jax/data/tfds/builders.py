@@ -38,7 +38,7 @@ def _image_bytes(folder: epath.Path, record: Problem | StepExample) -> bytes:
     return (folder / record.images[0]).read_bytes() if record.images else b""
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A builder of the files in a folder, written as ArrayRecord."""
 
     VERSION = tfds.core.Version("1.0.0")
