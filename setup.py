@@ -61,7 +61,8 @@ setup(
         "tpu": ["libtpu"],  # the compiler for TPUs: on TPU machines, and for `mmprm fit` anywhere
         "bench": ["torch>=2.4", TRANSFORMERS, "libtpu"],  # Hugging Face generate; what `mmprm fit` needs
         "notebooks": NOTEBOOKS,
-        "dev": [*TEST, *NOTEBOOKS, "ipykernel>=6.29", "nbclient>=0.10", "ruff>=0.12", "mypy>=2"],  # the slow tests run notebooks
+        # the slow tests run notebooks
+        "dev": [*TEST, *NOTEBOOKS, "ipykernel>=6.29", "nbclient>=0.10", "ruff>=0.12", "mypy>=2"],
     },
     entry_points={"console_scripts": ["mmprm = mmprm_jax.main:run"]},
 )
