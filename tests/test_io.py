@@ -82,9 +82,8 @@ class Run:
 
     def __init__(self, workdir, folder=""):
         self.workdir = self.root = epath.Path(workdir)
-        self.config = ConfigDict(
-            {"data": {"folder": folder}, "policy": "", "sft": {"steps": 1}, "annotate": {"policy": "", "servers": ()}}
-        )
+        sections = {"data": {"folder": folder}, "sft": {"steps": 1}, "annotate": {"policy": "", "servers": ()}}
+        self.config = ConfigDict({**sections, "policy": "", "train_prm": {"trees": True}})
         self.data = epath.Path(folder) if folder else self.workdir / "data"
 
     def folder(self, stage):

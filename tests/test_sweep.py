@@ -63,7 +63,7 @@ def test_answers_vote_as_in_the_evaluation(tmp_path):
         problems=lambda split: [Problem("p", "q", "0.5")],
         root=tmp_path,
         folder=lambda stage: tmp_path,
-        figures=lambda stage: {"prm_selected": "mean"},
+        finished=lambda stage: {"prm_selected": "mean"},
     )
     assert sweep._result(sweep.Cell({}), run).majority[5].tolist() == [1.0]
 

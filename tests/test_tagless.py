@@ -149,7 +149,7 @@ def test_a_run_that_reads_tags_where_there_are_none_stops(instruct, tmp_path, mm
         done = mmprm_here(
             "annotate", SMOKE, f"--workdir={tmp_path / 'w'}", f"--config.data.folder={tmp_path}",
             "--config.annotate.policy=m", f"--config.annotate.servers={server.url}", "--config.annotate.in_flight=1",
-            "--config.annotate.verify_workers=0", *options,
+            "--config.annotate.verify_workers=0", "--config.annotate.max_unread=0.5", *options,
         )  # fmt: skip
         return done.returncode, done.stderr.splitlines()[-1]
 

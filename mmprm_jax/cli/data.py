@@ -40,6 +40,8 @@ def _pair(text: str) -> tuple[float, float]:
         unset="none",
         metavar="FOLDER,…",
     ),
+    option("--image-root", "where the images lie whose paths in the rows are absolute, or of Windows", default=None,
+           unset="such rows are refused", type=Path, metavar="FOLDER"),
     option(
         "--rewriter",
         "an OpenAI-compatible server that restructures demonstrations",
@@ -63,6 +65,8 @@ def prepare(args: argparse.Namespace) -> None:
         raise UsageError("prepare: --rewriter=http://host:8000/v1 and --model=NAME go together")
     if any(c in args.name for c in "/\\"):
         raise UsageError(f"prepare: --name={args.name}: a name, not a path")
+    if args.image_root and not args.image_root.is_dir():
+        raise UsageError(f"prepare: --image-root={args.image_root}: no such folder")
 
     from mmprm_jax.data import prepare, sources
     from mmprm_jax.data.rewriter import Rewriter
@@ -92,6 +96,7 @@ def prepare(args: argparse.Namespace) -> None:
         tuple(Path(part) for part in args.against.split(",") if part),
         rewriter,
         selection,
+        args.image_root,
     )
     with rewriter or contextlib.nullcontext(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # of sizes and palettes: our own limits decide

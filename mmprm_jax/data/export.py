@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from mmprm_jax import interruption, io
-from mmprm_jax.data import sources_files
+from mmprm_jax.data.image_files import ImageFiles
 from mmprm_jax.data.prepare import Images
 from mmprm_jax.data.prompts import PLACEHOLDER, step_text
+from mmprm_jax.data.sources_files import Located
 from mmprm_jax.data.step_labels import COUNTS, IGNORED, MARK, PROCESS
 from mmprm_jax.records import StepExample, UserError
 
@@ -112,7 +113,7 @@ def write(
     cannot hold. Raises UserError naming the example whose labels cannot be or whose image is missing, and when nothing
     was written.
     """
-    kept = Images(sources_files.ImageFiles(sources_files.Located(images, (), (images,))), target.parent)
+    kept = Images(ImageFiles(Located(images, (), (images,))), target.parent)
 
     @functools.lru_cache(2**12)  # the solutions of a problem have the same ones
     def copied(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -22,10 +22,12 @@ from PIL import Image
 
 from mmprm_jax import interruption, records
 from mmprm_jax import io as files
-from mmprm_jax.data import decontaminate, images, sources, sources_files
+from mmprm_jax.data import decontaminate, image_files, images, sources
+from mmprm_jax.data.image_files import ImageFiles
 from mmprm_jax.data.rewriter import Rewriter
 from mmprm_jax.data.selection import Selection, select
 from mmprm_jax.data.sources_base import Item, Picture, Refused, Source, replace_fields
+from mmprm_jax.data.sources_files import Located
 from mmprm_jax.metrics import progress
 from mmprm_jax.records import Problem, UserError
 
@@ -45,12 +47,13 @@ class Settings:
     against: tuple[Path, ...] = ()  # prepared benchmarks
     rewriter: Rewriter | None = None
     selection: Selection = Selection()  # of step labels
+    image_root: Path | None = None  # where images lie whose paths are absolute, or of Windows
 
 
 class Images:
     """Copies the images of rows into the output folder."""
 
-    def __init__(self, files: sources_files.ImageFiles, output: Path):
+    def __init__(self, files: ImageFiles, output: Path):
         self._files, self._output = files, output
         self.blank: set[str] = set()  # kept images that are of one colour as the model sees them
 
@@ -75,7 +78,7 @@ class Images:
     def keep(self, data: bytes, image: Image.Image) -> str:
         """Writes an image unless it is there. Returns its path relative to the output folder."""
         digest = hashlib.sha256(data).hexdigest()[:32]
-        path = Path("images") / digest[:2] / f"{digest}.{sources_files.suffix(data)}"
+        path = Path("images") / digest[:2] / f"{digest}.{image_files.suffix(data)}"
         extremes: Any = image.getextrema()  # of each channel: the image is RGB
         if all(low == high for low, high in extremes):
             self.blank.add(path.as_posix())
@@ -161,7 +164,7 @@ def run(settings: Settings) -> dict[str, Any]:
     )
     folder = settings.output / FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = Images(sources_files.ImageFiles(located, source.image_folders), settings.output)
+    pictures = Images(ImageFiles(located, source.image_folders, settings.image_root), settings.output)
     scoring: list[dict[str, Any]] = []
     left_out: collections.Counter[str] = collections.Counter()
     with _replacing(folder / "refused.jsonl") as refused, _replacing(folder / "removed.jsonl") as removed:
@@ -198,7 +201,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def _rows(
-    source: Source, located: sources_files.Located, settings: Settings, left_out: collections.Counter
+    source: Source, located: Located, settings: Settings, left_out: collections.Counter
 ) -> Iterable[Item | Refused]:
     """The rows of the source that the settings select."""
 

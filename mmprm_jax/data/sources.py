@@ -38,7 +38,7 @@ from mmprm_jax.data.steps import restructure
 from mmprm_jax.records import Problem, SFTExample, UserError, to_json
 
 _CHATS = ("messages", "conversations", "prompt")
-_ANYTHING = ("*.jsonl", "*.json", "*.parquet")
+_ANYTHING = ("*.jsonl", "*.json", "*.parquet", "*.tsv")
 
 
 def problem(row: Mapping[str, Any], split: str) -> Item:

@@ -170,10 +170,12 @@ def shown(question: str) -> tuple[str, ...]:
 def own_choices(row: Mapping[str, Any]) -> tuple[str, ...]:
     """The texts of a row's own ``choices`` or ``options``, a list or an object by letter, without letters before them.
 
-    Raises UserError.
+    Tables have a column for each letter instead. Raises UserError.
     """
     key = next((key for key in ("choices", "options") if row.get(key)), "")
     given = row.get(key)
+    if not key and row.get("A") and row.get("B"):
+        key, given = "the columns A, B, …", {letter: row[letter] for letter in LETTERS if row.get(letter)}
     if isinstance(given, Mapping):
         given = {letter: option for letter, option in given.items() if option is not None}
         if list(given) != list(LETTERS[: len(given)]):

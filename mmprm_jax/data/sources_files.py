@@ -1,4 +1,4 @@
-"""Rows from files that others made: JSON, JSONL and Parquet in a stream, and the images that rows name.
+"""Rows from files that others made: JSON, JSONL, TSV and Parquet in a stream; ``image_files`` has their images.
 
 A bad row is a ``Row`` with an error, never an end: what follows it is read.
 """
@@ -6,25 +6,20 @@ A bad row is a ``Row`` with an error, never an end: what follows it is read.
 from __future__ import annotations
 
 import codecs
+import csv
 import fnmatch
-import functools
-import io
+import gzip
 import json
-import lzma
 import re
-import stat
-import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from mmprm_jax.data import images
 from mmprm_jax.data.spans import end_of
 from mmprm_jax.records import UserError
 
@@ -32,8 +27,7 @@ MAX_ROW = 16 * 2**20  # bytes of a JSONL line, characters of a row in a JSON lis
 _CHUNK = 2**20
 _BATCH = 64  # rows of a Parquet file held at a time
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_SUFFIXES = (".json", ".jsonl", ".parquet")
-_FORMATS = {"JPEG": "jpg", "TIFF": "tif"}
+_SUFFIXES = (".json", ".jsonl", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -75,16 +69,26 @@ def locate(path_or_id: str, patterns: Sequence[str], output: Path | None = None)
     names = sorted(
         p.relative_to(path).as_posix()
         for p in path.rglob("*")
-        if p.suffix in _SUFFIXES and p.is_file() and not (made and p.resolve().is_relative_to(made))
+        if _kind(p.name) in _SUFFIXES and p.is_file() and not (made and p.resolve().is_relative_to(made))
     )
     for pattern in patterns:
-        found = [name for name in names if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(Path(name).name, pattern)]
+        plain = {name: name.removesuffix(".gz") for name in names}
+        found = [x for x, y in plain.items() if fnmatch.fnmatch(y, pattern) or fnmatch.fnmatch(Path(y).name, pattern)]
         if found:
             return Located(path, tuple(path / name for name in found), (path, trusted), revision)
     archives = [p.name for p in sorted(path.rglob("*.zip"))]
     seen = f"; it has {', '.join(names[:5])}{' …' * (len(names) > 5)}" if names else ""
     seen += f"; unpack {', '.join(archives[:3])} if the rows are in there" if archives else ""
     raise UserError(f"{path}: no file {' or '.join(patterns)} in this folder{seen}; name the file itself")
+
+
+def _kind(name: str) -> str:
+    """What a file's name says of its rows: its ending, without that of a compressed file."""
+    return Path(name.removesuffix(".gz")).suffix
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def _download(name: str) -> Path:
@@ -111,19 +115,22 @@ def read_rows(located: Located) -> Iterator[Row]:
             yield Row(name, 0, None, "a link that leads out of the source's folder")
             continue
         try:
-            if path.suffix == ".parquet":
+            kind = _kind(path.name)
+            if kind == ".parquet":
                 yield from _parquet(path, name)
-            elif path.suffix == ".jsonl" or not _starts_with_list(path):
+            elif kind == ".tsv":
+                yield from _table(path, name)
+            elif kind == ".jsonl" or not _starts_with_list(path):
                 yield from _lines(path, name)
             else:
                 yield from _elements(path, name)
-        except OSError as error:
+        except (OSError, EOFError, zlib.error) as error:  # the last two of a compressed file
             yield Row(name, 0, None, f"the file cannot be read ({error})")
 
 
 def _starts_with_list(path: Path) -> bool:
     """Whether a .json file holds one list, or one object of rows over several lines; otherwise it is read as JSONL."""
-    with path.open("rb") as file:
+    with _open(path) as file:
         first = file.readline(MAX_ROW).removeprefix(codecs.BOM_UTF8).strip()
     try:
         value = json.loads(first)
@@ -139,7 +146,7 @@ def _row(name: str, number: int, value: Any) -> Row:
 
 
 def _lines(path: Path, name: str) -> Iterator[Row]:
-    with path.open("rb") as file:
+    with _open(path) as file:
         number = 0
         while line := file.readline(MAX_ROW + 1):
             number += 1
@@ -157,10 +164,44 @@ def _lines(path: Path, name: str) -> Iterator[Row]:
                 yield Row(name, number, None, f"not JSON ({_brief(error)})")
 
 
+def _table(path: Path, name: str) -> Iterator[Row]:
+    """Tab-separated values below a line of names, quoted where they hold tabs, quotes or lines; empty ones are none."""
+    csv.field_size_limit(MAX_ROW)
+    with _open(path) as file:
+        table = csv.reader(_texts(file), "excel-tab")
+        names, number = next(table, []), 0
+        while True:
+            number += 1
+            try:
+                cells = next(table, None)
+            except csv.Error as error:
+                yield Row(name, number, None, f"no tab-separated values ({_brief(error)})")
+                continue
+            if cells is None:
+                return
+            if len(cells) != len(names):
+                yield Row(name, number, None, f"{len(cells)} values below {len(names)} names")
+                continue
+            try:
+                "".join(cells).encode()
+            except UnicodeEncodeError:
+                yield Row(name, number, None, "not UTF-8")
+            else:
+                yield Row(name, number, {key: cell for key, cell in zip(names, cells, strict=True) if cell})
+
+
+def _texts(file: IO[bytes]) -> Iterator[str]:
+    """The lines of a file, in pieces where they are long; what is not UTF-8 as lone surrogates."""
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    while line := file.readline(_CHUNK):
+        yield decode(line)
+    yield decode(b"", True)
+
+
 class _Window:
     """A text file of which only a part is in memory, from ``at`` on."""
 
-    def __init__(self, file: io.BufferedReader):
+    def __init__(self, file: IO[bytes]):
         self._file, self._decode = file, codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
         self.text, self.at, self.ended = "", 0, False
 
@@ -181,7 +222,7 @@ _BLANKS = re.compile(r"[ \t]*")
 def _elements(path: Path, name: str) -> Iterator[Row]:
     """The members of a JSON list (or the values of a JSON object), without holding more than one and a chunk."""
     number, resume = 0, _Resume()
-    with path.open("rb") as file:
+    with _open(path) as file:
         window = _Window(file)
         window.more()
         window.at = end_of(_OPENED, window.text, 0)
@@ -291,86 +332,3 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
                         yield Row(name, number, None, f"a value that cannot be read ({_brief(error)})")
     except (pa.ArrowException, OSError) as error:
         yield Row(name, number + 1 if number else 0, None, f"Parquet damaged from here on ({_brief(error)})")
-
-
-class ImageFiles:
-    """The images of a source: files below its folders, or members of the zip archives there."""
-
-    def __init__(self, located: Located, folders: Sequence[str] = ("",)):
-        """folders: where image paths may start, below the folder and below that of each file."""
-        roots = dict.fromkeys([located.folder, *(file.parent for file in located.files)])
-        self._folder = located.folder
-        self._starts = [root / folder for root in roots for folder in folders]
-        self._trusted = [path.resolve() for path in located.trusted]
-
-    def read(self, name: Any) -> bytes:
-        """The bytes of the image file called ``name`` in a row. Raises UserError when it is refused."""
-        path = _inside(name)
-        for start in self._starts:
-            try:
-                return self._file(start / path, name)
-            except FileNotFoundError:
-                continue
-        for folder in ("", "images/", "data_images/"):
-            for member in (f"{folder}{path}", str(path)):
-                if (where := self._members.get(member)) is not None:
-                    return _member(*where, name)
-        raise UserError(f"{name}: image not found")
-
-    def _file(self, path: Path, name: str) -> bytes:
-        try:
-            real = path.resolve(strict=True)
-            if not any(real.is_relative_to(root) for root in self._trusted):
-                raise UserError(f"{name}: a link that leads out of the source's folder")
-            status = real.stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{name}: no regular file")
-            if status.st_size > images.MAX_BYTES:
-                raise UserError(f"{name}: image file larger than {images.MAX_BYTES} bytes")
-            return real.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError from None
-        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
-            raise UserError(f"{name}: not a readable file ({_brief(error)})") from None
-
-    @functools.cached_property
-    def _members(self) -> dict[str, tuple[zipfile.ZipFile, zipfile.ZipInfo]]:
-        """Every file in every archive of the folder; the first of a name counts."""
-        found: dict[str, tuple[zipfile.ZipFile, zipfile.ZipInfo]] = {}
-        for path in sorted(self._folder.rglob("*.zip")):
-            if not any(path.resolve().is_relative_to(root) for root in self._trusted):
-                continue
-            try:
-                archive = zipfile.ZipFile(path)
-            except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
-                continue  # its images are then not found, and each row says so
-            for info in archive.infolist():
-                found.setdefault(info.filename, (archive, info))
-        return found
-
-
-def _inside(name: Any) -> PurePosixPath:
-    """The path of an image as it may be written in a row. Raises UserError."""
-    if not isinstance(name, str) or not name.strip():
-        raise UserError(f"the image's path is {name!r:.80}, not a text")
-    path = PurePosixPath(name)
-    if "\0" in name or path.is_absolute() or ".." in path.parts or "\\" in name or re.match(r"[A-Za-z][\w+.-]*:", name):
-        raise UserError(f"{name!r:.200}: image paths must stay inside of the source's folder")
-    return path
-
-
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> bytes:
-    if info.file_size > images.MAX_BYTES:
-        raise UserError(f"{name}: image file larger than {images.MAX_BYTES} bytes")
-    try:
-        with archive.open(info) as file:
-            return file.read(images.MAX_BYTES + 1)  # the size in the archive's index may be a lie
-    except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{name}: cannot be read from {Path(archive.filename or '').name} ({_brief(error)})") from None
-
-
-def suffix(data: bytes) -> str:
-    """The file name's ending that fits the bytes of an image that was opened before."""
-    with Image.open(io.BytesIO(data)) as image:
-        kind = image.format or "PNG"
-    return _FORMATS.get(kind, kind.lower())

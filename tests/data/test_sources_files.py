@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from mmprm_jax.data import images, sources_files
-from mmprm_jax.data.sources_files import ImageFiles, Located
+from mmprm_jax.data.image_files import ImageFiles
+from mmprm_jax.data.sources_files import Located
 from mmprm_jax.records import UserError
 
 
