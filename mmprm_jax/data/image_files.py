@@ -131,11 +131,17 @@ def _zip(path: Path) -> Iterator[tuple[str, _Member]]:
 
 
 def _tar(path: Path) -> Iterator[tuple[str, _Member]]:
-    archive = tarfile.open(path, "r:")  # open as long as its members may be read
-    for info in archive:
-        if info.isreg():  # no link, no device
-            opened = functools.partial(archive.extractfile, info)
-            yield info.name.removeprefix("./"), _Member(path.name, info.size, opened)  # type: ignore[arg-type]
+    with tarfile.open(path, "r:") as archive:
+        members = [info for info in archive if info.isreg() and not info.issparse()]  # no link, no device
+    for info in members:
+        yield info.name.removeprefix("./"), _Member(path.name, info.size, functools.partial(_part, path, info))
+
+
+def _part(path: Path, info: tarfile.TarInfo) -> IO[bytes]:
+    """A member of a tar archive, whose bytes stand in it as they are."""
+    with path.open("rb") as file:
+        file.seek(info.offset_data)
+        return io.BytesIO(file.read(info.size))
 
 
 def _path(name: Any) -> PurePosixPath | PureWindowsPath:

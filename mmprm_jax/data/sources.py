@@ -58,7 +58,8 @@ def problem(row: Mapping[str, Any], split: str) -> Item:
     options = options or _chosen(question, answer)
     judged = grading(options, optional(row, "unit"), row.get("precision"), "choice" if options else None)
     return Item(
-        Problem(identity(row, "id"), match_image_tags(question, len(pictures)), answer, grading=judged), pictures
+        Problem(identity(row, "id", "index"), match_image_tags(question, len(pictures)), answer, grading=judged),
+        pictures,
     )
 
 

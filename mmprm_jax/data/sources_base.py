@@ -174,7 +174,7 @@ def own_choices(row: Mapping[str, Any]) -> tuple[str, ...]:
     """
     key = next((key for key in ("choices", "options") if row.get(key)), "")
     given = row.get(key)
-    if not key and row.get("A") and row.get("B"):
+    if not key and row.get("A") and any(row.get(letter) for letter in LETTERS[1:]):
         key, given = "the columns A, B, …", {letter: row[letter] for letter in LETTERS if row.get(letter)}
     if isinstance(given, Mapping):
         given = {letter: option for letter, option in given.items() if option is not None}

@@ -88,7 +88,13 @@ def _kind(name: str) -> str:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    """Opens a file, also a compressed one. Raises OSError, EOFError or zlib.error, of a damaged one before any row."""
+    if path.suffix != ".gz":
+        return path.open("rb")
+    with gzip.open(path) as file:
+        while file.read(_CHUNK):  # the checksum, without which a row may be any, stands at the end
+            pass
+    return gzip.open(path)  # type: ignore[return-value]
 
 
 def _download(name: str) -> Path:
@@ -171,14 +177,17 @@ def _table(path: Path, name: str) -> Iterator[Row]:
         table = csv.reader(_texts(file), "excel-tab")
         names, number = next(table, []), 0
         while True:
-            number += 1
             try:
                 cells = next(table, None)
             except csv.Error as error:
+                number += 1
                 yield Row(name, number, None, f"no tab-separated values ({_brief(error)})")
                 continue
             if cells is None:
                 return
+            if not cells:  # an empty line
+                continue
+            number += 1
             if len(cells) != len(names):
                 yield Row(name, number, None, f"{len(cells)} values below {len(names)} names")
                 continue

@@ -1,6 +1,8 @@
 """``mmprm prepare``: no good row is lost, every bad one is listed; again the same bytes; copies of benchmarks go."""
 
 import base64
+import csv
+import gzip
 import io
 import itertools
 import json
@@ -458,3 +460,29 @@ def test_wrong_command_lines_are_reported(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         run(*argv)
+
+
+def test_a_table_with_a_column_for_each_choice(tmp_path):
+    """As VLMEvalKit's files are: the image in base64, the choices in A, B, C, …; compressed."""
+    image = base64.b64encode(png()).decode()
+    table = [
+        ["index", "image", "question", "A", "B", "C", "D", "answer"],
+        ["7", image, "Which\nis red?", "a cat", "a\tsquare", "", "", "B"],
+        ["8", "/data/x/1.png", "How many?", "", "", "", "", "3"],
+        ["9", r"C:\x\2.png", "How many?", "", "", "", "", "4"],
+        ["10", "", "Which?", "1", "", "3", "", "A"],
+    ]
+    out = io.StringIO()
+    csv.writer(out, "excel-tab").writerows(table)
+    (tmp_path / "in.tsv.gz").write_bytes(gzip.compress(out.getvalue().encode()))
+    (tmp_path / "root" / "x").mkdir(parents=True)
+    for name in ("1.png", "2.png"):
+        (tmp_path / "root" / "x" / name).write_bytes(png(size=(40, 20)))
+    run("mmk12", tmp_path / "in.tsv.gz", "--output", tmp_path / "out", "--image_root", tmp_path / "root")
+    first, second, third = read(tmp_path / "out" / "train.jsonl")
+    assert first.grading.options == (("A", "a cat"), ("B", "a\tsquare"))
+    assert first.answer == "B" and len(first.images) == 1
+    assert second.grading.options == () and second.answer == "3" and third.images == second.images
+    assert [problem.id for problem in (first, second, third)] == ["7", "8", "9"]
+    (refused,) = lines(tmp_path / "out" / "prepare" / "train" / "refused.jsonl")
+    assert "the letters from A on" in refused["reason"]

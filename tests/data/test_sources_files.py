@@ -1,9 +1,12 @@
 """Rows from damaged files, and images from hostile paths: everything good is read, everything bad is told."""
 
+import csv
+import gzip
 import io
 import json
 import os
 import random
+import tarfile
 import tracemalloc
 import zipfile
 
@@ -322,3 +325,88 @@ def test_hub_ids_are_downloaded_at_their_revision(tmp_path, monkeypatch):
         assert asked.pop() == ("org/set", "dataset", revision) and tmp_path in found.trusted
         assert found.revision == "abc"
         assert [path.name for path in found.files] == ["train.json"]
+
+
+# Tables, compressed files, archives with a top folder, paths of other machines.
+
+
+def table(*lines):
+    out = io.StringIO()
+    csv.writer(out, "excel-tab").writerows(lines)
+    return out.getvalue()
+
+
+def test_rows_of_tables(tmp_path):
+    """Quoted tabs, quotes and lines; empty cells are none; a bad row costs itself."""
+    path = tmp_path / "x.tsv"
+    text = table(
+        ["index", "question", "A", "B"], ["1", 'a\t"b"\nc 汉', "x", ""], ["2", "short"], ["3", "q", "", "y"],
+        ["4", "q" * 200_000, "1", "2"],
+    )  # fmt: skip
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"5\t\xff\t1\t2\n6\tlast\t1\t2")
+    found = rows(path)
+    assert [(row.number, row.value and row.value["index"], row.error) for row in found] == [
+        (1, "1", ""), (2, None, "2 values below 4 names"), (3, "3", ""), (4, "4", ""), (5, None, "not UTF-8"),
+        (6, "6", ""),
+    ]  # fmt: skip
+    assert found[0].value == {"index": "1", "question": 'a\t"b"\nc 汉', "A": "x"} and found[2].value["B"] == "y"
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.jsonl", "x.json"])
+def test_compressed_rows(tmp_path, name):
+    made = [{"id": str(i), "question": f"q{i}"} for i in range(200)]
+    whole = {
+        "x.tsv": table(["id", "question"], *(row.values() for row in made)), "x.json": json.dumps(made),
+        "x.jsonl": "".join(json.dumps(row) + "\n" for row in made),
+    }[name]  # fmt: skip
+    data = gzip.compress(whole.encode())
+    (tmp_path / f"{name}.gz").write_bytes(data)
+    place = sources_files.locate(str(tmp_path), (f"*.{name[2:]}",))
+    assert [path.name for path in place.files] == [f"{name}.gz"] and values(sources_files.read_rows(place)) == made
+    for damaged in (data[:-20], data[:60] + bytes([data[60] ^ 8]) + data[61:], b"no gzip"):
+        (tmp_path / f"{name}.gz").write_bytes(damaged)
+        (row,) = sources_files.read_rows(place)
+        assert "cannot be read" in row.error and row.value is None
+
+
+def test_archives_of_both_kinds_may_have_a_top_folder(source):
+    with zipfile.ZipFile(source / "p.zip", "w") as archive:
+        archive.writestr("Photos-v1/x/b.png", png())
+    with tarfile.open(source / "q.tar", "w") as archive:
+        for name, data in (("./top/y/c.png", png((3, 3))), ("./top/d.png", png((4, 4)))):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        link = tarfile.TarInfo("top/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "../../secret.png"
+        archive.addfile(link)
+    with tarfile.open(source / "r.tar.gz", "w:gz"):
+        pass
+    (source / "s.tar").write_bytes((source / "q.tar").read_bytes()[:700])
+    files = ImageFiles(located(source / "rows.json"))
+    assert files.read("x/b.png") == files.read("Photos-v1/x/b.png") == png()
+    assert files.read("y/c.png") == files.read("top/y/c.png") == png((3, 3)) and files.read("d.png") == png((4, 4))
+    with pytest.raises(UserError, match="link.png: image not found; unpack r.tar.gz"):
+        files.read("link.png")
+
+
+def test_paths_of_other_machines_are_looked_for_below_the_root(source, tmp_path):
+    root = tmp_path / "pictures"
+    (root / "train" / "x").mkdir(parents=True)
+    (root / "train" / "x" / "1.png").write_bytes(png((3, 3)))
+    (root / "1.png").write_bytes(png((4, 4)))
+    os.symlink(source.parent / "secret.png", root / "link.png")
+    files = ImageFiles(located(source / "rows.json"), ("", "images"), root)
+    for name in ("/data/me/train/x/1.png", "train/x/1.png", r"train\x\1.png"):
+        assert ImageFiles(located(source / "rows.json"), root=root).read(name) == png((3, 3))
+    assert files.read(r"D:\sets\train\x\1.png") == png((3, 3)) and files.read(r"C:\1.png") == png((4, 4))
+    assert files.read("a.png") == png()  # the source's own come first
+    for name, reason in (
+        ("/other/1.png", "would both be"), ("/data/link.png", "a link that leads out"),
+        ("/data/../1.png", "stay inside"), (r"C:\..\1.png", "stay inside"), ("/data/2.png", "no end of this path"),
+        ("/" + "a/" * 5000 + "1.png", "no path of an image"), ("/", "no path of an image"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=reason):
+            files.read(name)
+    with pytest.raises(UserError, match="--image-root=FOLDER says where"):
+        ImageFiles(located(source / "rows.json")).read("/data/1.png")
