@@ -16,7 +16,7 @@ from mmprm_jax.answers import choice, extract, matching, remarks, units, words
 from mmprm_jax.answers.arithmetic import OPEN, every
 from mmprm_jax.answers.normalise import MAX_LENGTH, normalise
 from mmprm_jax.answers.parse import read
-from mmprm_jax.answers.values import Formula, Quantity, Text
+from mmprm_jax.answers.values import Formula, Items, Quantity, Text, Value
 from mmprm_jax.answers.verdict import VERSION, Verdict, equal, unequal, unknown
 from mmprm_jax.records import Grading
 
@@ -41,21 +41,25 @@ class Settings:
     options: tuple[tuple[str, str], ...] = ()  # letter, text
     unit: str = ""  # of a gold answer that is a bare number
     precision: int | None = None  # decimals to which both sides are rounded
+    kind: str = ""  # of the answer, one of ``records.KINDS``; "": not told
 
 
 NO_SETTINGS = Settings()
 
 
-def make_settings(options: Options | None = None, unit: str | None = None, precision: float | None = None) -> Settings:
-    """Raises ValueError for a precision that is no number of decimals."""
+def make_settings(
+    options: Options | None = None, unit: str | None = None, precision: float | None = None, kind: str | None = None
+) -> Settings:
+    """Raises ValueError for a precision that is no number of decimals, and an unknown kind."""
     found = choice.parse_options(options) if options else {}
-    return Settings(tuple(found.items()), normalise(unit or ""), Grading.of(precision=precision).precision)
+    told = Grading.of(precision=precision, kind=kind)
+    return Settings(tuple(found.items()), normalise(unit or ""), told.precision, told.kind)
 
 
 @functools.lru_cache(maxsize=4096)
 def graded(grading: Grading) -> Settings:
     """What a record says of its answer, as ``compare`` takes it."""
-    return make_settings(dict(grading.options), grading.unit, grading.precision)
+    return make_settings(dict(grading.options), grading.unit, grading.precision, grading.kind)
 
 
 def compare(gold: str, prediction: str | None, settings: Settings = NO_SETTINGS) -> Verdict:
@@ -204,7 +208,7 @@ def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
     given = choice.chosen(prediction) if settings.options else None
     if given and len(given.letters) == 1 and (text := dict(settings.options).get(min(given.letters))):
         return _texts(gold, text, plain)
-    a, b = read(gold), read(prediction)
+    a, b = _as_told(read(gold), settings.kind), _as_told(read(prediction), settings.kind)
     if settings.unit and isinstance(a, Formula):
         unit = units.parse_unit(settings.unit) or units.parse_noun(settings.unit)
         a = Quantity(a, unit) if unit else a
@@ -212,6 +216,19 @@ def _texts(gold: str, prediction: str, settings: Settings) -> Verdict:
     if verdict or not isinstance(a, Text) and not isinstance(b, Text):
         return verdict
     return _concluded(gold, prediction, settings) or verdict
+
+
+def _as_told(value: Value, kind: str) -> Value:
+    """A value that can be read in several ways, as the kind of answer says: (1, 2) is a point or an interval."""
+    if not isinstance(value, Items):
+        return value
+    if kind == "interval":
+        return value.region or value
+    if kind == "tuple":
+        return dataclasses.replace(value, region=None)
+    if kind == "list" and value.kind in ("maybe", "tuple"):
+        return dataclasses.replace(value, kind="list", region=None)
+    return value
 
 
 def _concluded(gold: str, prediction: str, settings: Settings) -> Verdict | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-VERSION = 5  # of the rules: raised whenever a verdict may change; part of every cache's key
+VERSION = 6  # of the rules: raised whenever a verdict may change; part of every cache's key
 
 
 @dataclasses.dataclass(frozen=True)

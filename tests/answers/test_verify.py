@@ -1,6 +1,8 @@
 """Equality of final answers, and what hostile answers must not do."""
 
 from mmprm_jax import answers
+from mmprm_jax.answers import equivalence
+from mmprm_jax.records import Grading
 
 RIGHT = [
     ("5", "5"),
@@ -91,3 +93,30 @@ def test_hostile_answers_are_wrong_and_quick():
         "10**10**10",
     ):
         assert not answers.equal("7", text) and not answers.equal(text, "7")
+
+
+def test_the_kind_of_answer_says_how_brackets_are_read():
+    cases = """
+        interval | (1,2) | 1<x<2 | equal
+        interval | [1,2] | 1\\le x\\le 2 | equal
+        interval | (1,2) | [1,2] | unequal
+        interval | (1,2) | x=1, y=2 | unequal
+        interval | (1,2)\\cup(3,4) | 1<x<2 or 3<x<4 | equal
+        tuple | (1,2) | [1,2] | equal
+        tuple | [1, 2] | 1, 2 | equal
+        tuple | (1,2) | (2,1) | unequal
+        tuple | (1,2) | 1<x<2 | unequal
+        list | 1; 2 | 2; 1 | equal
+        list | [1, 2] | 2, 1 | equal
+        list | 1; 2 | 1; 3 | unequal
+        number | 0.5 | 1/2 | equal
+         | [1, 2] | 1, 2 | unknown
+         | 1; 2 | 2; 1 | unknown
+         | (1,2) | 1<x<2 | equal
+    """
+    wrong = []
+    for line in filter(None, map(str.strip, cases.strip().split("\n"))):
+        kind, gold, prediction, verdict = (part.strip() for part in line.split("|"))
+        found = equivalence.compare(gold, prediction, equivalence.graded(Grading.of(kind=kind)))
+        wrong += [(line, found)] if found.kind != verdict else []
+    assert wrong == []
